@@ -1,0 +1,54 @@
+"""A matrix held as the product of two thin factors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The matrix b @ a: b (out, r), a (r, in)."""
+
+    b: Tensor
+    a: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of b."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in) of the product."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers."""
+        return self.b.numel() + self.a.numel()
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """Both factors in another dtype."""
+        return Factors(self.b.to(dtype), self.a.to(dtype))
+
+
+def add(first: Factors, *others: Factors) -> Factors:
+    """Sum of products as one product, ranks adding up: [b1 b2 …] [a1; a2; …]."""
+    terms = (first, *others)
+    return Factors(torch.cat([t.b for t in terms], dim=1), torch.cat([t.a for t in terms], dim=0))
+
+
+def subtract(first: Factors, *others: Factors) -> Factors:
+    """First product minus the others, as one product."""
+    return add(first, *(Factors(-t.b, t.a) for t in others))
+
+
+def empty(shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Factors:
+    """The zero matrix, rank 0."""
+    return Factors(
+        torch.zeros((shape[0], 0), dtype=dtype, device=device),
+        torch.zeros((0, shape[1]), dtype=dtype, device=device),
+    )

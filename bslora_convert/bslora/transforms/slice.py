@@ -1,0 +1,77 @@
+"""Slice Sharing (SS): a module uses a window of the shared factors.
+
+    shared   B_s (S_out, r)      A_s (r, S_in)       S_out, S_in: the largest module's sizes
+    module   B = B_s[o : o+out]  A = A_s[:, i : i+in]
+
+The window sits in the centre (the authors' code), at the top left (equation 3 of the paper) or at the
+bottom right. A module keeps nothing of its own.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, Shape
+
+WINDOWS = ("center", "top-left", "bottom-right")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Shared factors of the sizes (S_out, S_in) and where each module's window sits."""
+
+    name: ClassVar[str] = "ss"
+    own_names: ClassVar[tuple[str, ...]] = ()
+
+    size_out: int
+    size_in: int
+    window: str = "center"
+
+    @classmethod
+    def covering(cls, shapes: Iterable[Shape], window: str = "center") -> "Slice":
+        """The smallest shared factors that hold a window for every shape."""
+        shapes = list(shapes)
+        return cls(max(n for n, _ in shapes), max(d for _, d in shapes), window)
+
+    @property
+    def pair_sizes(self) -> Shape:
+        """Rows of B_s and columns of A_s."""
+        return self.size_out, self.size_in
+
+    def own_shapes(self, shape: Shape, kernel_rank: int) -> dict[str, Shape]:
+        """Shapes of what a module keeps for one shared path: nothing."""
+        return {}
+
+    def path_rank(self, pair_rank: int, own: Mapping[str, Tensor]) -> int:
+        """Rank of one shared path once expanded."""
+        return pair_rank
+
+    def offset(self, size: int, length: int) -> int:
+        """Where a window of `length` starts in `size` (section 2.1 of the authors' code: floor division)."""
+        return {"center": (size - length) // 2, "top-left": 0, "bottom-right": size - length}[self.window]
+
+    def spread(self, x: Tensor, length: int, kernel: Tensor | None = None) -> Tensor:
+        """Window of the rows of x: (S, q) -> (length, q)."""
+        start = self.offset(x.shape[0], length)
+        return x[start : start + length]
+
+    def gather(self, y: Tensor, size: int, kernel: Tensor | None = None) -> Tensor:
+        """Adjoint of `spread`: (length, q) -> (1, S, q), zero outside the window."""
+        out = y.new_zeros((1, size, y.shape[1]))
+        start = self.offset(size, y.shape[0])
+        out[0, start : start + y.shape[0]] = y
+        return out
+
+    def coverage(self, length: int, size: int, kernel: Tensor | None = None) -> Tensor:
+        """Diagonal of spread-adjoint times spread: (1, 1, S), one inside the window."""
+        out = torch.zeros((1, 1, size), dtype=torch.float64)
+        start = self.offset(size, length)
+        out[..., start : start + length] = 1.0
+        return out
+
+    def factors(self, pair: Factors, own: Mapping[str, Tensor], shape: Shape) -> Factors:
+        """The module's term: windows of B_s and A_s, rank r."""
+        return Factors(self.spread(pair.b, shape[0]), self.spread(pair.a.T, shape[1]).T)

@@ -1,0 +1,34 @@
+"""One class for each kind of failure, each with the exit code that the command line gives it.
+
+The message of every error says what is wrong, where (file and tensor) and what to do about it.
+"""
+
+
+class BsloraConvertError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 2
+
+
+class InputError(BsloraConvertError):
+    """A file or directory is missing, damaged, inconsistent or hostile."""
+
+
+class RecipeError(BsloraConvertError, ValueError):
+    """An option has a value that it may not have, or two options exclude each other."""
+
+
+class OutputError(BsloraConvertError):
+    """The output place can't be used."""
+
+
+class Refused(BsloraConvertError):
+    """A valid adapter that can't be converted faithfully; the message says why."""
+
+    exit_code = 3
+
+
+class ThresholdMissed(BsloraConvertError):
+    """The work was done but what was asked of the result could not be met."""
+
+    exit_code = 1

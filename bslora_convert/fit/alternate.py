@@ -1,0 +1,167 @@
+"""Alternating closed-form updates of the whole form.
+
+    min Σ_m ‖ΔW_m − L_m − T_m(S_layer) − T_m(S_all)‖²_F
+
+One sweep updates the inter group, each intra group and all local parts, in this order, each the exact optimum given the
+rest: a group by `shared.update`, the local parts as truncated SVDs of what the shared parts leave, their ranks chosen anew
+from the residual's spectra and kept only where that loses less. The objective never rises.
+
+A residual is never formed: ΔW_m − L_m − T_m is a product whose factors stand side by side, [B −L_B −T_B][A; L_A; T_A].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, add, subtract
+from bslora_convert.bslora.form import LEVELS
+from bslora_convert.bslora.transforms import Kronecker, Slice
+from bslora_convert.bslora.transforms.kronecker import split_rank
+from bslora_convert.fit import shared
+from bslora_convert.fit.allocate import Ranks, cost_of, lost_energy
+from bslora_convert.fit.lowrank import Delta, Grams, gram, product_svd
+from bslora_convert.fit.shared import Member, Own
+
+Allocation = Callable[[Mapping[str, Tensor]], Ranks]
+Groups = Mapping[str, Mapping[str, list[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is fitted: the deltas with their Gram matrices, and who shares with whom.
+
+    groups: level -> group -> names of its members. kernel: the KE variant.
+    """
+
+    deltas: Mapping[str, Delta]
+    grams: Mapping[str, Grams]
+    transform: Kronecker | Slice
+    groups: Groups
+    kernel: str = "r_1"
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """Numbers that one more local rank of a module stores."""
+        return {name: sum(delta.shape) for name, delta in self.deltas.items()}
+
+    def split(self, rank: int) -> tuple[int, int]:
+        """(pair rank p, kernel rank k) of a shared path of this rank."""
+        return split_rank(self.kernel, rank) if isinstance(self.transform, Kronecker) else (rank, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A fit so far. `lost` is the objective Σ ‖residual‖².
+
+    pairs: (level, group) -> shared pair. uses: (level, module) -> (group, own tensors).
+    """
+
+    lost: float
+    locals: Mapping[str, Factors] = field(default_factory=dict)
+    pairs: Mapping[tuple[str, str], Factors] = field(default_factory=dict)
+    uses: Mapping[tuple[str, str], tuple[str, Own]] = field(default_factory=dict)
+
+    def own(self, level: str, name: str) -> Own:
+        """A module's own tensors of a level, none before its group has been started."""
+        return self.uses[level, name][1] if (level, name) in self.uses else {}
+
+
+def sweep(
+    problem: Problem,
+    state: State,
+    ranks: Mapping[str, int],
+    allocation: Allocation,
+    generator: torch.Generator,
+) -> State:
+    """One round over inter, intra and local parts; starts groups that are new and widens those whose rank grew."""
+    for level in reversed(LEVELS):
+        if ranks[level]:
+            for group, names in problem.groups[level].items():
+                state = _update_group(problem, state, level, group, names, ranks[level], generator)
+    return fit_locals(problem, state, allocation)
+
+
+def shared_terms(problem: Problem, state: State, name: str, skip: str | None = None) -> list[Factors]:
+    """A module's shared terms as they stand, but for the level `skip`."""
+    terms = []
+    for level in LEVELS:
+        if level != skip and (level, name) in state.uses:
+            group, own = state.uses[level, name]
+            shape = problem.deltas[name].shape
+            terms.append(problem.transform.factors(state.pairs[level, group], own, shape))
+    return terms
+
+
+def _residual(problem: Problem, state: State, level: str, name: str) -> Factors:
+    """ΔW_m minus everything but the module's term of `level`."""
+    parts = shared_terms(problem, state, name, skip=level)
+    if name in state.locals:
+        parts.append(state.locals[name])
+    return subtract(problem.deltas[name].factors(), *parts)
+
+
+def _update_group(
+    problem: Problem,
+    state: State,
+    level: str,
+    group: str,
+    names: list[str],
+    rank: int,
+    generator: torch.Generator,
+) -> State:
+    pair_rank, kernel_rank = problem.split(rank)
+    members = [
+        Member(
+            problem.deltas[name].shape,
+            state.own(level, name),
+            partial(_residual, problem, state, level, name),
+        )
+        for name in names
+    ]
+    if (level, group) in state.pairs:
+        pair = shared.widen(state.pairs[level, group], pair_rank, generator)
+        pair, owns = shared.update(problem.transform, members, pair, kernel_rank)
+    else:
+        pair, owns = shared.start(problem.transform, members, pair_rank, kernel_rank, generator)
+    uses = {(level, name): (group, own) for name, own in zip(names, owns, strict=True)}
+    return replace(
+        state, pairs={**state.pairs, (level, group): pair}, uses={**state.uses, **uses}
+    )
+
+
+def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
+    """Local parts as truncated SVDs of ΔW_m minus its shared terms, ranks from the residual spectra."""
+    svds = {}
+    for name, grams in problem.grams.items():
+        terms = shared_terms(problem, state, name)
+        if terms:
+            grams = _without(grams, problem.deltas[name].factors(), add(*terms))
+        svds[name] = product_svd(grams)
+    spectra = {name: svd.energies for name, svd in svds.items()}
+    ranks = allocation(spectra)
+    before = {name: state.locals[name].rank if name in state.locals else 0 for name in spectra}
+    affordable = cost_of(before, problem.costs) <= cost_of(ranks, problem.costs)
+    if affordable and lost_energy(spectra, before) < lost_energy(spectra, ranks):
+        ranks = before
+    local = {
+        name: svd.truncate(
+            subtract(problem.deltas[name].factors(), *shared_terms(problem, state, name)), ranks[name]
+        )
+        for name, svd in svds.items()
+    }
+    return replace(state, locals=local, lost=lost_energy(spectra, ranks))
+
+
+def _without(grams: Grams, target: Factors, term: Factors) -> Grams:
+    """Gram matrices of [B −T_B] and [A; T_A], the target's own reused."""
+
+    def bordered(corner: Tensor, cross: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([torch.cat([corner, cross], dim=1), torch.cat([cross.T, new], dim=1)])
+
+    return Grams(
+        bordered(grams.b, -gram(target.b, term.b), gram(term.b)),
+        bordered(grams.a, gram(target.a.T, term.a.T), gram(term.a.T)),
+    )

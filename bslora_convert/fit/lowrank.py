@@ -1,0 +1,134 @@
+"""Truncated SVD of a product of thin factors, through Gram matrices.
+
+    ΔW = B A,  B (out, r), A (r, in)                        never formed
+    A Aᵀ = L Lᵀ                                             Cholesky, r×r        A = L Qᵀ, Q orthonormal
+    H = Lᵀ (BᵀB) L = W diag(σ²) Wᵀ                          eigenvalues, r×r      B L = U diag(σ) Wᵀ
+    ΔW = (B L W)(Wᵀ L⁻¹ A)                                  = U diag(σ) Vᵀ
+    best rank-k part                                        the first k columns and rows of these
+
+Everything but the two Gram matrices and the final thin products is r×r. Truncation projects with W Wᵀ, so an inexact
+eigenvector costs accuracy only to second order. Gram matrices are float64. The rows of A are brought to unit length
+first (B takes the lengths), which removes a diagonal change of gauge; where A's rows are dependent, L comes from
+eigenvectors of A Aᵀ instead, null directions left out.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, Shape
+
+CHOLESKY_FLOOR = 1e-7  # smallest pivot, against unit rows, that still leaves half of float64's digits
+NULL_FLOOR = 1e-14  # eigenvalues of A Aᵀ below this share of the largest are rounding
+ROW_CHUNK = 1 << 16  # rows cast to float64 at a time
+
+
+class Delta(Protocol):
+    """What the fit needs of an input module: its shape and its factors, scaling folded in."""
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+
+    @property
+    def rank(self) -> int:
+        """Inner size r of the factors."""
+
+    def factors(self) -> Factors:
+        """Factors (out, r), (r, in) in the compute dtype (float32 or float64)."""
+
+
+def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """xᵀ y (xᵀ x without y) in float64: (n, p), (n, q) -> (p, q)."""
+    y = x if y is None else y
+    total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+    for start in range(0, x.shape[0], ROW_CHUNK):
+        left = x[start : start + ROW_CHUNK].double()
+        right = left if y is x else y[start : start + ROW_CHUNK].double()
+        total += left.T @ right
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Grams:
+    """BᵀB and A Aᵀ of one product, (r, r) each, float64."""
+
+    b: Tensor
+    a: Tensor
+
+    @classmethod
+    def of(cls, factors: Factors) -> "Grams":
+        """Gram matrices of the two factors."""
+        return cls(gram(factors.b), gram(factors.a.T))
+
+    @property
+    def energy(self) -> float:
+        """‖BA‖_F² = tr(BᵀB · AAᵀ)."""
+        return float((self.b * self.a).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ProductSvd:
+    """SVD of B A in terms of the factors: U diag(σ) = B @ left, Vᵀ = right @ A.
+
+    energies: σ² (q,), falling, float64. left (r, q), right (q, r). q is the rank found, at most r.
+    """
+
+    energies: Tensor
+    left: Tensor
+    right: Tensor
+
+    def truncate(self, factors: Factors, rank: int) -> Factors:
+        """Best part of `rank` or less, balanced: √σ on both sides."""
+        rank = min(rank, self.energies.shape[0])
+        root = self.energies[:rank].pow(0.25)
+        scale = torch.where(root > 0, root, torch.ones_like(root))
+        dtype = factors.b.dtype
+        return Factors(
+            factors.b @ (self.left[:, :rank] / scale).to(dtype),
+            (self.right[:rank] * scale[:, None]).to(dtype) @ factors.a,
+        )
+
+
+def product_svd(grams: Grams) -> ProductSvd:
+    """SVD of the product whose Gram matrices these are (module docstring)."""
+    r = grams.a.shape[0]
+    if r == 0:
+        nothing = grams.a.new_zeros((0,))
+        return ProductSvd(nothing, grams.a, grams.a)
+    length = grams.a.diagonal().clamp_min(0).sqrt()
+    length = torch.where(length > 0, length, torch.ones_like(length))
+    unit_a = grams.a / torch.outer(length, length)
+    scaled_b = grams.b * torch.outer(length, length)
+    lower, lower_inverse = _root(unit_a)
+    h = lower.T @ scaled_b @ lower
+    values, vectors = torch.linalg.eigh((h + h.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    left = length[:, None] * (lower @ vectors)
+    right = (vectors.T @ lower_inverse) / length
+    return ProductSvd(values, left, right)
+
+
+def _root(gram_a: Tensor) -> tuple[Tensor, Tensor]:
+    """L (r, q) and its left inverse (q, r) with L Lᵀ = gram_a."""
+    lower, failed = torch.linalg.cholesky_ex(gram_a)
+    if not int(failed) and float(lower.diagonal().min()) > CHOLESKY_FLOOR:
+        identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+        return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
+    values, vectors = torch.linalg.eigh(gram_a)
+    kept = values > NULL_FLOOR * values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    root = values[kept].sqrt()
+    return vectors[:, kept] * root, (vectors[:, kept] / root).T
+
+
+def residual_energy(target: Factors, target_grams: Grams, approximation: Factors) -> float:
+    """‖BA − B̂Â‖_F² from Gram matrices, float64: exact to about 1e-15 of ‖BA‖²."""
+    cross = (gram(target.b, approximation.b) * gram(target.a.T, approximation.a.T)).sum()
+    return max(float(target_grams.energy - 2 * cross + Grams.of(approximation).energy), 0.0)
+
+
+def inner(first: Factors, second: Factors) -> float:
+    """⟨B₁A₁, B₂A₂⟩ in float64."""
+    return float((gram(first.b, second.b) * gram(first.a.T, second.a.T)).sum())

@@ -1,0 +1,294 @@
+"""One sharing group: the best shared pair and kernels for what the rest of the form leaves over.
+
+R_m is a member's delta minus everything but this group's term. With E_m, F_m the transform's maps from the shared size to the
+module's rows and columns (a window for SS, K ⊗ I for KE), the group's objective is
+
+    Σ_m ‖R_m − Σ_t E_mt P F_mtᵀ‖²,   P = B_s A_s (s, s) of rank p,   t: the module's kernel columns
+
+E_mtᵀE_mu and F_mtᵀF_mu are diagonal (`coverage`), so P sees each of its entries with a weight of its own:
+
+    W = Σ_m Σ_tu cov_out(t,u) cov_in(t,u)ᵀ,   N = Σ_m Σ_t E_mtᵀ R_m F_mt
+
+Pair, equal weights (KE whose size divides every side): P = rank-p truncation of N / w.
+Pair, unequal weights (SS, KE with cut edges): each row of B_s, then each column of A_s, from its own p×p normal equations.
+Kernels (KE): with C_ij = ⟨block_ij of R, P⟩, K_B K_A = rank-k truncation of C / ‖P‖²; with cut edges, rows of K_B, then
+columns of K_A, from weighted normal equations.
+
+Every step is the exact optimum of what it updates given the rest, so none of them raises the objective.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.transforms import Kronecker, Slice
+from bslora_convert.fit.lowrank import gram
+
+Own = dict[str, Tensor]
+
+SKETCH = 16  # random directions in which the starting subspaces are measured
+CORE = 8  # largest core of the starting block; further ranks enter with the first pair step
+CORE_STEPS = 12  # power iterations for the core
+START_ROUNDS = 3  # rounds of pair and kernel steps before the rest of the form sees a new pair
+RIDGE = 1e-12  # of the largest normal equation: keeps uncovered rows at zero
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A module of the group: its shape, its kernels so far, and its residual, made when asked for."""
+
+    shape: Shape
+    own: Own
+    residual: Callable[[], Factors]
+
+
+def update(
+    transform: Kronecker | Slice, members: Sequence[Member], pair: Factors, kernel_rank: int
+) -> tuple[Factors, list[Own]]:
+    """One round: kernels given the pair, then the pair given the kernels.
+
+    Returns the new pair (s_out, p), (p, s_in) and each member's own tensors.
+    """
+    if isinstance(transform, Kronecker):
+        if all(transform.divides(member.shape) for member in members):
+            return _update_even(transform, members, pair, kernel_rank)
+        owns = [_kernels(transform, m, m.residual(), pair, kernel_rank) for m in members]
+    else:
+        owns = [member.own for member in members]
+    pair = _half_step(transform, members, owns, pair)
+    return _flip(_half_step(transform, members, owns, _flip(pair), flipped=True)), owns
+
+
+def start(
+    transform: Kronecker | Slice,
+    members: Sequence[Member],
+    rank: int,
+    kernel_rank: int,
+    generator: torch.Generator,
+) -> tuple[Factors, list[Own]]:
+    """A first pair and kernels for a group that has none: leading directions (KE) or a few subspace iterations (SS)."""
+    residual = members[0].residual()
+    dtype, device = residual.b.dtype, residual.b.device
+    if isinstance(transform, Kronecker):
+        pair = _leading_block(transform, members, rank, generator)
+    else:
+        rows = torch.randn((transform.size_in, rank), dtype=torch.float64, generator=generator)
+        pair = Factors(torch.zeros((transform.size_out, rank)), torch.linalg.qr(rows)[0].T)
+    pair = Factors(pair.b.to(device, dtype), pair.a.to(device, dtype))
+    owns = [member.own for member in members]
+    for _ in range(START_ROUNDS):
+        members = [Member(m.shape, own, m.residual) for m, own in zip(members, owns, strict=True)]
+        pair, owns = update(transform, members, pair, kernel_rank)
+    return pair, owns
+
+
+def widen(pair: Factors, rank: int, generator: torch.Generator) -> Factors:
+    """The same product with room for `rank`: new rows of A_s are random, new columns of B_s zero."""
+    missing = rank - pair.rank
+    if missing <= 0:
+        return pair
+    width = pair.a.shape[1]
+    fresh = torch.randn((missing, width), dtype=torch.float64, generator=generator) / width**0.5
+    return Factors(
+        torch.cat([pair.b, pair.b.new_zeros((pair.b.shape[0], missing))], dim=1),
+        torch.cat([pair.a, fresh.to(pair.a)], dim=0),
+    )
+
+
+def _kernels(transform: Kronecker, member: Member, residual: Factors, pair: Factors, kernel_rank: int) -> Own:
+    """Best kernels of one module given the pair: {"A": (k, in/s), "B": (out/s, k)}."""
+    down, across = transform.grid(member.shape)
+    rank = min(kernel_rank, down, across)
+    c = _block_products(transform, residual, pair, (down, across))
+    weights = _block_energies(transform, member.shape, pair)
+    if float(weights.max()) == 0.0:
+        return {"A": pair.a.new_zeros((rank, across)), "B": pair.b.new_zeros((down, rank))}
+    if transform.divides(member.shape):
+        own = _rank_k(c / weights[0, 0], rank)
+    else:
+        current = member.own
+        if not current or current["A"].shape[0] != rank:
+            current = _rank_k(c / weights, rank)
+        a = current["A"].double()
+        b = _weighted_rows(c, weights, a)
+        a = _weighted_rows(c.T, weights.T, b.T).T
+        own = {"A": a, "B": b}
+    return {name: tensor.to(pair.b.dtype) for name, tensor in own.items()}
+
+
+def _block_products(transform: Kronecker, residual: Factors, pair: Factors, grid: Shape) -> Tensor:
+    """C_ij = ⟨block_ij of the residual, P⟩, float64: (out/s, in/s)."""
+    rows = transform.blocks(residual.b, grid[0]).transpose(1, 2) @ pair.b  # (out/s, q, p)
+    columns = transform.blocks(residual.a.T, grid[1]).transpose(1, 2) @ pair.a.T  # (in/s, q, p)
+    return rows.flatten(1).double() @ columns.flatten(1).double().T
+
+
+def _block_energies(transform: Kronecker, shape: Shape, pair: Factors) -> Tensor:
+    """‖P cut to block ij‖², float64: (out/s, in/s), all equal but at cut edges."""
+
+    def edges(side: Tensor, length: int) -> Tensor:
+        """Gram matrices of the whole and of the cut factor, one for each block: (grid, p, p)."""
+        whole, edge = divmod(length, transform.size)
+        matrices = gram(side).expand(whole, -1, -1)
+        return torch.cat([matrices, gram(side[:edge])[None]]) if edge else matrices
+
+    rows = edges(pair.b, shape[0]).flatten(1)
+    columns = edges(pair.a.T, shape[1]).flatten(1)
+    return (rows @ columns.T).clamp_min(0)
+
+
+def _rank_k(matrix: Tensor, rank: int) -> Own:
+    """Rank-k truncation of a small dense matrix, √σ on both sides."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return {"B": u[:, :rank] * root, "A": root[:, None] * vh[:rank]}
+
+
+def _weighted_rows(c: Tensor, weights: Tensor, a: Tensor) -> Tensor:
+    """Rows b_i that minimise Σ_j w_ij (c_ij / w_ij − b_i a_j)²: (g, h), (g, h), (k, h) -> (g, k)."""
+    normal = torch.einsum("gh,kh,lh->gkl", weights, a, a)
+    return _solve(normal, c @ a.T)
+
+
+def _solve(normal: Tensor, right: Tensor) -> Tensor:
+    """Solutions of many small symmetric systems: (n, p, p), (n, p) -> (n, p); a system of zeros gives zero."""
+    scale = normal.diagonal(dim1=-2, dim2=-1).amax().clamp_min(torch.finfo(normal.dtype).tiny)
+    ridge = RIDGE * scale * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    return torch.linalg.solve(normal + ridge, right[..., None])[..., 0]
+
+
+def _update_even(
+    transform: Kronecker, members: Sequence[Member], pair: Factors, kernel_rank: int
+) -> tuple[Factors, list[Own]]:
+    """Kernels of every member, then the pair, in one pass over the residuals: all blocks whole, all weights equal."""
+    s = transform.size
+    total = torch.zeros((s, s), dtype=torch.float64, device=pair.b.device)
+    weight = 0.0
+    owns: list[Own] = []
+    for member in members:
+        residual = member.residual()
+        own = _kernels(transform, member, residual, pair, kernel_rank)
+        owns.append(own)
+        rows = transform.gather(residual.b, s, own["B"])
+        columns = transform.gather(residual.a.T, s, own["A"].T)
+        total += (rows @ columns.transpose(1, 2)).sum(0).double()
+        weight += float((gram(own["B"]) * gram(own["A"].T)).sum())
+    if weight == 0.0:
+        return pair, owns
+    return _truncate(total / weight, pair.rank, pair.b.dtype), owns
+
+
+def _truncate(matrix: Tensor, rank: int, dtype: torch.dtype) -> Factors:
+    """Rank-p truncation of a dense (s, s) matrix, balanced."""
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    basis = vectors.flip(1)[:, :rank]
+    root = values.flip(0)[:rank].clamp_min(0).pow(0.25)
+    safe = torch.where(root > 0, root, torch.ones_like(root))
+    return Factors((basis * safe).to(dtype), ((basis.T @ matrix) / safe[:, None]).to(dtype))
+
+
+def _flip(pair: Factors) -> Factors:
+    """The transposed product."""
+    return Factors(pair.a.T, pair.b.T)
+
+
+def _half_step(
+    transform: Kronecker | Slice,
+    members: Sequence[Member],
+    owns: Sequence[Own],
+    pair: Factors,
+    flipped: bool = False,
+) -> Factors:
+    """Best B_s given A_s under entry weights; `flipped` does the same for the transposed problem (A_s given B_s)."""
+    basis = torch.linalg.qr(pair.a.double().T)[0].T  # (p, s_in), orthonormal rows keep the systems well conditioned
+    fixed = basis.to(pair.a.dtype)
+    size_out, size_in = pair.b.shape[0], pair.a.shape[1]
+    p = fixed.shape[0]
+    numerator = torch.zeros((size_out, p), dtype=torch.float64, device=fixed.device)
+    normal = torch.zeros((size_out, p, p), dtype=torch.float64, device=fixed.device)
+    repeated: dict[Shape, int] = {}
+    for member, own in zip(members, owns, strict=True):
+        residual = _flip(member.residual()) if flipped else member.residual()
+        out, width = residual.shape
+        k_out, k_in = _sides(own, flipped)
+        projected = residual.b @ (residual.a @ transform.spread(fixed.T, width, k_in))  # (out, k·p)
+        columns = k_in.shape[1] if k_in is not None else 1
+        for t in range(columns):
+            block = projected[:, t * p : (t + 1) * p]
+            kernel = k_out[:, t : t + 1] if k_out is not None else None
+            numerator += transform.gather(block, size_out, kernel)[0].double()
+        if k_out is None:  # without kernels the normal equations depend on the shape alone
+            repeated[out, width] = repeated.get((out, width), 0) + 1
+        else:
+            normal += _normal(transform, basis, (out, width), size_out, size_in, k_out, k_in)
+    for shape, count in repeated.items():
+        normal += count * _normal(transform, basis, shape, size_out, size_in, None, None)
+    return Factors(_solve(normal, numerator).to(fixed.dtype), fixed)
+
+
+def _sides(own: Own, flipped: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Kernels of the rows and of the columns as (grid, k), or None for a transform without kernels."""
+    if not own:
+        return None, None
+    return (own["A"].T, own["B"]) if flipped else (own["B"], own["A"].T)
+
+
+def _normal(
+    transform: Kronecker | Slice,
+    basis: Tensor,
+    shape: Shape,
+    size_out: int,
+    size_in: int,
+    k_out: Tensor | None,
+    k_in: Tensor | None,
+) -> Tensor:
+    """One member's share of the rows' normal equations: (s_out, p, p)."""
+    cover_out = transform.coverage(shape[0], size_out, k_out).to(basis.device)
+    cover_in = transform.coverage(shape[1], size_in, k_in).to(basis.device)
+    inner = torch.einsum("ps,tus,qs->tupq", basis, cover_in, basis)
+    return torch.einsum("tus,tupq->spq", cover_out, inner)
+
+
+def _leading_block(
+    transform: Kronecker, members: Sequence[Member], rank: int, generator: torch.Generator
+) -> Factors:
+    """A first P from the higher-order SVD of all blocks of all members.
+
+    B_s spans the leading eigenvectors of Σ block·blockᵀ, A_s those of Σ blockᵀ·block, both measured on random
+    combinations of columns and rows; the core Q that joins them is the leading direction of the projected blocks.
+    """
+    s = transform.size
+    rows = torch.zeros((s, s), dtype=torch.float64)
+    columns = torch.zeros((s, s), dtype=torch.float64)
+    for member in members:
+        residual = member.residual()
+        down, across = transform.grid(member.shape)
+        noise = [
+            torch.randn((side, SKETCH), dtype=torch.float64, generator=generator).to(residual.b)
+            for side in (member.shape[1], member.shape[0])
+        ]
+        seen_rows = residual.b @ (residual.a @ noise[0])
+        seen_columns = residual.a.T @ (residual.b.T @ noise[1])
+        for total, seen, grid in ((rows, seen_rows, down), (columns, seen_columns, across)):
+            flat = transform.blocks(seen, grid).transpose(0, 1).reshape(s, -1).T
+            total += gram(flat).cpu()
+    core = min(rank, CORE)
+    b = torch.linalg.eigh(rows)[1].flip(1)[:, :core]
+    a = torch.linalg.eigh(columns)[1].flip(1)[:, :core]
+    projected = []
+    for member in members:
+        residual = member.residual()
+        down, across = transform.grid(member.shape)
+        left = transform.blocks(residual.b, down).transpose(1, 2) @ b.to(residual.b)  # (out/s, q, p)
+        right = transform.blocks(residual.a.T, across).transpose(1, 2) @ a.to(residual.b)  # (in/s, q, p)
+        blocks = torch.einsum("gqa,hqb->ghab", left, right)
+        projected.append(blocks.reshape(down * across, core * core).double().cpu())
+    stacked = torch.cat(projected)
+    q = stacked[stacked.square().sum(1).argmax()]
+    for _ in range(CORE_STEPS):
+        q = stacked.T @ (stacked @ q)
+        q = q / q.norm().clamp_min(torch.finfo(q.dtype).tiny)
+    return widen(Factors(b @ q.reshape(core, core), a.T), rank, generator)

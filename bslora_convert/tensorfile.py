@@ -1,0 +1,93 @@
+"""Reading tensor files and JSON without trusting them, and hashing them."""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bslora_convert.errors import InputError
+
+LARGEST_JSON = 64 << 20
+LFS_POINTER = b"version https://git-lfs"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HASH_CHUNK = 1 << 22
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    :raises InputError: when the file is missing, too large, not JSON or not an object.
+    """
+    _check_file(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a configuration file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is expected, found {type(value).__name__}")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a `.safetensors` file, or of a `.bin`/`.pt` file read with `weights_only=True`.
+
+    :raises InputError: when the file is missing, a Git-LFS pointer, truncated or holds anything but tensors.
+    """
+    _check_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{path}: truncated or not a safetensors file ({error})") from None
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not a file of plain tensors ({reason})") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: a dictionary of tensors is expected, found {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise InputError(f"{path}: entry {key!r} is not a named tensor")
+    return loaded
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if not path.is_file():
+        raise InputError(f"{path}: not a regular file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(f"{path}: a Git-LFS pointer, not the weights; run `git lfs pull` first")
+
+
+def check_finite(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuses NaN and infinity.
+
+    :raises InputError: naming file and tensor.
+    """
+    # A sum is finite only if every entry is; only a sum that overflows needs the slower look.
+    if not torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise InputError(f"{path}: tensor {key} holds {bad} NaN or infinite values; the adapter is damaged")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
