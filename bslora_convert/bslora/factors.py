@@ -30,9 +30,9 @@ class Factors:
         """Stored numbers."""
         return self.b.numel() + self.a.numel()
 
-    def to(self, dtype: torch.dtype) -> "Factors":
-        """Both factors in another dtype."""
-        return Factors(self.b.to(dtype), self.a.to(dtype))
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Factors":
+        """Both factors in another dtype or on another device."""
+        return Factors(self.b.to(device=device, dtype=dtype), self.a.to(device=device, dtype=dtype))
 
 
 def add(first: Factors, *others: Factors) -> Factors:

@@ -52,19 +52,27 @@ class BsloraForm:
         return self.shared[level][group]
 
     def part(self, name: str, part: str) -> Factors | None:
-        """One part of a module's delta as factors of the module's shape; None where the module has no such part."""
+        """One part of a module's delta as factors of the module's shape, None where the module has no such part.
+
+        Computed in float32 at least, whatever the storage dtype.
+        """
         module = self.modules[name]
+        dtype = torch.promote_types(module.local.b.dtype, torch.float32)
         if part == "local":
-            return module.local
+            return module.local.to(dtype)
         path = module.paths.get(part)
         if path is None or self.transform is None:
             return None
-        return self.transform.factors(self.pair(part, path.group), path.own, module.shape)
+        own = {key: tensor.to(dtype) for key, tensor in path.own.items()}
+        return self.transform.factors(self.pair(part, path.group).to(dtype), own, module.shape)
+
+    def parts(self, name: str) -> dict[str, Factors]:
+        """All parts of a module's delta, by name of the part."""
+        return {part: factors for part in PARTS if (factors := self.part(name, part)) is not None}
 
     def delta(self, name: str) -> Factors:
-        """The module's whole ΔW as factors, ranks adding up: (out, R), (R, in)."""
-        parts = [factors for part in PARTS if (factors := self.part(name, part)) is not None]
-        return add(parts[0], *parts[1:])
+        """The module's whole ΔW as factors, ranks adding up: (out, R), (R, in), float32 at least."""
+        return add(*self.parts(name).values())
 
     def expanded_rank(self, name: str) -> int:
         """Rank of the plain LoRA that equals this module, known without an SVD."""

@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, add, subtract
+from bslora_convert.bslora.factors import Factors, add
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.bslora.transforms.kronecker import split_rank
 from bslora_convert.fit import shared
 from bslora_convert.fit.allocate import Ranks, cost_of, lost_energy
-from bslora_convert.fit.lowrank import Delta, Grams, gram, product_svd
+from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, gram, product_svd
 from bslora_convert.fit.shared import Member, Own
 
 Allocation = Callable[[Mapping[str, Tensor]], Ranks]
@@ -31,21 +31,19 @@ Groups = Mapping[str, Mapping[str, list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is fitted: the deltas with their Gram matrices, and who shares with whom.
+    """What is fitted: the deltas with their Gram matrices and SVDs, and who shares with whom.
 
-    groups: level -> group -> names of its members. kernel: the KE variant.
+    costs: numbers that one more local rank of a module stores. groups: level -> group -> names of its members.
+    kernel: the KE variant.
     """
 
     deltas: Mapping[str, Delta]
     grams: Mapping[str, Grams]
+    svds: Mapping[str, ProductSvd]
     transform: Kronecker | Slice
+    costs: Mapping[str, int]
     groups: Groups
     kernel: str = "r_1"
-
-    @property
-    def costs(self) -> dict[str, int]:
-        """Numbers that one more local rank of a module stores."""
-        return {name: sum(delta.shape) for name, delta in self.deltas.items()}
 
     def split(self, rank: int) -> tuple[int, int]:
         """(pair rank p, kernel rank k) of a shared path of this rank."""
@@ -57,12 +55,16 @@ class State:
     """A fit so far. `lost` is the objective Σ ‖residual‖².
 
     pairs: (level, group) -> shared pair. uses: (level, module) -> (group, own tensors).
+    headroom: (level, group) -> energy that twice the rank would take (`shared.Update`).
+    price: energy per number that the next local component would take.
     """
 
     lost: float
     locals: Mapping[str, Factors] = field(default_factory=dict)
     pairs: Mapping[tuple[str, str], Factors] = field(default_factory=dict)
     uses: Mapping[tuple[str, str], tuple[str, Own]] = field(default_factory=dict)
+    headroom: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    price: float = 0.0
 
     def own(self, level: str, name: str) -> Own:
         """A module's own tensors of a level, none before its group has been started."""
@@ -95,12 +97,17 @@ def shared_terms(problem: Problem, state: State, name: str, skip: str | None = N
     return terms
 
 
-def _residual(problem: Problem, state: State, level: str, name: str) -> Factors:
-    """ΔW_m minus everything but the module's term of `level`."""
+def _minus(first: Factors, parts: list[Factors]) -> list[Factors]:
+    """A difference as a sum of products, the first one as it is."""
+    return [first, *(Factors(-part.b, part.a) for part in parts)]
+
+
+def _residual(problem: Problem, state: State, level: str, name: str) -> list[Factors]:
+    """ΔW_m minus everything but the module's term of `level`, as a sum of products."""
     parts = shared_terms(problem, state, name, skip=level)
     if name in state.locals:
         parts.append(state.locals[name])
-    return subtract(problem.deltas[name].factors(), *parts)
+    return _minus(problem.deltas[name].factors(), parts)
 
 
 def _update_group(
@@ -123,12 +130,15 @@ def _update_group(
     ]
     if (level, group) in state.pairs:
         pair = shared.widen(state.pairs[level, group], pair_rank, generator)
-        pair, owns = shared.update(problem.transform, members, pair, kernel_rank)
+        result = shared.update(problem.transform, members, pair, kernel_rank)
     else:
-        pair, owns = shared.start(problem.transform, members, pair_rank, kernel_rank, generator)
-    uses = {(level, name): (group, own) for name, own in zip(names, owns, strict=True)}
+        result = shared.start(problem.transform, members, pair_rank, kernel_rank, generator)
+    uses = {(level, name): (group, own) for name, own in zip(names, result.owns, strict=True)}
     return replace(
-        state, pairs={**state.pairs, (level, group): pair}, uses={**state.uses, **uses}
+        state,
+        pairs={**state.pairs, (level, group): result.pair},
+        uses={**state.uses, **uses},
+        headroom={**state.headroom, (level, group): result.headroom},
     )
 
 
@@ -138,8 +148,9 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
     for name, grams in problem.grams.items():
         terms = shared_terms(problem, state, name)
         if terms:
-            grams = _without(grams, problem.deltas[name].factors(), add(*terms))
-        svds[name] = product_svd(grams)
+            svds[name] = product_svd(_without(grams, problem.deltas[name].factors(), add(*terms)))
+        else:
+            svds[name] = problem.svds[name]
     spectra = {name: svd.energies for name, svd in svds.items()}
     ranks = allocation(spectra)
     before = {name: state.locals[name].rank if name in state.locals else 0 for name in spectra}
@@ -148,11 +159,14 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
         ranks = before
     local = {
         name: svd.truncate(
-            subtract(problem.deltas[name].factors(), *shared_terms(problem, state, name)), ranks[name]
+            _minus(problem.deltas[name].factors(), shared_terms(problem, state, name)), ranks[name]
         )
         for name, svd in svds.items()
     }
-    return replace(state, locals=local, lost=lost_energy(spectra, ranks))
+    price = max(
+        (float(v[ranks[name]]) / problem.costs[name] for name, v in spectra.items() if len(v) > ranks[name]), default=0.0
+    )
+    return replace(state, locals=local, lost=lost_energy(spectra, ranks), price=price)
 
 
 def _without(grams: Grams, target: Factors, term: Factors) -> Grams:

@@ -31,6 +31,7 @@ TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
 FLOOR = 1e-12  # share of the energy under which the objective is rounding
 SWEEPS = 60
 TRIAL_SWEEPS = 2
+CAUTION = 4.0  # the headroom is measured with kernels that don't yet fit the larger rank
 LARGEST_SHARED_RANK = 64
 BISECTIONS = 12
 ENTIRE = "all"  # the inter group's name
@@ -247,7 +248,7 @@ def _within(source: Source, budget: int, equal: bool) -> Allocation:
 def _plain(source: Source, allocation: Allocation) -> Fit:
     ranks = allocation(source.spectra)
     modules = {
-        name: Module(delta.shape, source.svds[name].truncate(delta.factors(), ranks[name]), {}, _kind(source, name))
+        name: Module(delta.shape, source.svds[name].truncate([delta.factors()], ranks[name]), {}, _kind(source, name))
         for name, delta in source.deltas.items()
     }
     return Fit(BsloraForm(None, modules), allocate.lost_energy(source.spectra, ranks))
@@ -318,7 +319,7 @@ def _gated(source: Source, transform: Gate, levels: Mapping[str, int], gates: Ra
     pairs: dict[str, dict[str, Factors]] = {level: {} for level in used}
     for name, delta in source.deltas.items():
         local, count = ranks[name], gates[name]
-        whole = source.svds[name].truncate(delta.factors(), local + count)
+        whole = source.svds[name].truncate([delta.factors()], local + count)
         paths = {}
         for position, level in enumerate(used[:count], start=local):
             group = group_of[level][name]
@@ -352,7 +353,7 @@ def _problem(source: Source, options: Options) -> Problem:
         transform = Kronecker.dividing(shapes, options.shared_size)
     else:
         transform = Slice.covering(shapes, options.window)
-    return Problem(source.deltas, source.grams, transform, groups, options.kernel)
+    return Problem(source.deltas, source.grams, source.svds, transform, source.costs, groups, options.kernel)
 
 
 def shared_parameters(problem: Problem, levels: Mapping[str, int]) -> int:
@@ -390,6 +391,8 @@ def _search(source: Source, options: Options, budget: int, progress: Progress) -
             allocation = allocation_for(larger)
             if allocation is None or larger[level] > _rank_limit(problem):
                 continue
+            if _hopeless(problem, state, level, levels, larger):
+                continue
             progress(f"trying ranks {larger['intra']} within layers, {larger['inter']} across")
             trial = _run(problem, state, larger, allocation, options.seed, TRIAL_SWEEPS)[0]
             if not levels[level] and trial.lost >= state.lost:
@@ -399,6 +402,15 @@ def _search(source: Source, options: Options, budget: int, progress: Progress) -
                 levels, improved = larger, True
                 history = more
     return _finish(problem, source, state, history)
+
+
+def _hopeless(
+    problem: Problem, state: State, level: str, levels: Mapping[str, int], larger: Mapping[str, int]
+) -> bool:
+    """Whether a larger rank can't earn, by far, what its numbers would earn as local components."""
+    headroom = sum(value for (at, _), value in state.headroom.items() if at == level) if levels[level] else math.inf
+    added = shared_parameters(problem, larger) - shared_parameters(problem, levels)
+    return CAUTION * headroom < state.price * added
 
 
 def _rank_limit(problem: Problem) -> int:
@@ -417,12 +429,10 @@ def _fit_at(
     local_first = fit_locals(problem, State(math.inf), allocation)
     if not any(levels.values()):
         return local_first, [local_first.lost]
-    starts = []
-    for start in (local_first, State(math.inf)):
-        progress("fitting shared parts")
-        starts.append(_run(problem, start, levels, allocation, seed, TRIAL_SWEEPS))
+    progress("starting the shared parts")
+    starts = [_run(problem, start, levels, allocation, seed, 1) for start in (local_first, State(math.inf))]
     state, history = min(starts, key=lambda run: run[0].lost)
-    state, more = _run(problem, state, levels, allocation, seed, SWEEPS - TRIAL_SWEEPS, progress)
+    state, more = _run(problem, state, levels, allocation, seed, SWEEPS, progress)
     return state, history + more
 
 

@@ -12,6 +12,7 @@ first (B takes the lengths), which removes a diagonal change of gauge; where A's
 eigenvectors of A Aᵀ instead, null directions left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,12 +44,11 @@ class Delta(Protocol):
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     """xᵀ y (xᵀ x without y) in float64: (n, p), (n, q) -> (p, q)."""
     y = x if y is None else y
-    total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
-    for start in range(0, x.shape[0], ROW_CHUNK):
-        left = x[start : start + ROW_CHUNK].double()
-        right = left if y is x else y[start : start + ROW_CHUNK].double()
-        total += left.T @ right
-    return total
+    if x.shape[0] > ROW_CHUNK:
+        starts = range(0, x.shape[0], ROW_CHUNK)
+        return torch.stack([gram(x[i : i + ROW_CHUNK], y[i : i + ROW_CHUNK]) for i in starts]).sum(0)
+    left = x.double()
+    return left.T @ (left if y is x else y.double())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,22 @@ class ProductSvd:
     left: Tensor
     right: Tensor
 
-    def truncate(self, factors: Factors, rank: int) -> Factors:
-        """Best part of `rank` or less, balanced: √σ on both sides."""
+    def truncate(self, terms: Sequence[Factors], rank: int) -> Factors:
+        """Best part of `rank` or less, balanced: √σ on both sides.
+
+        terms: the products whose sum B A is, in the order in which their columns stand in B.
+        """
         rank = min(rank, self.energies.shape[0])
         root = self.energies[:rank].pow(0.25)
         scale = torch.where(root > 0, root, torch.ones_like(root))
-        dtype = factors.b.dtype
-        return Factors(
-            factors.b @ (self.left[:, :rank] / scale).to(dtype),
-            (self.right[:rank] * scale[:, None]).to(dtype) @ factors.a,
-        )
+        dtype = terms[0].b.dtype
+        sizes = [term.rank for term in terms]
+        left = (self.left[:, :rank] / scale).to(dtype).split(sizes, dim=0)
+        right = (self.right[:rank] * scale[:, None]).to(dtype).split(sizes, dim=1)
+        b, a = terms[0].b @ left[0], right[0] @ terms[0].a
+        for term, columns, rows in zip(terms[1:], left[1:], right[1:], strict=True):
+            b, a = b.addmm_(term.b, columns), a.addmm_(rows, term.a)
+        return Factors(b, a)
 
 
 def product_svd(grams: Grams) -> ProductSvd:

@@ -17,6 +17,7 @@ columns of K_A, from weighted normal equations.
 Every step is the exact optimum of what it updates given the rest, so none of them raises the objective.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,11 +29,12 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit.lowrank import gram
 
 Own = dict[str, Tensor]
+Terms = Sequence[Factors]  # a matrix as a sum of products, kept apart so that no wide factor is ever copied together
 
-SKETCH = 16  # random directions in which the starting subspaces are measured
+SKETCH = 8  # random directions in which the starting subspaces are measured
 CORE = 8  # largest core of the starting block; further ranks enter with the first pair step
-CORE_STEPS = 12  # power iterations for the core
-START_ROUNDS = 3  # rounds of pair and kernel steps before the rest of the form sees a new pair
+POWER_STEPS = 12  # power iterations for the starting subspaces and their core
+SLICE_ROUNDS = 2  # rounds that turn random rows into leading ones before the rest of the form sees them
 RIDGE = 1e-12  # of the largest normal equation: keeps uncovered rows at zero
 
 
@@ -42,16 +44,25 @@ class Member:
 
     shape: Shape
     own: Own
-    residual: Callable[[], Factors]
+    residual: Callable[[], Terms]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A group after one round: the pair (s_out, p), (p, s_in) and each member's own tensors.
+
+    headroom: energy that a pair of twice the rank would take with the same kernels; infinite where it isn't known.
+    """
+
+    pair: Factors
+    owns: list[Own]
+    headroom: float = math.inf
 
 
 def update(
     transform: Kronecker | Slice, members: Sequence[Member], pair: Factors, kernel_rank: int
-) -> tuple[Factors, list[Own]]:
-    """One round: kernels given the pair, then the pair given the kernels.
-
-    Returns the new pair (s_out, p), (p, s_in) and each member's own tensors.
-    """
+) -> Update:
+    """One round: kernels given the pair, then the pair given the kernels."""
     if isinstance(transform, Kronecker):
         if all(transform.divides(member.shape) for member in members):
             return _update_even(transform, members, pair, kernel_rank)
@@ -59,7 +70,7 @@ def update(
     else:
         owns = [member.own for member in members]
     pair = _half_step(transform, members, owns, pair)
-    return _flip(_half_step(transform, members, owns, _flip(pair), flipped=True)), owns
+    return Update(_flip(_half_step(transform, members, owns, _flip(pair), flipped=True)), owns)
 
 
 def start(
@@ -68,21 +79,18 @@ def start(
     rank: int,
     kernel_rank: int,
     generator: torch.Generator,
-) -> tuple[Factors, list[Own]]:
-    """A first pair and kernels for a group that has none: leading directions (KE) or a few subspace iterations (SS)."""
-    residual = members[0].residual()
-    dtype, device = residual.b.dtype, residual.b.device
+) -> Update:
+    """A first round for a group that has no pair: from the leading directions (KE) or from random rows (SS)."""
+    like = members[0].residual()[0].b
     if isinstance(transform, Kronecker):
         pair = _leading_block(transform, members, rank, generator)
     else:
         rows = torch.randn((transform.size_in, rank), dtype=torch.float64, generator=generator)
         pair = Factors(torch.zeros((transform.size_out, rank)), torch.linalg.qr(rows)[0].T)
-    pair = Factors(pair.b.to(device, dtype), pair.a.to(device, dtype))
-    owns = [member.own for member in members]
-    for _ in range(START_ROUNDS):
-        members = [Member(m.shape, own, m.residual) for m, own in zip(members, owns, strict=True)]
-        pair, owns = update(transform, members, pair, kernel_rank)
-    return pair, owns
+    pair = Factors(pair.b.to(like), pair.a.to(like))
+    for _ in range(SLICE_ROUNDS if isinstance(transform, Slice) else 0):
+        pair = update(transform, members, pair, kernel_rank).pair
+    return update(transform, members, pair, kernel_rank)
 
 
 def widen(pair: Factors, rank: int, generator: torch.Generator) -> Factors:
@@ -98,7 +106,7 @@ def widen(pair: Factors, rank: int, generator: torch.Generator) -> Factors:
     )
 
 
-def _kernels(transform: Kronecker, member: Member, residual: Factors, pair: Factors, kernel_rank: int) -> Own:
+def _kernels(transform: Kronecker, member: Member, residual: Terms, pair: Factors, kernel_rank: int) -> Own:
     """Best kernels of one module given the pair: {"A": (k, in/s), "B": (out/s, k)}."""
     down, across = transform.grid(member.shape)
     rank = min(kernel_rank, down, across)
@@ -119,11 +127,14 @@ def _kernels(transform: Kronecker, member: Member, residual: Factors, pair: Fact
     return {name: tensor.to(pair.b.dtype) for name, tensor in own.items()}
 
 
-def _block_products(transform: Kronecker, residual: Factors, pair: Factors, grid: Shape) -> Tensor:
+def _block_products(transform: Kronecker, residual: Terms, pair: Factors, grid: Shape) -> Tensor:
     """C_ij = ⟨block_ij of the residual, P⟩, float64: (out/s, in/s)."""
-    rows = transform.blocks(residual.b, grid[0]).transpose(1, 2) @ pair.b  # (out/s, q, p)
-    columns = transform.blocks(residual.a.T, grid[1]).transpose(1, 2) @ pair.a.T  # (in/s, q, p)
-    return rows.flatten(1).double() @ columns.flatten(1).double().T
+    total = torch.zeros(grid, dtype=torch.float64, device=pair.b.device)
+    for term in residual:
+        rows = transform.project(term.b, pair.b)  # (out/s, p, q)
+        columns = transform.project(term.a.T, pair.a.T)  # (in/s, p, q)
+        total += rows.flatten(1).double() @ columns.flatten(1).double().T
+    return total
 
 
 def _block_energies(transform: Kronecker, shape: Shape, pair: Factors) -> Tensor:
@@ -162,7 +173,7 @@ def _solve(normal: Tensor, right: Tensor) -> Tensor:
 
 def _update_even(
     transform: Kronecker, members: Sequence[Member], pair: Factors, kernel_rank: int
-) -> tuple[Factors, list[Own]]:
+) -> Update:
     """Kernels of every member, then the pair, in one pass over the residuals: all blocks whole, all weights equal."""
     s = transform.size
     total = torch.zeros((s, s), dtype=torch.float64, device=pair.b.device)
@@ -172,22 +183,40 @@ def _update_even(
         residual = member.residual()
         own = _kernels(transform, member, residual, pair, kernel_rank)
         owns.append(own)
-        rows = transform.gather(residual.b, s, own["B"])
-        columns = transform.gather(residual.a.T, s, own["A"].T)
-        total += (rows @ columns.transpose(1, 2)).sum(0).double()
+        for term in residual:
+            rows = transform.gather(term.b, s, own["B"])
+            columns = transform.gather(term.a.T, s, own["A"].T)
+            total += (rows @ columns.transpose(1, 2)).sum(0)
         weight += float((gram(own["B"]) * gram(own["A"].T)).sum())
     if weight == 0.0:
-        return pair, owns
-    return _truncate(total / weight, pair.rank, pair.b.dtype), owns
+        return Update(pair, owns, 0.0)
+    mean = total / weight
+    energies, basis = leading(mean @ mean.T, 2 * pair.rank)
+    headroom = weight * float(energies[pair.rank :].sum())
+    return Update(_project(mean, energies, basis, pair), owns, headroom)
 
 
-def _truncate(matrix: Tensor, rank: int, dtype: torch.dtype) -> Factors:
-    """Rank-p truncation of a dense (s, s) matrix, balanced."""
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    basis = vectors.flip(1)[:, :rank]
-    root = values.flip(0)[:rank].clamp_min(0).pow(0.25)
+def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of a symmetric matrix, falling, and their vectors as columns: at most `count`."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
+
+
+def _dominant(matrix: Tensor, begin: Tensor) -> Tensor:
+    """Directions that a few power steps on a symmetric matrix single out: (s, s), (s, p) -> (s, p), orthonormal."""
+    basis = begin.to(matrix)
+    for _ in range(POWER_STEPS):
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    return basis
+
+
+def _project(matrix: Tensor, energies: Tensor, basis: Tensor, like: Factors) -> Factors:
+    """Best approximation of a dense (s, s) matrix with the rank and dtype of `like`, balanced."""
+    rank = like.rank
+    root = energies[:rank].pow(0.25)
     safe = torch.where(root > 0, root, torch.ones_like(root))
-    return Factors((basis * safe).to(dtype), ((basis.T @ matrix) / safe[:, None]).to(dtype))
+    columns = basis[:, :rank]
+    return Factors((columns * safe).to(like.b.dtype), ((columns.T @ matrix) / safe[:, None]).to(like.b.dtype))
 
 
 def _flip(pair: Factors) -> Factors:
@@ -211,10 +240,11 @@ def _half_step(
     normal = torch.zeros((size_out, p, p), dtype=torch.float64, device=fixed.device)
     repeated: dict[Shape, int] = {}
     for member, own in zip(members, owns, strict=True):
-        residual = _flip(member.residual()) if flipped else member.residual()
-        out, width = residual.shape
+        terms = [_flip(term) if flipped else term for term in member.residual()]
+        out, width = terms[0].shape
         k_out, k_in = _sides(own, flipped)
-        projected = residual.b @ (residual.a @ transform.spread(fixed.T, width, k_in))  # (out, k·p)
+        directions = transform.spread(fixed.T, width, k_in)
+        projected = torch.stack([term.b @ (term.a @ directions) for term in terms]).sum(0)  # (out, k·p)
         columns = k_in.shape[1] if k_in is not None else 1
         for t in range(columns):
             block = projected[:, t * p : (t + 1) * p]
@@ -261,34 +291,35 @@ def _leading_block(
     combinations of columns and rows; the core Q that joins them is the leading direction of the projected blocks.
     """
     s = transform.size
+    longest = max(max(member.shape) for member in members)
+    noise = torch.randn((longest, SKETCH), generator=generator)
     rows = torch.zeros((s, s), dtype=torch.float64)
     columns = torch.zeros((s, s), dtype=torch.float64)
     for member in members:
-        residual = member.residual()
         down, across = transform.grid(member.shape)
-        noise = [
-            torch.randn((side, SKETCH), dtype=torch.float64, generator=generator).to(residual.b)
-            for side in (member.shape[1], member.shape[0])
-        ]
-        seen_rows = residual.b @ (residual.a @ noise[0])
-        seen_columns = residual.a.T @ (residual.b.T @ noise[1])
+        terms = member.residual()
+        random = noise.to(terms[0].b)
+        seen_rows = torch.stack([t.b @ (t.a @ random[: t.a.shape[1]]) for t in terms]).sum(0)
+        seen_columns = torch.stack([t.a.T @ (t.b.T @ random[: t.b.shape[0]]) for t in terms]).sum(0)
         for total, seen, grid in ((rows, seen_rows, down), (columns, seen_columns, across)):
-            flat = transform.blocks(seen, grid).transpose(0, 1).reshape(s, -1).T
-            total += gram(flat).cpu()
+            flat = transform.blocks(seen, grid).transpose(0, 1).reshape(s, -1)
+            total += (flat @ flat.T).cpu()
     core = min(rank, CORE)
-    b = torch.linalg.eigh(rows)[1].flip(1)[:, :core]
-    a = torch.linalg.eigh(columns)[1].flip(1)[:, :core]
+    b, a = _dominant(rows, noise[:s, :core]), _dominant(columns, noise[:s, :core])
+    if core == 1:
+        return widen(Factors(b, a.T), rank, generator)
     projected = []
     for member in members:
-        residual = member.residual()
         down, across = transform.grid(member.shape)
-        left = transform.blocks(residual.b, down).transpose(1, 2) @ b.to(residual.b)  # (out/s, q, p)
-        right = transform.blocks(residual.a.T, across).transpose(1, 2) @ a.to(residual.b)  # (in/s, q, p)
-        blocks = torch.einsum("gqa,hqb->ghab", left, right)
-        projected.append(blocks.reshape(down * across, core * core).double().cpu())
+        blocks = torch.zeros((down, across, core, core), dtype=torch.float64)
+        for term in member.residual():
+            left = transform.project(term.b, b.to(term.b))  # (out/s, p, q)
+            right = transform.project(term.a.T, a.to(term.b))  # (in/s, p, q)
+            blocks += torch.einsum("gaq,hbq->ghab", left, right).cpu()
+        projected.append(blocks.reshape(down * across, core * core))
     stacked = torch.cat(projected)
     q = stacked[stacked.square().sum(1).argmax()]
-    for _ in range(CORE_STEPS):
+    for _ in range(POWER_STEPS):
         q = stacked.T @ (stacked @ q)
         q = q / q.norm().clamp_min(torch.finfo(q.dtype).tiny)
     return widen(Factors(b @ q.reshape(core, core), a.T), rank, generator)

@@ -87,14 +87,24 @@ class Kronecker:
     def gather(self, y: Tensor, size: int, kernel: Tensor) -> Tensor:
         """Adjoint of `spread`, kernel column by kernel column: (length, q), (grid, k) -> (k, s, q)."""
         blocks = self.blocks(y, kernel.shape[0])
-        return (kernel.T @ blocks.reshape(blocks.shape[0], -1)).reshape(kernel.shape[1], size, y.shape[1])
+        if blocks.stride(2) == 1:
+            flat = blocks.reshape(blocks.shape[0], -1)
+            return (kernel.T @ flat).reshape(kernel.shape[1], size, y.shape[1])
+        return (kernel.T @ blocks.permute(2, 0, 1)).permute(1, 2, 0)  # a transposed y, read in its own order
+
+    def project(self, y: Tensor, basis: Tensor) -> Tensor:
+        """Every block's part along a basis: (length, q), (s, p) -> (grid, p, q)."""
+        blocks = self.blocks(y, -(-y.shape[0] // self.size))
+        if blocks.stride(2) == 1:
+            return basis.T @ blocks
+        return (blocks.permute(2, 0, 1) @ basis).permute(1, 2, 0)
 
     def blocks(self, y: Tensor, grid: int) -> Tensor:
-        """Rows of y cut into blocks of s: (length, q) -> (grid, s, q), zeros beyond the edge."""
+        """Rows of y cut into blocks of s: (length, q) -> (grid, s, q), zeros beyond the edge; a view where nothing is cut."""
         missing = grid * self.size - y.shape[0]
         if missing:
             y = torch.cat([y, y.new_zeros((missing, y.shape[1]))])
-        return y.reshape(grid, self.size, y.shape[1])
+        return y.unflatten(0, (grid, self.size))
 
     def coverage(self, length: int, size: int, kernel: Tensor) -> Tensor:
         """Diagonals of spread-adjoint times spread, for each pair of kernel columns: (k, k, s)."""

@@ -30,6 +30,10 @@ class Slice:
     size_in: int
     window: str = "center"
 
+    def __post_init__(self) -> None:
+        if self.window not in WINDOWS:
+            raise ValueError(f"window is {self.window!r}, one of {', '.join(WINDOWS)} is allowed")
+
     @classmethod
     def covering(cls, shapes: Iterable[Shape], window: str = "center") -> "Slice":
         """The smallest shared factors that hold a window for every shape."""

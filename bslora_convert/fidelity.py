@@ -1,0 +1,121 @@
+"""What a compact form keeps of the LoRA it came from, in weight space, and what plain SVD of the same size would keep.
+
+    relative_error = ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules together        energy_kept = 1 − relative_error²
+    cosine         = ⟨ΔW, ΔŴ⟩ / (‖ΔW‖ ‖ΔŴ‖)
+    components     = ⟨ΔW, part⟩ / ‖ΔW‖² of the local, intra and inter parts
+
+At a least-squares optimum ⟨ΔW, ΔŴ⟩ = ‖ΔŴ‖², so the components add up to the energy kept.
+All of it comes from Gram matrices of factors; no ΔW is formed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bslora_convert.bslora.factors import Factors, add
+from bslora_convert.bslora.form import PARTS, BsloraForm
+from bslora_convert.fit import allocate
+from bslora_convert.fit.convert import Source
+from bslora_convert.fit.lowrank import Grams, gram
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFidelity:
+    """One module: energy = ‖ΔW‖², lost = ‖ΔW − ΔŴ‖²."""
+
+    name: str
+    energy: float
+    lost: float
+    local_rank: int
+
+    @property
+    def relative_error(self) -> float:
+        """‖ΔW − ΔŴ‖ / ‖ΔW‖, 0 for a module whose delta is zero and stays zero."""
+        return _ratio(self.lost, self.energy)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFidelity:
+    """The whole adapter in weight space."""
+
+    modules: tuple[ModuleFidelity, ...]
+    components: dict[str, float]
+    cosine: float
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖² over all modules."""
+        return sum(module.energy for module in self.modules)
+
+    @property
+    def relative_error(self) -> float:
+        """‖ΔW − ΔŴ‖ / ‖ΔW‖ over all modules."""
+        return _ratio(sum(module.lost for module in self.modules), self.energy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`weight` of fidelity.json."""
+        error = self.relative_error
+        return {
+            "relative_error": error,
+            "energy_kept": 1 - error**2,
+            "cosine": self.cosine,
+            "components": self.components,
+            "modules": [
+                {"name": m.name, "relative_error": m.relative_error, "energy": m.energy, "local_rank": m.local_rank}
+                for m in self.modules
+            ],
+        }
+
+
+def compare(source: Source, form: BsloraForm) -> WeightFidelity:
+    """Measures a form against its source."""
+    modules = []
+    components = dict.fromkeys(PARTS, 0.0)
+    total_cross = total_form = 0.0
+    for name, delta in source.deltas.items():
+        target, parts = delta.factors(), form.parts(name)
+        whole = add(*parts.values()).to(device=target.b.device)
+        along = _inner_by_column(target, whole)
+        start = 0
+        for part, factors in parts.items():
+            components[part] += float(along[start : start + factors.rank].sum())
+            start += factors.rank
+        cross, own = float(along.sum()), Grams.of(whole).energy
+        energy = source.grams[name].energy
+        lost = max(energy - 2 * cross + own, 0.0)
+        modules.append(ModuleFidelity(name, energy, lost, form.modules[name].local.rank))
+        total_cross += cross
+        total_form += own
+    energy = source.energy
+    return WeightFidelity(
+        tuple(modules),
+        {part: value / energy if energy else 0.0 for part, value in components.items()},
+        total_cross / math.sqrt(energy * total_form) if energy and total_form else float(energy == total_form),
+    )
+
+
+def _inner_by_column(target: Factors, other: Factors) -> Any:
+    """⟨ΔW, b_j a_j⟩ for each rank-one term of `other`: (R,), float64."""
+    return (gram(target.b, other.b) * gram(target.a.T, other.a.T)).sum(0)
+
+
+def svd_baselines(source: Source, parameters: int) -> dict[str, dict[str, float]]:
+    """Plain truncated SVD within `parameters` numbers: one rank for all modules, and the best rank for each."""
+    limits = {name: len(values) for name, values in source.spectra.items()}
+    choices = {
+        "svd_uniform": allocate.uniform(limits, source.costs, parameters),
+        "svd_adaptive": allocate.within_budget(source.spectra, source.costs, parameters),
+    }
+    return {
+        name: {
+            "parameter_ratio": allocate.cost_of(ranks, source.costs) / source.parameters,
+            "relative_error": _ratio(allocate.lost_energy(source.spectra, ranks), source.energy),
+        }
+        for name, ranks in choices.items()
+    }
+
+
+def _ratio(lost: float, energy: float) -> float:
+    return math.sqrt(lost / energy) if energy else float(lost > 0)

@@ -1,0 +1,80 @@
+"""Results land whole or not at all: written beside the output place, then renamed into it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bslora_convert.errors import OutputError
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuses an output place that can't be used, before any work is done.
+
+    :raises OutputError: when it is a file, a non-empty directory without `overwrite`, or can't be made.
+    """
+    if out.exists():
+        if not out.is_dir():
+            raise OutputError(f"{out}: exists and is not a directory")
+        if any(out.iterdir()) and not overwrite:
+            raise OutputError(f"{out}: not empty; give --overwrite to replace it")
+    ancestor = out.absolute().parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise OutputError(f"{out}: {ancestor} can't be written to")
+
+
+@contextmanager
+def landing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A fresh directory beside `out` that takes its place when the block ends well and vanishes when it doesn't.
+
+    :raises OutputError: as `check_output`, or when writing fails (disk full, permissions).
+    """
+    check_output(out, overwrite)
+    out = out.absolute()
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    _remove_stale(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        _replace(partial, out)
+    except OSError as error:
+        raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Renames `partial` to `out`; what stood there is moved aside first and comes back if that fails."""
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    """Removes what killed runs for the same output left behind."""
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,32 @@
+"""What a conversion says about itself: fidelity.json, report.html and the model card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bslora_convert.bslora.form import layer_of
+from bslora_convert.bslora.storage import CompactAdapter
+from bslora_convert.report import card, page
+
+FIDELITY_NAME = "fidelity.json"
+REPORT_NAME = "report.html"
+CARD_NAME = "README.md"
+
+
+def write(
+    place: Path,
+    record: Mapping[str, Any],
+    spectra: Mapping[str, Tensor],
+    compact: CompactAdapter,
+    *,
+    html: bool = True,
+) -> None:
+    """Writes the record, the page (unless off) and the card into a directory."""
+    (place / FIDELITY_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if html:
+        layers = {name: layer_of(name) for name in compact.form.modules}
+        (place / REPORT_NAME).write_text(page.render(record, spectra, layers), encoding="utf-8")
+    (place / CARD_NAME).write_text(card.render(record, compact.config), encoding="utf-8")

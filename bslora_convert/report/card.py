@@ -1,0 +1,21 @@
+"""README.md of a compact directory: a model card with the invocation, the source's hash and the measured fidelity."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from bslora_convert.recipe import Recipe
+from bslora_convert.report import verdict
+from bslora_convert.report.page import environment
+
+
+def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The card of one conversion."""
+    words = ["bslora-convert", "compress", record["source"]["path"], "OUT_DIR"]
+    words += Recipe.from_dict(record["recipe"]).arguments()
+    return environment().get_template("card.md").render(
+        record=record,
+        base_model=config.get("base_model_name_or_path"),
+        invocation=shlex.join(words),
+        verdict=verdict.sentences(record),
+    )

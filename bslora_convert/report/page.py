@@ -1,0 +1,109 @@
+"""report.html: one self-contained page, the answer in its first screen."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import numpy as np
+from torch import Tensor
+
+from bslora_convert.report import plots, verdict
+
+OUTSIDE = "–"  # column of modules that stand in no numbered layer
+
+
+def environment() -> jinja2.Environment:
+    """Jinja environment of the package's templates; everything is escaped in HTML."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("bslora_convert.report"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters["percent"] = lambda value: f"{value:.2%}"
+    made.filters["count"] = lambda value: f"{value:,}"
+    made.filters["size"] = size
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes for a reader: 9.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], layers: Mapping[str, str | None]) -> str:
+    """The page of one conversion.
+
+    spectra: σ² of every module of the source. layers: the numbered layer of every module, None outside.
+    """
+    modules = record["weight"]["modules"]
+    kinds = {module["name"]: _kind(module["name"], layers[module["name"]]) for module in modules}
+    figures = {
+        "error by module": plots.error_map(*_error_grid(modules, layers, kinds)),
+        "beside plain SVD of the same size": plots.baselines(_errors(record)),
+        "spectra of the source": plots.spectra(*_spectra(modules, spectra, kinds)),
+    }
+    if record["compact"]["transform"] != "none":
+        figures["where the numbers go"] = plots.budget_split(
+            record["compact"]["parameters_by_part"], record["weight"]["components"]
+        )
+    return environment().get_template("report.html").render(
+        record=record,
+        verdict=verdict.sentences(record),
+        figures={title: plots.data_uri(figure) for title, figure in figures.items()},
+        worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
+    )
+
+
+def _kind(name: str, layer: str | None) -> str:
+    """A module's place within its layer, the same in every layer."""
+    return name.removeprefix(f"{layer}.") if layer else name
+
+
+def _error_grid(
+    modules: list[dict[str, Any]], layers: Mapping[str, str | None], kinds: Mapping[str, str]
+) -> tuple[dict[tuple[str, str], float], list[str], list[str]]:
+    prefixes = {layer.rpartition(".")[0] for layer in layers.values() if layer}
+    short = {
+        name: (layer.rpartition(".")[2] if len(prefixes) <= 1 else layer) if layer else OUTSIDE
+        for name, layer in layers.items()
+    }
+    errors = {(short[m["name"]], kinds[m["name"]]): m["relative_error"] for m in modules}
+    return errors, list(dict.fromkeys(short.values())), list(dict.fromkeys(kinds.values()))
+
+
+def _errors(record: Mapping[str, Any]) -> dict[str, float]:
+    transform = record["compact"]["transform"]
+    return {
+        "this result" if transform == "none" else f"this result ({transform})": record["weight"]["relative_error"],
+        "SVD, a rank per module": record["baselines"]["svd_adaptive"]["relative_error"],
+        "SVD, one rank": record["baselines"]["svd_uniform"]["relative_error"],
+    }
+
+
+def _spectra(
+    modules: list[dict[str, Any]], spectra: Mapping[str, Tensor], kinds: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Median share of energy left out after k components and mean local rank, by kind."""
+    longest = max(len(values) for values in spectra.values())
+    left: dict[str, list[np.ndarray]] = {}
+    ranks: dict[str, list[int]] = {}
+    for module in modules:
+        values = spectra[module["name"]].cpu().numpy()
+        energy = values.sum()
+        if energy == 0:
+            continue
+        tail = np.zeros(longest + 1)
+        tail[: len(values)] = values[::-1].cumsum()[::-1] / energy
+        left.setdefault(kinds[module["name"]], []).append(tail)
+        ranks.setdefault(kinds[module["name"]], []).append(module["local_rank"])
+    return (
+        {kind: np.median(tails, axis=0) for kind, tails in left.items()},
+        {kind: float(np.mean(values)) for kind, values in ranks.items()},
+    )

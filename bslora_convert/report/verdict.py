@@ -1,0 +1,34 @@
+"""The result in plain words: what was kept, at what size, and whether sharing paid."""
+
+from collections.abc import Mapping
+from typing import Any
+
+TIE = 0.002  # relative difference of errors under which two results are called equal
+
+
+def sentences(record: Mapping[str, Any]) -> list[str]:
+    """Two or three sentences that answer what a reader asks first."""
+    compact, weight, baselines = record["compact"], record["weight"], record["baselines"]
+    said = [
+        f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
+        f"({compact['byte_ratio']:.1%} of the bytes)."
+    ]
+    said.append(_against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"]))
+    before = max(int(rank) for rank in record["source"]["ranks"])
+    if compact["expanded_rank"] > before:
+        said.append(
+            f"Expanded, its largest rank is {compact['expanded_rank']}, more than the source's {before}: smaller on disk, "
+            "not in a server's slots."
+        )
+    return said
+
+
+def _against_svd(transform: str, error: float, svd: float) -> str:
+    numbers = f"relative error {error:.4f} against {svd:.4f}"
+    if transform == "none":
+        return f"This is plain truncated SVD with a rank per module ({numbers} before rounding to the storage type)."
+    if error < svd * (1 - TIE):
+        return f"Sharing paid: plain SVD of the same size loses more ({numbers})."
+    if error <= svd * (1 + TIE):
+        return f"Sharing neither paid nor cost: plain SVD of the same size loses as much ({numbers})."
+    return f"Sharing did not pay: plain SVD of the same size, one rank per module, loses less ({numbers})."
