@@ -1,0 +1,48 @@
+"""Converts existing LoRA adapters into BSLoRA form, and says exactly what was kept.
+
+    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_lora, save_compact
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bslora_convert.version import __version__
+
+if TYPE_CHECKING:
+    from bslora_convert.bslora.storage import load_compact, save_compact
+    from bslora_convert.compress import compress
+    from bslora_convert.expand import expand
+    from bslora_convert.inspection import inspect
+    from bslora_convert.lora import load_lora
+    from bslora_convert.recipe import Recipe
+
+_HOMES = {
+    "Recipe": "bslora_convert.recipe",
+    "compress": "bslora_convert.compress",
+    "expand": "bslora_convert.expand",
+    "inspect": "bslora_convert.inspection",
+    "load_compact": "bslora_convert.bslora.storage",
+    "load_lora": "bslora_convert.lora",
+    "save_compact": "bslora_convert.bslora.storage",
+}
+
+__all__ = [
+    "Recipe",
+    "__version__",
+    "compress",
+    "expand",
+    "inspect",
+    "load_compact",
+    "load_lora",
+    "save_compact",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -4,9 +4,8 @@
 """
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,22 +30,9 @@ from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.recipe import Recipe
 from bslora_convert.tensorfile import sha256
+from bslora_convert.tokenizer import copy_tokenizer
 from bslora_convert.version import __version__
 
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
 
 Progress = Callable[[str], None]
@@ -88,7 +74,7 @@ def compress(
         progress("writing")
         with landing(out, overwrite) as place:
             save_compact(_cast(fit.form, dtype), place, adapter.config.raw, adapter.carried)
-            _copy_tokenizer(adapter.weights.parent, place)
+            copy_tokenizer(adapter.weights.parent, place)
             progress("measuring what was written")
             compact = load_compact(place)
             weight = fidelity.compare(measured, compact.form)
@@ -179,13 +165,6 @@ def _check_paths(weights: Path, out: Path) -> None:
     source, target = weights.resolve().parent, out.resolve()
     if target == source or target in source.parents:
         raise InputError(f"{out}: the output would replace the source {source}")
-
-
-def _copy_tokenizer(source: Path, place: Path) -> None:
-    for name in TOKENIZER_FILES:
-        file = source / name
-        if file.is_file():
-            shutil.copyfile(file, place / name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

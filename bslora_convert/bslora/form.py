@@ -141,6 +141,12 @@ def layer_of(name: str) -> str | None:
     """
     parts = name.split(".")
     for position, part in enumerate(parts[:-1]):
-        if part.isdigit():
+        if part.isdecimal():
             return ".".join(parts[: position + 1])
     return None
+
+
+def kind_of(name: str) -> str:
+    """A module's place within its layer, the same in every layer: `mlp.up_proj`; the whole name outside of layers."""
+    layer = layer_of(name)
+    return name.removeprefix(f"{layer}.") if layer else name

@@ -41,7 +41,6 @@ INHERITED = (
     "fan_in_fan_out",
     "modules_to_save",
     "revision",
-    "target_modules",
     "task_type",
 )
 
@@ -76,6 +75,7 @@ def save_compact(
         "format_version": FORMAT_VERSION,
         "inference_mode": True,
         **{field: source_config[field] for field in INHERITED if source_config.get(field) is not None},
+        "target_modules": _target_modules(form, source_config),
         "transform": transform_to_dict(form.transform),
         "modules": {name: _module_to_dict(module) for name, module in form.modules.items()},
     }
@@ -112,6 +112,17 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
     transform = _transform_from_dict(config_path, config.get("transform"))
     form = _Reader(config_path, weights_path, transform, tensors).form(config.get("modules"))
     return CompactAdapter(form, tensors, config, directory)
+
+
+def _target_modules(form: BsloraForm, source_config: Mapping[str, Any]) -> list[str]:
+    """The source's list of name endings where it alone says which modules are adapted, else every module's full name."""
+    targets = source_config.get("target_modules")
+    narrowed = any(source_config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if isinstance(targets, list) and targets and not narrowed:
+        endings = tuple(f".{target}" for target in targets if isinstance(target, str))
+        if all(f".{name}".endswith(endings) for name in form.modules):
+            return sorted(targets)
+    return list(form.modules)
 
 
 def transform_to_dict(transform: Transform | None) -> dict[str, Any]:

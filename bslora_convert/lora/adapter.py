@@ -108,7 +108,8 @@ def load_lora(path: str | Path) -> LoraAdapter:
     refuse_unless_convertible(raw, config_path)
     config = LoraConfig.parse(raw, config_path)
     factors, kinds, carried = _sort(weights, read_tensors(weights))
-    modules = {name: _module(weights, name, sides, kinds[name], config) for name, sides in factors.items()}
+    names = sorted(factors, key=natural_order)
+    modules = {name: _module(weights, name, factors[name], kinds[name], config) for name in names}
     if not modules:
         raise InputError(f"{weights}: holds no LoRA factors (keys ending in lora_A.weight and lora_B.weight)")
     return LoraAdapter(Path(path), weights, config, modules, carried, _notes(modules, config, raw, path, directory))
@@ -141,6 +142,11 @@ def locate(path: Path) -> tuple[Path, Path]:
         if (path / name).exists():
             return path, path / name
     raise InputError(f"{path}: no weights, one of {', '.join(WEIGHTS_NAMES)} is expected")
+
+
+def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sorting key under which layer 2 stands before layer 10."""
+    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split("."))
 
 
 def canonical(key: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.form import layer_of
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.report import card, page
 
@@ -27,6 +26,5 @@ def write(
     """Writes the record, the page (unless off) and the card into a directory."""
     (place / FIDELITY_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if html:
-        layers = {name: layer_of(name) for name in compact.form.modules}
-        (place / REPORT_NAME).write_text(page.render(record, spectra, layers), encoding="utf-8")
+        (place / REPORT_NAME).write_text(page.render(record, spectra), encoding="utf-8")
     (place / CARD_NAME).write_text(card.render(record, compact.config), encoding="utf-8")

@@ -7,6 +7,7 @@ import jinja2
 import numpy as np
 from torch import Tensor
 
+from bslora_convert.bslora.form import kind_of, layer_of
 from bslora_convert.report import plots, verdict
 
 OUTSIDE = "–"  # column of modules that stand in no numbered layer
@@ -37,13 +38,14 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], layers: Mapping[str, str | None]) -> str:
+def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
     """The page of one conversion.
 
-    spectra: σ² of every module of the source. layers: the numbered layer of every module, None outside.
+    spectra: σ² of every module of the source.
     """
     modules = record["weight"]["modules"]
-    kinds = {module["name"]: _kind(module["name"], layers[module["name"]]) for module in modules}
+    layers = {module["name"]: layer_of(module["name"]) for module in modules}
+    kinds = {module["name"]: kind_of(module["name"]) for module in modules}
     figures = {
         "error by module": plots.error_map(*_error_grid(modules, layers, kinds)),
         "beside plain SVD of the same size": plots.baselines(_errors(record)),
@@ -59,11 +61,6 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], layers: Map
         figures={title: plots.data_uri(figure) for title, figure in figures.items()},
         worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
     )
-
-
-def _kind(name: str, layer: str | None) -> str:
-    """A module's place within its layer, the same in every layer."""
-    return name.removeprefix(f"{layer}.") if layer else name
 
 
 def _error_grid(

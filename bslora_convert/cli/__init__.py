@@ -1,0 +1,25 @@
+"""The command line: one file a verb, parsing and printing only. Nothing heavy is imported before a verb runs."""
+
+import click
+
+from bslora_convert.cli.compress import compress
+from bslora_convert.cli.expand import expand
+from bslora_convert.cli.inspect import inspect
+from bslora_convert.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="bslora-convert")
+def main() -> None:
+    """Converts LoRA adapters that already exist into compact BSLoRA form, and proves what was kept.
+
+    \b
+    Start here:
+      bslora-convert inspect  LORA_DIR
+      bslora-convert compress LORA_DIR OUT_DIR --transform ke
+      bslora-convert expand   OUT_DIR  NEW_LORA_DIR
+    """
+
+
+for verb in (compress, expand, inspect):
+    main.add_command(verb)

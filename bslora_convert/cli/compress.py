@@ -1,0 +1,150 @@
+"""`compress`: one LoRA adapter into BSLoRA form."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe import (
+    DTYPES,
+    KERNEL_NAMES,
+    LOCAL_RANKS,
+    TRANSFORM_NAMES,
+    WINDOW_NAMES,
+    Recipe,
+)
+
+
+class Ranks(click.ParamType[tuple[int, int, int]]):
+    """Three whole numbers, as in 2,4,16."""
+
+    name = "L,A,E"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        """Parses the triple."""
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            local, intra, inter = (int(part) for part in parts)
+        except ValueError:
+            self.fail(f"{value!r} is not three whole numbers such as 2,4,16", param, ctx)
+        return local, intra, inter
+
+
+def recipe_options(function: Any) -> Any:
+    """Every option of a `Recipe`."""
+    for option in reversed(
+        (
+            click.option(
+                "--transform",
+                type=click.Choice(TRANSFORM_NAMES),
+                default="ke",
+                show_default=True,
+                help="How shared factors take a module's shape; none = plain SVD, auto = the best at this size.",
+            ),
+            click.option(
+                "--budget", type=float, help="Share of the LoRA's parameters to use, 0 < F <= 1.  [default: 0.4459]"
+            ),
+            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, instead of --budget."),
+            click.option("--max-error", type=float, help="Smallest result of at most this relative error."),
+            click.option(
+                "--min-shared",
+                type=int,
+                help="Least shared ranks of the search.  [default: 1 for ke, gt and ss, 0 for auto]",
+            ),
+            click.option(
+                "--shared-size",
+                type=int,
+                help="Rows and columns of the shared factors.  [default: ke 256, gt 1024, cut to what divides or fits]",
+            ),
+            click.option(
+                "--slice", type=click.Choice(WINDOW_NAMES), default="center", show_default=True, help="Window of ss."
+            ),
+            click.option(
+                "--kernel", type=click.Choice(KERNEL_NAMES), default="r_1", show_default=True, help="Variant of ke."
+            ),
+            click.option(
+                "--local-ranks",
+                type=click.Choice(LOCAL_RANKS),
+                help="One local rank for all modules, or ranks where they buy most.  [default: adaptive; uniform with --ranks]",
+            ),
+            click.option(
+                "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
+            ),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@click.command()
+@click.argument("lora_dir", type=click.Path(path_type=Path))
+@click.argument("out_dir", type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
+@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
+@verb
+def compress(
+    output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any
+) -> None:
+    """Converts one LoRA adapter into BSLoRA form.
+
+    Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR.
+
+    \b
+    Example:
+      bslora-convert compress ./my-lora ./my-lora-compact --transform ke
+      bslora-convert compress ./my-lora ./small --transform auto --budget 0.25
+    """
+    recipe = Recipe(**options)
+    from bslora_convert.compress import compress as run
+
+    with output.progress("compress") as progress:
+        record = run(
+            lora_dir, out_dir, recipe, overwrite=overwrite, report_html=report_html, progress=progress
+        )
+    output.notes(record["notes"])
+    output.result(record, lambda console: _show(console, record, out_dir))
+
+
+def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
+    from rich.table import Table
+
+    from bslora_convert.report.verdict import sentences
+
+    source, compact, baselines = record["source"], record["compact"], record["baselines"]
+    table = Table(title=f"{compact['transform']} of {source['path']}", title_justify="left")
+    table.add_column("")
+    for column in ("parameters", "share", "bytes", "relative error"):
+        table.add_column(column, justify="right")
+    table.add_row("source LoRA", f"{source['parameters']:,}", "100.00 %", f"{source['bytes']:,}", "0")
+    table.add_row(
+        "this result, as written",
+        f"{compact['parameters']:,}",
+        f"{compact['parameter_ratio']:.2%}",
+        f"{compact['bytes']:,}",
+        f"{record['weight']['relative_error']:.4f}",
+        style="bold",
+    )
+    for name, title in (("svd_adaptive", "SVD, a rank per module"), ("svd_uniform", "SVD, one rank")):
+        ratio = baselines[name]["parameter_ratio"]
+        table.add_row(
+            title,
+            f"{round(ratio * source['parameters']):,}",
+            f"{ratio:.2%}",
+            "",
+            f"{baselines[name]['relative_error']:.4f}",
+        )
+    console.print(table)
+    for sentence in sentences(record):
+        console.print(sentence, highlight=False)
+    ranks = compact["ranks"]
+    local = ranks["local"] if isinstance(ranks["local"], int) else f"{min(ranks['local'].values())}–{max(ranks['local'].values())}"
+    console.print(
+        f"Ranks: local {local}, intra {ranks['intra']}, inter {ranks['inter']}; expanded {compact['expanded_rank']}. "
+        f"{record['seconds']['total']:.1f} s. Written to {out_dir}",
+        highlight=False,
+        style="dim",
+    )

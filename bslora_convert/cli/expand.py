@@ -1,0 +1,63 @@
+"""`expand`: a compact adapter back as a standard PEFT LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe import DTYPES
+
+
+class Rank(click.ParamType[int | str]):
+    """A rank or the word uniform."""
+
+    name = "N|uniform"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Parses a positive whole number or `uniform`."""
+        if value == "uniform":
+            return "uniform"
+        try:
+            rank = int(value)
+        except ValueError:
+            rank = 0
+        if rank < 1:
+            self.fail(f"{value!r} is neither a positive whole number nor uniform", param, ctx)
+        return rank
+
+
+@click.command()
+@click.argument("compact_dir", type=click.Path(path_type=Path))
+@click.argument("out_dir", type=click.Path(path_type=Path))
+@click.option("--rank", type=Rank(), help="Re-truncate to at most N, or pad every module to the largest rank.")
+@click.option("--base-model", help="Sets base_model_name_or_path, as some servers compare it letter by letter.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source.")
+@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
+@verb
+def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
+    """Writes a compact adapter back as a standard PEFT LoRA.
+
+    All scaling is in B and lora_alpha equals r, so that every engine computes the same update.
+
+    \b
+    Example:
+      bslora-convert expand ./my-lora-compact ./my-lora-again
+      bslora-convert expand ./my-lora-compact ./for-server --rank 8 --base-model my-org/my-model
+    """
+    from bslora_convert.expand import expand as run
+
+    with output.progress("expand"):
+        result = run(compact_dir, out_dir, **options)
+    output.result(result, lambda console: _show(console, result, out_dir))
+
+
+def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
+    ranks = result["ranks"]
+    rank = f"rank {ranks['max']}" if ranks["min"] == ranks["max"] else f"ranks {ranks['min']} to {ranks['max']}"
+    console.print(
+        f"{result['modules']} modules, {rank}, {result['parameters']:,} parameters, {result['bytes']:,} bytes "
+        f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}. Written to {out_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,80 @@
+"""`inspect`: what an adapter holds."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bslora_convert.cli.verb import Output, verb
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@verb
+def inspect(output: Output, directory: Path) -> None:
+    """Says what an adapter holds, where its bytes are and whether it can be converted.
+
+    \b
+    Example:
+      bslora-convert inspect ./my-lora
+    """
+    from bslora_convert.inspection import inspect as run
+
+    result = run(directory)
+    output.notes(result["notes"])
+    output.result(result, lambda console: _show(console, result, directory))
+
+
+def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
+    from rich.table import Table
+
+    def say(text: str, **style: Any) -> None:
+        console.print(text, highlight=False, markup=False, **style)
+
+    ranks = result["ranks"]
+    say(f"{directory}: {result['kind']} adapter for {result['base_model'] or 'an unnamed base model'}", style="bold")
+    say(
+        f"{result['modules']} modules, {result['parameters']:,} parameters, {result['bytes']:,} bytes, "
+        f"rank {ranks['min']} to {ranks['max']}, expanded rank {result['expanded_rank']}"
+    )
+    if result["convertible"]:
+        say("Can be converted.", style="green")
+    else:
+        for reason in result["reasons"]:
+            say(f"Can't be converted: {reason}", style="yellow")
+    bytes_table = Table("where the bytes are", title_justify="left")
+    bytes_table.add_column("bytes", justify="right")
+    bytes_table.add_column("share", justify="right")
+    for part, count in sorted(result["bytes_by_part"].items(), key=lambda item: -item[1]):
+        bytes_table.add_row(part, f"{count:,}", f"{count / result['bytes']:.1%}")
+    console.print(bytes_table)
+    spectra = {row["kind"]: row for row in result.get("spectra", [])}
+    if "kinds" in result:
+        kinds = Table("kind", "modules", "out × in", "rank")
+        for column in ("stable rank", "energy at r/2", "at r/4"):
+            kinds.add_column(column, justify="right")
+        for row in result["kinds"]:
+            low, high = row["ranks"]["min"], row["ranks"]["max"]
+            seen = spectra.get(row["kind"])
+            kinds.add_row(
+                row["kind"],
+                str(row["modules"]),
+                ", ".join(f"{out} × {width}" for out, width in row["shapes"]),
+                str(low) if low == high else f"{low}–{high}",
+                *(
+                    (
+                        f"{seen['stable_rank']:.2f}",
+                        f"{seen['energy_at_half_rank']:.1%}",
+                        f"{seen['energy_at_quarter_rank']:.1%}",
+                    )
+                    if seen
+                    else ("", "", "")
+                ),
+            )
+        console.print(kinds)
+    if result["slot_bytes"]:
+        step, count = next(iter(result["slot_bytes"].items()))
+        say(
+            f"A server needs --max-lora-rank {step} or more: {count:,} bytes of 16-bit slot per adapter at {step}. "
+            "Slots are reserved by rank, so a smaller file saves GPU memory only below the next step."
+        )

@@ -1,0 +1,96 @@
+"""What every verb does alike: the common options, progress on stderr, one line for an error, the exit code."""
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from bslora_convert.errors import BsloraConvertError
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a verb's words go, by the common options."""
+
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[str], None]]:
+        """A line on a terminal's stderr that says what is being done; with --verbose, each step on a line of its own."""
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if self.verbose:
+            yield lambda step: console.print(f"{title}: {step}", style="dim", highlight=False, markup=False)
+        elif self.quiet or self.as_json or not console.is_terminal:
+            yield lambda step: None
+        else:
+            from rich.markup import escape
+
+            with console.status(title) as status:
+                yield lambda step: status.update(f"{title}: {escape(step)}")
+
+    def result(self, value: Any, show: Callable[[Any], None]) -> None:
+        """The verb's result on stdout: JSON, nothing, or for a reader."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=1))
+        elif not self.quiet:
+            from rich.console import Console
+
+            show(Console())
+
+    def notes(self, notes: list[str]) -> None:
+        """Things worth knowing, on stderr."""
+        if not self.quiet:
+            for note in notes:
+                click.secho(f"note: {note}", err=True, dim=True)
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the common options; the function gets an `Output` first. Errors become one line and an exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout, nothing else there.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say each step on stderr.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def run(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
+        signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run cleans up like an interrupted one
+        try:
+            function(Output(as_json, quiet, verbose), *args, **options)
+        except BsloraConvertError as error:
+            if debug:
+                raise
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", INTERRUPTED)
+        except MemoryError:
+            _fail("out of memory; nothing was written", 1)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            _fail(f"internal error ({type(error).__name__}: {error}); run with --debug for the traceback", 1)
+
+    return run
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.secho("error: ", err=True, fg="red", nl=False)
+    click.echo(message, err=True)
+    sys.exit(code)

@@ -1,0 +1,201 @@
+"""What an adapter holds, where its bytes are, and whether it can be converted.
+
+A serving engine reserves slots of one rank for every adapter, so what counts on its GPU is the expanded rank against the steps
+that it allows, not the file's size: a slot takes step · Σ (out + in) numbers of two bytes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Shape
+from bslora_convert.bslora.form import kind_of
+from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
+from bslora_convert.errors import Refused
+from bslora_convert.fit.convert import measure
+from bslora_convert.lora.adapter import (
+    CONFIG_NAME,
+    EMBEDDING_FACTOR,
+    FACTOR,
+    LoraAdapter,
+    canonical,
+    load_lora,
+    locate,
+)
+from bslora_convert.tensorfile import read_json, read_tensors
+
+SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
+SLOT_BYTES = 2  # bf16 and fp16 slots
+OFFICIAL_TYPE = "SHARELORA"
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describes a LoRA or compact directory.
+
+    :raises InputError: when files are missing or damaged.
+    """
+    directory, weights = locate(Path(path))
+    config = read_json(directory / CONFIG_NAME)
+    kind = config.get("peft_type", "LORA")
+    if kind == PEFT_TYPE:
+        return _compact(directory, weights)
+    reasons: list[str] = []
+    adapter = None
+    try:
+        adapter = load_lora(path)
+    except Refused as refusal:
+        reasons = [str(refusal)]
+    result = {
+        "kind": "official-bslora" if kind == OFFICIAL_TYPE else "lora",
+        "convertible": not reasons,
+        "reasons": reasons,
+        "base_model": config.get("base_model_name_or_path"),
+    }
+    if adapter is None:
+        return result | _raw(weights, config)
+    shapes = {name: module.shape for name, module in adapter.modules.items()}
+    ranks = {name: module.rank for name, module in adapter.modules.items()}
+    return result | {
+        "modules": len(adapter.modules),
+        "parameters": adapter.parameters,
+        "bytes": weights.stat().st_size,
+        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "bytes_by_part": _lora_bytes(adapter, config),
+        "ranks": {"min": min(ranks.values()), "max": max(ranks.values())},
+        "expanded_rank": max(ranks.values()),
+        "slot_bytes": slot_bytes(shapes, max(ranks.values())),
+        "kinds": _kinds(shapes, ranks),
+        "spectra": _spectra(adapter),
+        "notes": list(adapter.notes),
+    }
+
+
+def slot_bytes(shapes: Mapping[str, Shape], rank: int) -> dict[str, int]:
+    """Bytes of one server slot for each allowed slot rank that holds `rank`."""
+    width = sum(out + across for out, across in shapes.values())
+    return {str(step): step * width * SLOT_BYTES for step in SLOT_STEPS if step >= rank}
+
+
+def _compact(directory: Path, weights: Path) -> dict[str, Any]:
+    adapter = load_compact(directory)
+    form = adapter.form
+    shapes = {name: module.shape for name, module in form.modules.items()}
+    ranks = {name: form.expanded_rank(name) for name in form.modules}
+    width = next(iter(form.tensors())).element_size()
+    locals_ = [module.local.rank for module in form.modules.values()]
+    return {
+        "kind": "bslora",
+        "convertible": False,
+        "reasons": ["already in BSLoRA form; `expand` gives the LoRA back"],
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "modules": len(form.modules),
+        "parameters": form.parameters,
+        "bytes": weights.stat().st_size,
+        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "bytes_by_part": {part: count * width for part, count in form.parts_parameters().items()}
+        | _carried_bytes(adapter.carried, adapter.config),
+        "ranks": {"min": min(locals_), "max": max(locals_)},
+        "expanded_rank": max(ranks.values()),
+        "slot_bytes": slot_bytes(shapes, max(ranks.values())),
+        "transform": form.transform.name if form.transform else "none",
+        "shared_ranks": {"intra": form.shared_rank("intra"), "inter": form.shared_rank("inter")},
+        "kinds": _kinds(shapes, ranks),
+        "notes": [],
+    }
+
+
+def _lora_bytes(adapter: LoraAdapter, config: Mapping[str, Any]) -> dict[str, int]:
+    parts = {"lora": 0}
+    for module in adapter.modules.values():
+        part = "lora" if module.kind == "linear" else "embedding_lora"
+        parts[part] = parts.get(part, 0) + module.a.nbytes + module.b.nbytes
+    return parts | _carried_bytes(adapter.carried, config)
+
+
+def _carried_bytes(carried: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for name, tensor in carried.items():
+        part = _carried_part(name, config)
+        parts[part] = parts.get(part, 0) + tensor.nbytes
+    return parts
+
+
+def _carried_part(name: str, config: Mapping[str, Any]) -> str:
+    """`modules_to_save`, `embeddings` or `other`, from a tensor's name."""
+    saved = config.get("modules_to_save") or ()
+    parts = name.split(".")
+    if any(module in parts or name.startswith(f"{module}.") for module in saved):
+        return "modules_to_save"
+    if any(word in name for word in ("embed", "lm_head", "wte", "wpe", "shared.", "word_embeddings")):
+        return "embeddings"
+    return "modules_to_save" if any(word in parts for word in ("classifier", "score")) else "other"
+
+
+def _raw(weights: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of an adapter that can't be read as a LoRA."""
+    parts: dict[str, int] = {}
+    ranks, modules, parameters = [], set(), 0
+    for key, tensor in read_tensors(weights).items():
+        name = canonical(key)
+        match = FACTOR.match(name) or EMBEDDING_FACTOR.match(name)
+        if match:
+            modules.add(match["module"])
+            parameters += tensor.numel()
+            if match["side"] == "A" and tensor.ndim:
+                ranks.append(tensor.shape[0])
+        part = "lora" if ".lora_" in name or "sharelora_" in name else _carried_part(name, config)
+        parts[part] = parts.get(part, 0) + tensor.nbytes
+    return {
+        "modules": len(modules),
+        "parameters": parameters,
+        "bytes": weights.stat().st_size,
+        "bytes_by_part": parts,
+        "ranks": {"min": min(ranks, default=0), "max": max(ranks, default=0)},
+        "expanded_rank": max(ranks, default=0),
+        "slot_bytes": {},
+        "notes": [],
+    }
+
+
+def _kinds(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Modules by kind: how many, which shapes, which ranks."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, shape in shapes.items():
+        entry = kinds.setdefault(kind_of(name), {"modules": 0, "shapes": set(), "ranks": []})
+        entry["modules"] += 1
+        entry["shapes"].add(shape)
+        entry["ranks"].append(ranks[name])
+    return [
+        {
+            "kind": kind,
+            "modules": entry["modules"],
+            "shapes": sorted(map(list, entry["shapes"])),
+            "ranks": {"min": min(entry["ranks"]), "max": max(entry["ranks"])},
+        }
+        for kind, entry in kinds.items()
+    ]
+
+
+def _spectra(adapter: LoraAdapter) -> list[dict[str, Any]]:
+    """By kind: mean stable rank ‖ΔW‖_F² / ‖ΔW‖₂² and the share of energy in the best half and quarter of the rank."""
+    source = measure(adapter.modules)
+    gathered: dict[str, list[tuple[float, float, float]]] = {}
+    for name, values in source.spectra.items():
+        energy = float(values.sum())
+        if energy == 0:
+            continue
+        rank = adapter.modules[name].rank
+        kept = [float(values[: max(rank // part, 1)].sum()) / energy for part in (2, 4)]
+        gathered.setdefault(kind_of(name), []).append((energy / float(values[0]), kept[0], kept[1]))
+    return [
+        {
+            "kind": kind,
+            **{
+                field: sum(row[i] for row in rows) / len(rows)
+                for i, field in enumerate(("stable_rank", "energy_at_half_rank", "energy_at_quarter_rank"))
+            },
+        }
+        for kind, rows in gathered.items()
+    ]
