@@ -1,13 +1,12 @@
 """The main job: a LoRA directory in, a compact directory with a report that was measured on what was written.
 
-    read -> fit -> cast -> write beside -> read back -> measure -> report -> rename into place
+read -> fit -> cast -> write beside -> read back -> measure -> report -> rename into place
 """
 
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

@@ -1,0 +1,1 @@
+"""What goes out: the BSLoRA form, its transforms, its storage."""

@@ -99,7 +99,9 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     config = read_json(config_path)
     if config.get("peft_type") != PEFT_TYPE:
-        raise InputError(f"{config_path}: peft_type is {config.get('peft_type')!r}, a compact adapter says {PEFT_TYPE!r}")
+        raise InputError(
+            f"{config_path}: peft_type is {config.get('peft_type')!r}, a compact adapter says {PEFT_TYPE!r}"
+        )
     if config.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{config_path}: format_version is {config.get('format_version')!r}, this version reads {FORMAT_VERSION}"
@@ -143,9 +145,10 @@ def _transform_from_dict(path: FilePath, value: Any) -> Transform | None:
             raise InputError(f"{path}: transform.{key} is {setting!r}, a positive whole number is expected")
     kind: Any = TRANSFORMS[value["name"]]
     try:
-        return kind(**settings)
+        transform: Transform = kind(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: transform: {error}") from None
+    return transform
 
 
 def _is_whole(value: Any) -> bool:

@@ -69,7 +69,11 @@ def recipe_options(function: Any) -> Any:
                 help="One local rank for all modules, or ranks where they buy most.  [default: adaptive; uniform with --ranks]",
             ),
             click.option(
-                "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
+                "--dtype",
+                type=click.Choice(DTYPES),
+                default="auto",
+                show_default=True,
+                help="Storage; auto = as the source.",
             ),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes."),
@@ -86,10 +90,8 @@ def recipe_options(function: Any) -> Any:
 @click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
 @click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
 @verb
-def compress(
-    output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any
-) -> None:
-    """Converts one LoRA adapter into BSLoRA form.
+def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any) -> None:
+    r"""Converts one LoRA adapter into BSLoRA form.
 
     Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR.
 
@@ -102,9 +104,7 @@ def compress(
     from bslora_convert.compress import compress as run
 
     with output.progress("compress") as progress:
-        record = run(
-            lora_dir, out_dir, recipe, overwrite=overwrite, report_html=report_html, progress=progress
-        )
+        record = run(lora_dir, out_dir, recipe, overwrite=overwrite, report_html=report_html, progress=progress)
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
 
@@ -141,7 +141,11 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     for sentence in sentences(record):
         console.print(sentence, highlight=False)
     ranks = compact["ranks"]
-    local = ranks["local"] if isinstance(ranks["local"], int) else f"{min(ranks['local'].values())}–{max(ranks['local'].values())}"
+    local = (
+        ranks["local"]
+        if isinstance(ranks["local"], int)
+        else f"{min(ranks['local'].values())}–{max(ranks['local'].values())}"
+    )
     console.print(
         f"Ranks: local {local}, intra {ranks['intra']}, inter {ranks['inter']}; expanded {compact['expanded_rank']}. "
         f"{record['seconds']['total']:.1f} s. Written to {out_dir}",

@@ -32,11 +32,13 @@ class Rank(click.ParamType[int | str]):
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--rank", type=Rank(), help="Re-truncate to at most N, or pad every module to the largest rank.")
 @click.option("--base-model", help="Sets base_model_name_or_path, as some servers compare it letter by letter.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
+)
 @click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
 @verb
 def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
-    """Writes a compact adapter back as a standard PEFT LoRA.
+    r"""Writes a compact adapter back as a standard PEFT LoRA.
 
     All scaling is in B and lora_alpha equals r, so that every engine computes the same update.
 

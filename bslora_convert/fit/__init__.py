@@ -1,0 +1,1 @@
+"""How a LoRA becomes the form: pure tensor functions, no files, no printing."""

@@ -17,7 +17,9 @@ from torch import Tensor
 Ranks = dict[str, int]
 
 
-def _order(spectra: Mapping[str, Tensor], costs: Mapping[str, int], first: Mapping[str, int]) -> list[tuple[str, float]]:
+def _order(
+    spectra: Mapping[str, Tensor], costs: Mapping[str, int], first: Mapping[str, int]
+) -> list[tuple[str, float]]:
     """Every component of positive energy beyond `first`, best energy per number first: (module, energy)."""
     names = list(spectra)
     owner, energy = [], []
@@ -82,7 +84,9 @@ def uniform(limits: Mapping[str, int], costs: Mapping[str, int], budget: int) ->
     return {name: min(rank, limit) for name, limit in limits.items()}
 
 
-def lost_energy(spectra: Mapping[str, Tensor], ranks: Mapping[str, int], first: Mapping[str, int] | None = None) -> float:
+def lost_energy(
+    spectra: Mapping[str, Tensor], ranks: Mapping[str, int], first: Mapping[str, int] | None = None
+) -> float:
     """Σ of the energies left out by these ranks."""
     first = first or {}
     return sum(float(values[ranks[name] + first.get(name, 0) :].sum()) for name, values in spectra.items())

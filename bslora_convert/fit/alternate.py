@@ -158,13 +158,12 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
     if affordable and lost_energy(spectra, before) < lost_energy(spectra, ranks):
         ranks = before
     local = {
-        name: svd.truncate(
-            _minus(problem.deltas[name].factors(), shared_terms(problem, state, name)), ranks[name]
-        )
+        name: svd.truncate(_minus(problem.deltas[name].factors(), shared_terms(problem, state, name)), ranks[name])
         for name, svd in svds.items()
     }
     price = max(
-        (float(v[ranks[name]]) / problem.costs[name] for name, v in spectra.items() if len(v) > ranks[name]), default=0.0
+        (float(v[ranks[name]]) / problem.costs[name] for name, v in spectra.items() if len(v) > ranks[name]),
+        default=0.0,
     )
     return replace(state, locals=local, lost=lost_energy(spectra, ranks), price=price)
 

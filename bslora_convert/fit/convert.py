@@ -132,9 +132,7 @@ def fit_to_budget(source: Source, options: Options, budget: int, progress: Progr
     return _search(source, options, budget, progress)
 
 
-def fit_by_hand(
-    source: Source, options: Options, ranks: tuple[int, int, int], progress: Progress = _quiet
-) -> Fit:
+def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], progress: Progress = _quiet) -> Fit:
     """The form of the ranks (local, intra, inter); adaptive local ranks spread the same number of local numbers."""
     local, *level_ranks = ranks
     levels = dict(zip(LEVELS, level_ranks, strict=True))
@@ -404,9 +402,7 @@ def _search(source: Source, options: Options, budget: int, progress: Progress) -
     return _finish(problem, source, state, history)
 
 
-def _hopeless(
-    problem: Problem, state: State, level: str, levels: Mapping[str, int], larger: Mapping[str, int]
-) -> bool:
+def _hopeless(problem: Problem, state: State, level: str, levels: Mapping[str, int], larger: Mapping[str, int]) -> bool:
     """Whether a larger rank can't earn, by far, what its numbers would earn as local components."""
     headroom = sum(value for (at, _), value in state.headroom.items() if at == level) if levels[level] else math.inf
     added = shared_parameters(problem, larger) - shared_parameters(problem, levels)
@@ -462,9 +458,7 @@ def _run(
 def _finish(problem: Problem, source: Source, state: State, history: list[float]) -> Fit:
     modules = {}
     for name, delta in source.deltas.items():
-        paths = {
-            level: Path(*state.uses[level, name]) for level in LEVELS if (level, name) in state.uses
-        }
+        paths = {level: Path(*state.uses[level, name]) for level in LEVELS if (level, name) in state.uses}
         modules[name] = Module(delta.shape, state.locals[name], paths, _kind(source, name))
     shared: dict[str, dict[str, Factors]] = {}
     for (level, group), pair in state.pairs.items():

@@ -59,9 +59,7 @@ class Update:
     headroom: float = math.inf
 
 
-def update(
-    transform: Kronecker | Slice, members: Sequence[Member], pair: Factors, kernel_rank: int
-) -> Update:
+def update(transform: Kronecker | Slice, members: Sequence[Member], pair: Factors, kernel_rank: int) -> Update:
     """One round: kernels given the pair, then the pair given the kernels."""
     if isinstance(transform, Kronecker):
         if all(transform.divides(member.shape) for member in members):
@@ -119,7 +117,7 @@ def _kernels(transform: Kronecker, member: Member, residual: Terms, pair: Factor
     else:
         current = member.own
         if not current or current["A"].shape[0] != rank:
-            current = _rank_k(c / weights, rank)
+            current = _rank_k(torch.where(weights > 0, c / weights, torch.zeros_like(c)), rank)
         a = current["A"].double()
         b = _weighted_rows(c, weights, a)
         a = _weighted_rows(c.T, weights.T, b.T).T
@@ -166,14 +164,13 @@ def _weighted_rows(c: Tensor, weights: Tensor, a: Tensor) -> Tensor:
 
 def _solve(normal: Tensor, right: Tensor) -> Tensor:
     """Solutions of many small symmetric systems: (n, p, p), (n, p) -> (n, p); a system of zeros gives zero."""
-    scale = normal.diagonal(dim1=-2, dim2=-1).amax().clamp_min(torch.finfo(normal.dtype).tiny)
-    ridge = RIDGE * scale * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    return torch.linalg.solve(normal + ridge, right[..., None])[..., 0]
+    ridge = (RIDGE * normal.diagonal(dim1=-2, dim2=-1).amax()).clamp_min(torch.finfo(normal.dtype).tiny)
+    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    solution: Tensor = torch.linalg.solve(normal + ridge * identity, right[..., None])
+    return solution[..., 0]
 
 
-def _update_even(
-    transform: Kronecker, members: Sequence[Member], pair: Factors, kernel_rank: int
-) -> Update:
+def _update_even(transform: Kronecker, members: Sequence[Member], pair: Factors, kernel_rank: int) -> Update:
     """Kernels of every member, then the pair, in one pass over the residuals: all blocks whole, all weights equal."""
     s = transform.size
     total = torch.zeros((s, s), dtype=torch.float64, device=pair.b.device)
@@ -239,30 +236,29 @@ def _half_step(
     numerator = torch.zeros((size_out, p), dtype=torch.float64, device=fixed.device)
     normal = torch.zeros((size_out, p, p), dtype=torch.float64, device=fixed.device)
     repeated: dict[Shape, int] = {}
+    one = fixed.new_ones((1, 1))
     for member, own in zip(members, owns, strict=True):
         terms = [_flip(term) if flipped else term for term in member.residual()]
         out, width = terms[0].shape
-        k_out, k_in = _sides(own, flipped)
+        k_out, k_in = _sides(own, flipped, one)
         directions = transform.spread(fixed.T, width, k_in)
         projected = torch.stack([term.b @ (term.a @ directions) for term in terms]).sum(0)  # (out, k·p)
-        columns = k_in.shape[1] if k_in is not None else 1
-        for t in range(columns):
+        for t in range(k_in.shape[1]):
             block = projected[:, t * p : (t + 1) * p]
-            kernel = k_out[:, t : t + 1] if k_out is not None else None
-            numerator += transform.gather(block, size_out, kernel)[0].double()
-        if k_out is None:  # without kernels the normal equations depend on the shape alone
+            numerator += transform.gather(block, size_out, k_out[:, t : t + 1])[0].double()
+        if isinstance(transform, Slice):  # without kernels the normal equations depend on the shape alone
             repeated[out, width] = repeated.get((out, width), 0) + 1
         else:
             normal += _normal(transform, basis, (out, width), size_out, size_in, k_out, k_in)
     for shape, count in repeated.items():
-        normal += count * _normal(transform, basis, shape, size_out, size_in, None, None)
+        normal += count * _normal(transform, basis, shape, size_out, size_in, one, one)
     return Factors(_solve(normal, numerator).to(fixed.dtype), fixed)
 
 
-def _sides(own: Own, flipped: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Kernels of the rows and of the columns as (grid, k), or None for a transform without kernels."""
+def _sides(own: Own, flipped: bool, one: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernels of the rows and of the columns as (grid, k), a single one for a transform without kernels."""
     if not own:
-        return None, None
+        return one, one
     return (own["A"].T, own["B"]) if flipped else (own["B"], own["A"].T)
 
 
@@ -272,8 +268,8 @@ def _normal(
     shape: Shape,
     size_out: int,
     size_in: int,
-    k_out: Tensor | None,
-    k_in: Tensor | None,
+    k_out: Tensor,
+    k_in: Tensor,
 ) -> Tensor:
     """One member's share of the rows' normal equations: (s_out, p, p)."""
     cover_out = transform.coverage(shape[0], size_out, k_out).to(basis.device)
@@ -282,9 +278,7 @@ def _normal(
     return torch.einsum("tus,tupq->spq", cover_out, inner)
 
 
-def _leading_block(
-    transform: Kronecker, members: Sequence[Member], rank: int, generator: torch.Generator
-) -> Factors:
+def _leading_block(transform: Kronecker, members: Sequence[Member], rank: int, generator: torch.Generator) -> Factors:
     """A first P from the higher-order SVD of all blocks of all members.
 
     B_s spans the leading eigenvectors of Σ block·blockᵀ, A_s those of Σ blockᵀ·block, both measured on random

@@ -116,8 +116,10 @@ def load_lora(path: str | Path) -> LoraAdapter:
 
 
 def locate(path: Path) -> tuple[Path, Path]:
-    """(directory of the configuration, weight file) of an adapter directory, a weight file, or a directory whose only adapter
-    stands in a sub-folder, as PEFT writes adapters that have a name.
+    """Finds (directory of the configuration, weight file).
+
+    path: an adapter directory, a weight file, or a directory whose only adapter stands in a sub-folder, as PEFT writes
+    adapters that have a name.
 
     :raises InputError: when there is none, or more than one.
     """
@@ -223,6 +225,6 @@ def _notes(
         notes.append(f"the adapter was found in the sub-folder {directory.name}")
     if str(raw.get("init_lora_weights", "")).lower() == "lora_ga":
         notes.append("LoRA-GA changes the base during training; this file alone is read as a plain LoRA, as PEFT does")
-    if "monteclora_config" in raw and raw["monteclora_config"]:
+    if raw.get("monteclora_config"):
         notes.append("MonteCLoRA's sampling is a training-time setting and was ignored")
     return tuple(notes)

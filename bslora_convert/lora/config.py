@@ -19,10 +19,40 @@ LONGEST_PATTERN = 512
 
 # Fields that say nothing about ΔW, or that are read elsewhere in this file.
 UNDERSTOOD = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules fan_in_fan_out
-    inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout lora_ga_config megatron_core
-    modules_to_save monteclora_config parent_library peft_type peft_version qalora_group_size r rank_pattern revision runtime_config
-    target_modules task_type trainable_token_indices unsloth_fixed use_rslora velora_config library_name""".split()
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "library_name",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "monteclora_config",
+        "parent_library",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "unsloth_fixed",
+        "use_rslora",
+        "velora_config",
+    }
 )
 
 

@@ -13,9 +13,13 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The card of one conversion."""
     words = ["bslora-convert", "compress", record["source"]["path"], "OUT_DIR"]
     words += Recipe.from_dict(record["recipe"]).arguments()
-    return environment().get_template("card.md").render(
-        record=record,
-        base_model=config.get("base_model_name_or_path"),
-        invocation=shlex.join(words),
-        verdict=verdict.sentences(record),
+    return (
+        environment()
+        .get_template("card.md")
+        .render(
+            record=record,
+            base_model=config.get("base_model_name_or_path"),
+            invocation=shlex.join(words),
+            verdict=verdict.sentences(record),
+        )
     )

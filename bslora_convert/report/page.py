@@ -55,11 +55,15 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
         figures["where the numbers go"] = plots.budget_split(
             record["compact"]["parameters_by_part"], record["weight"]["components"]
         )
-    return environment().get_template("report.html").render(
-        record=record,
-        verdict=verdict.sentences(record),
-        figures={title: plots.data_uri(figure) for title, figure in figures.items()},
-        worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            record=record,
+            verdict=verdict.sentences(record),
+            figures={title: plots.data_uri(figure) for title, figure in figures.items()},
+            worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
+        )
     )
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 PART_COLOURS = {"local": "#2f6f9f", "intra": "#e08e45", "inter": "#7a9e49"}
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "bslora-convert",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -55,7 +55,7 @@ def spectra(by_kind: Mapping[str, np.ndarray], kept: Mapping[str, float]) -> Fig
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.1), layout="constrained")
         axes = figure.add_subplot()
-        colours = matplotlib.colormaps["tab10"].colors
+        colours = [matplotlib.colormaps["tab10"](i) for i in range(10)]
         for index, (kind, left) in enumerate(by_kind.items()):
             colour = colours[index % len(colours)]
             axes.plot(range(len(left)), left, color=colour, linewidth=1.4, label=kind)

@@ -13,7 +13,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
         f"({compact['byte_ratio']:.1%} of the bytes)."
     ]
-    said.append(_against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"]))
+    said.append(
+        _against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"])
+    )
     before = max(int(rank) for rank in record["source"]["ranks"])
     if compact["expanded_rank"] > before:
         said.append(

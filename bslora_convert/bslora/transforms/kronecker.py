@@ -80,7 +80,7 @@ class Kronecker:
         return pair_rank * own["A"].shape[0]
 
     def spread(self, x: Tensor, length: int, kernel: Tensor) -> Tensor:
-        """kernel ⊗ x, cut to `length` rows: (s, q), (grid, k) -> (length, k·q), column t·q + j."""
+        """Kernel ⊗ x, cut to `length` rows: (s, q), (grid, k) -> (length, k·q), column t·q + j."""
         copies = kernel[:, None, :, None] * x[None, :, None, :]  # (grid, s, k, q)
         return copies.reshape(kernel.shape[0] * x.shape[0], -1)[:length]
 
@@ -104,7 +104,8 @@ class Kronecker:
         missing = grid * self.size - y.shape[0]
         if missing:
             y = torch.cat([y, y.new_zeros((missing, y.shape[1]))])
-        return y.unflatten(0, (grid, self.size))
+        cut: Tensor = y.unflatten(0, (grid, self.size))
+        return cut
 
     def coverage(self, length: int, size: int, kernel: Tensor) -> Tensor:
         """Diagonals of spread-adjoint times spread, for each pair of kernel columns: (k, k, s)."""
@@ -122,6 +123,4 @@ class Kronecker:
 
     def factors(self, pair: Factors, own: Mapping[str, Tensor], shape: Shape) -> Factors:
         """The module's term: (K_B ⊗ B_s, K_A ⊗ A_s), cut at the edges, rank k·p."""
-        return Factors(
-            self.spread(pair.b, shape[0], own["B"]), self.spread(pair.a.T, shape[1], own["A"].T).T
-        )
+        return Factors(self.spread(pair.b, shape[0], own["B"]), self.spread(pair.a.T, shape[1], own["A"].T).T)

@@ -4,7 +4,7 @@
     module   B = B_s[o : o+out]  A = A_s[:, i : i+in]
 
 The window sits in the centre (the authors' code), at the top left (equation 3 of the paper) or at the
-bottom right. A module keeps nothing of its own.
+bottom right. A module keeps nothing of its own; where the methods take a kernel, as KE's do, it is a single one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -57,19 +57,19 @@ class Slice:
         """Where a window of `length` starts in `size` (section 2.1 of the authors' code: floor division)."""
         return {"center": (size - length) // 2, "top-left": 0, "bottom-right": size - length}[self.window]
 
-    def spread(self, x: Tensor, length: int, kernel: Tensor | None = None) -> Tensor:
+    def spread(self, x: Tensor, length: int, kernel: Tensor) -> Tensor:
         """Window of the rows of x: (S, q) -> (length, q)."""
         start = self.offset(x.shape[0], length)
         return x[start : start + length]
 
-    def gather(self, y: Tensor, size: int, kernel: Tensor | None = None) -> Tensor:
+    def gather(self, y: Tensor, size: int, kernel: Tensor) -> Tensor:
         """Adjoint of `spread`: (length, q) -> (1, S, q), zero outside the window."""
         out = y.new_zeros((1, size, y.shape[1]))
         start = self.offset(size, y.shape[0])
         out[0, start : start + y.shape[0]] = y
         return out
 
-    def coverage(self, length: int, size: int, kernel: Tensor | None = None) -> Tensor:
+    def coverage(self, length: int, size: int, kernel: Tensor) -> Tensor:
         """Diagonal of spread-adjoint times spread: (1, 1, S), one inside the window."""
         out = torch.zeros((1, 1, size), dtype=torch.float64)
         start = self.offset(size, length)
@@ -78,4 +78,5 @@ class Slice:
 
     def factors(self, pair: Factors, own: Mapping[str, Tensor], shape: Shape) -> Factors:
         """The module's term: windows of B_s and A_s, rank r."""
-        return Factors(self.spread(pair.b, shape[0]), self.spread(pair.a.T, shape[1]).T)
+        unused = pair.b.new_ones((1, 1))
+        return Factors(self.spread(pair.b, shape[0], unused), self.spread(pair.a.T, shape[1], unused).T)

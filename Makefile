@@ -1,0 +1,40 @@
+# Everything here works on a fresh clone with nothing but Python 3.11 or newer and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := build/demo
+
+.PHONY: demo test lint types check format clean
+
+demo: $(READY) ## compress the adapter in fixtures/, print the table, expand it again
+	$(BIN)/bslora-convert inspect fixtures/smollm2-135m-math-r16
+	$(BIN)/bslora-convert compress fixtures/smollm2-135m-math-r16 $(DEMO)/compact --transform ke --overwrite
+	$(BIN)/bslora-convert expand $(DEMO)/compact $(DEMO)/lora --overwrite
+	@echo "Open $(DEMO)/compact/report.html"
+
+test: $(READY) ## the whole test suite
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(READY) ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test ## what CI runs
+
+format: $(READY) ## bring the code into form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
