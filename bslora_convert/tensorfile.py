@@ -4,12 +4,13 @@ import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bslora_convert.errors import InputError
@@ -58,6 +59,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise InputError(f"{path}: entry {key!r} is not a named tensor")
     return loaded
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file with the metadata that PEFT writes; tensors that share memory are written apart."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.numel() and plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        stored[name] = plain
+    save_file(stored, path, metadata={"format": "pt"})
+    path.chmod(
+        path.parent.stat().st_mode & 0o666
+    )  # readable by whom the directory is; the library writes it for the owner only
 
 
 def _check_file(path: Path) -> None:

@@ -18,14 +18,13 @@ from pathlib import Path as FilePath
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm, Module, Path
 from bslora_convert.bslora.transforms import TRANSFORMS, Slice, Transform
 from bslora_convert.errors import InputError
-from bslora_convert.tensorfile import FLOATS, check_finite, read_json, read_tensors
+from bslora_convert.tensorfile import FLOATS, check_finite, read_json, read_tensors, write_tensors
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
@@ -79,11 +78,7 @@ def save_compact(
         "transform": transform_to_dict(form.transform),
         "modules": {name: _module_to_dict(module) for name, module in form.modules.items()},
     }
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        directory / WEIGHTS_NAME,
-        metadata={"format": "pt"},
-    )
+    write_tensors(directory / WEIGHTS_NAME, tensors)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

@@ -399,6 +399,13 @@ def _search(source: Source, options: Options, budget: int, progress: Progress) -
                 state, more = _run(problem, trial, larger, allocation, options.seed, SWEEPS)
                 levels, improved = larger, True
                 history = more
+    if any(levels[level] > options.min_shared for level in LEVELS):
+        # Growing rank by rank leaves local ranks that suited smaller shared parts: start afresh at the ranks found.
+        fresh_allocation = allocation_for(levels)
+        assert fresh_allocation is not None  # the search has just used it
+        fresh, fresh_history = _fit_at(problem, levels, fresh_allocation, options.seed, progress)
+        if fresh.lost < state.lost:
+            state, history = fresh, fresh_history
     return _finish(problem, source, state, history)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.lora.adapter import CONFIG_NAME, PREFIX
+from bslora_convert.tensorfile import write_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SIDES = {
@@ -42,11 +42,7 @@ def save_lora(
         side_a, side_b = SIDES[kinds[name]]
         tensors[f"{PREFIX}{name}.{side_a}"] = factors.a.to(dtype)
         tensors[f"{PREFIX}{name}.{side_b}"] = factors.b.to(dtype)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        directory / WEIGHTS_NAME,
-        metadata={"format": "pt"},
-    )
+    write_tensors(directory / WEIGHTS_NAME, tensors)
     text = json.dumps(peft_config({name: factors.rank for name, factors in modules.items()}, config), indent=2)
     (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 

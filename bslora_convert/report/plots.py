@@ -66,7 +66,8 @@ def spectra(by_kind: Mapping[str, np.ndarray], kept: Mapping[str, float]) -> Fig
         axes.set_xlabel("components kept")
         axes.set_ylabel("share of energy left out")
         axes.grid(color=GRID, linewidth=0.6)
-        axes.legend(fontsize=7, frameon=False, ncols=2)
+        if by_kind:  # an adapter whose deltas are all zero has no spectrum
+            axes.legend(fontsize=7, frameon=False, ncols=2)
     return figure
 
 

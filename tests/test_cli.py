@@ -1,0 +1,142 @@
+"""The command line as another program calls it: exit codes, JSON alone on stdout, one line for an error."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bslora_convert.cli import main
+from tests.planting import random_products, write_lora
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bslora_convert", *map(str, arguments)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora(tmp_path_factory.mktemp("cli") / "lora", random_products())
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    for argument in ("--help", "--version"):
+        code = (
+            "import sys\n"
+            "from bslora_convert.cli import main\n"
+            "try:\n"
+            f"    main(['{argument}'])\n"
+            "except SystemExit as end:\n"
+            "    assert end.code == 0, end.code\n"
+            "heavy = {'torch', 'numpy', 'matplotlib', 'transformers', 'peft', 'jinja2', 'rich'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, bslora_convert; bslora_convert.Recipe(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("verb", sorted(main.commands))
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.returncode == 0
+    assert f"bslora-convert {verb} " in result.stdout
+    for option in ("--json", "--quiet", "--verbose"):
+        assert option in result.stdout
+
+
+def test_json_stands_alone_on_stdout(lora: Path, tmp_path: Path) -> None:
+    result = run("compress", lora, tmp_path / "out", "--ranks", "2,1,1", "--shared-size", "32", "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record == json.loads((tmp_path / "out" / "fidelity.json").read_text())
+    assert record["recipe"]["ranks"] == [2, 1, 1]
+    expanded = run("expand", tmp_path / "out", tmp_path / "lora", "--rank", "3", "--json")
+    assert json.loads(expanded.stdout)["ranks"]["max"] == 3
+    inspected = run("inspect", tmp_path / "lora", "--json")
+    assert json.loads(inspected.stdout)["kind"] == "lora"
+
+
+def test_the_table_is_for_readers_and_quiet_means_quiet(lora: Path, tmp_path: Path) -> None:
+    spoken = run("compress", lora, tmp_path / "a", "--transform", "none", "--budget", "0.5", COLUMNS="120")
+    assert spoken.returncode == 0
+    assert "SVD, a rank per module" in spoken.stdout
+    assert "Traceback" not in spoken.stderr
+    silent = run("compress", lora, tmp_path / "b", "--transform", "none", "--quiet")
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+    assert "convert" in run("inspect", lora).stdout
+    verbose = run("compress", lora, tmp_path / "c", "--budget", "0.8", "--shared-size", "32", "--verbose")
+    assert "sweep 1" in verbose.stderr
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.stderr
+    assert result.stdout == ""
+    return lines[0]
+
+
+def test_exit_codes(lora: Path, tmp_path: Path) -> None:
+    dora = write_lora(tmp_path / "dora", random_products(layers=1), use_dora=True)
+    broken = write_lora(tmp_path / "broken", random_products(layers=1))
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    out = tmp_path / "out"
+    missing = run("compress", tmp_path / "nowhere", out)
+    assert missing.returncode == 2
+    assert "nowhere" in one_line(missing)
+    damaged = run("compress", broken, out)
+    assert damaged.returncode == 2
+    assert "adapter_model.safetensors" in one_line(damaged)
+    refused = run("compress", dora, out)
+    assert refused.returncode == 3
+    assert "DoRA" in one_line(refused)
+    unmet = run("compress", lora, out, "--transform", "none", "--max-error", "1e-7", "--dtype", "bfloat16")
+    assert unmet.returncode == 1
+    assert "--dtype float32" in one_line(unmet)
+    wrong = run("compress", lora, out, "--budget", "3")
+    assert wrong.returncode == 2
+    assert "0 < budget <= 1" in one_line(wrong)
+    both = run("compress", lora, out, "--budget", "0.5", "--ranks", "1,1,1")
+    assert both.returncode == 2
+    assert "exclude each other" in one_line(both)
+    assert not out.exists()
+    for usage in (
+        ("compress", lora),
+        ("compress", lora, out, "--ranks", "1,2"),
+        ("nonsense",),
+        ("expand", lora, out, "--rank", "0"),
+    ):
+        result = run(*usage)
+        assert result.returncode == 2
+        assert "Usage:" in result.stderr
+    expanded = run("expand", lora, out)
+    assert expanded.returncode == 2
+    assert "BSLORA" in one_line(expanded)
+
+
+def test_a_full_output_is_refused_without_overwrite(lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    refused = run("compress", lora, out, "--transform", "none")
+    assert refused.returncode == 2
+    assert "--overwrite" in one_line(refused)
+    assert (out / "precious").exists()
+    assert run("compress", lora, out, "--transform", "none", "--overwrite").returncode == 0
+    assert not (out / "precious").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path / "nowhere", "--debug")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr

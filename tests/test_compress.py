@@ -1,0 +1,235 @@
+"""The main job on the real adapter: budgets, rivals, and a report that a dense recomputation confirms."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bslora_convert.bslora.storage import load_compact
+from bslora_convert.compress import compress
+from bslora_convert.errors import InputError, OutputError, RecipeError, ThresholdMissed
+from bslora_convert.lora import load_lora
+from bslora_convert.recipe import Recipe
+from tests.planting import KINDS, Product, plant, random_products, write_lora
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "fidelity.json", "report.html"]
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def dense_error(lora: Path, compact: Path) -> float:
+    """‖ΔW − ΔŴ‖ / ‖ΔW‖ from the two directories, every ΔW formed in float64."""
+    source, form = load_lora(lora), load_compact(compact).form
+    assert set(source.modules) == set(form.modules)
+    lost = energy = 0.0
+    for name, module in source.modules.items():
+        matrix = module.scaling * (module.b.double() @ module.a.double())
+        kept = form.delta(name)
+        lost += float((matrix - kept.b.double() @ kept.a.double()).square().sum())
+        energy += float(matrix.square().sum())
+    return (lost / energy) ** 0.5
+
+
+@pytest.mark.parametrize("budget", [0.4459, 0.25, 0.125])
+@pytest.mark.parametrize("transform", ["none", "ke", "ss", "gt", "auto"])
+def test_the_real_adapter(real_adapter: Path, tmp_path: Path, transform: str, budget: float) -> None:
+    out = tmp_path / "out"
+    record = compress(real_adapter, out, Recipe(transform=transform, budget=budget), report_html=False)
+    error = record["weight"]["relative_error"]
+    assert error == pytest.approx(dense_error(real_adapter, out), abs=1e-4)
+    assert record["compact"]["parameter_ratio"] <= budget
+    uniform = record["baselines"]["svd_uniform"]
+    adaptive = record["baselines"]["svd_adaptive"]
+    assert uniform["parameter_ratio"] <= record["compact"]["parameter_ratio"] + 1e-12
+    if transform in ("none", "ke", "auto"):
+        assert error <= uniform["relative_error"]
+    if transform in ("none", "auto"):
+        assert error <= adaptive["relative_error"] * 1.001
+    assert sum(record["weight"]["components"].values()) == pytest.approx(record["weight"]["energy_kept"], abs=1e-3)
+
+
+def test_the_default_job_writes_exactly_its_files(real_adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = compress(real_adapter, out)
+    assert names(out) == FILES
+    assert json.loads((out / "fidelity.json").read_text()) == record
+    assert record["source"]["sha256"] == hashlib.sha256((real_adapter / FILES[2]).read_bytes()).hexdigest()
+    assert record["source"]["bytes"] == (real_adapter / FILES[2]).stat().st_size
+    assert record["compact"]["bytes"] == (out / FILES[2]).stat().st_size
+    assert record["source"]["parameters"] == 4_884_480
+    assert record["compact"]["transform"] == "ke"
+    assert record["compact"]["ranks"]["intra"] >= 1
+    assert record["compact"]["dtype"] == record["source"]["dtype"] == "bfloat16"
+    form = load_compact(out).form
+    assert record["compact"]["parameters"] == sum(tensor.numel() for tensor in form.tensors())
+    card = (out / "README.md").read_text()
+    assert record["source"]["sha256"] in card
+    assert "--transform ke --budget 0.4459" in card
+
+
+def test_fidelity_follows_the_schema(real_adapter: Path, tmp_path: Path) -> None:
+    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none"), report_html=False)
+    assert names(tmp_path / "out") == [name for name in FILES if name != "report.html"]
+    assert record["schema_version"] == 1
+    expected: dict[str, set[str]] = {
+        "source": {"path", "sha256", "bytes", "parameters", "modules", "ranks", "dtype"},
+        "compact": {
+            "transform", "ranks", "shared_size", "bytes", "parameters", "parameter_ratio", "byte_ratio",
+            "expanded_rank", "unique_tensors",
+        },
+        "weight": {"relative_error", "energy_kept", "cosine", "components", "modules"},
+        "baselines": {"svd_uniform", "svd_adaptive"},
+        "seconds": {"read", "fit", "write", "total"},
+    }  # fmt: skip
+    for part, fields in expected.items():
+        assert fields <= set(record[part]), part
+    assert record["functional"] is None
+    assert set(record["weight"]["modules"][0]) == {"name", "relative_error", "energy", "local_rank"}
+    total = sum(m["relative_error"] ** 2 * m["energy"] for m in record["weight"]["modules"])
+    energy = sum(m["energy"] for m in record["weight"]["modules"])
+    assert (total / energy) ** 0.5 == pytest.approx(record["weight"]["relative_error"], rel=1e-9)
+
+
+@pytest.mark.parametrize("transform", ["ke", "ss", "none"])
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, transform: str) -> None:
+    lora = write_lora(tmp_path / "lora", random_products())
+    recipe = Recipe(transform=transform, budget=0.7, seed=5)
+    for out in ("a", "b"):
+        compress(lora, tmp_path / out, recipe)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    first, second = (json.loads((tmp_path / out / "fidelity.json").read_text()) for out in ("a", "b"))
+    assert first.pop("seconds") is not None
+    assert second.pop("seconds") is not None
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["ke", "ss", "gt"])
+def test_planted_directories_come_back(tmp_path: Path, name: str) -> None:
+    from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
+
+    transform = {"ke": Kronecker(16), "ss": Slice(128, 128), "gt": Gate(32)}[name]
+    form = plant(transform, (2, 4, 8))
+    lora = write_lora(tmp_path / "lora", {module: form.delta(module) for module in form.modules}, alpha=28)
+    size = None if name == "ss" else max(transform.pair_sizes)
+    recipe = Recipe(transform=name, ranks=(2, 4, 8), shared_size=size, dtype="float32")
+    record = compress(lora, tmp_path / "out", recipe)
+    assert record["weight"]["relative_error"] < 1e-4
+    assert dense_error(lora, tmp_path / "out") < 1e-4
+
+
+def test_gate_by_hand_is_truncated_svd_of_rank_plus_two(real_adapter: Path, tmp_path: Path) -> None:
+    errors = [
+        compress(real_adapter, tmp_path / transform, Recipe(transform=transform, ranks=ranks, dtype="float32"))[
+            "weight"
+        ]
+        for transform, ranks in (("gt", (4, 1, 1)), ("none", (6, 0, 0)))
+    ]
+    assert errors[0]["relative_error"] == pytest.approx(errors[1]["relative_error"], abs=1e-6)
+
+
+@pytest.mark.parametrize("error", [0.3, 0.05, 0.01])
+def test_max_error_holds_for_what_was_written(real_adapter: Path, tmp_path: Path, error: float) -> None:
+    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none", max_error=error))
+    assert record["weight"]["relative_error"] <= error
+    assert record["weight"]["relative_error"] >= 0.9 * error
+
+
+def test_an_error_finer_than_the_dtype_is_said_and_nothing_written(real_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ThresholdMissed, match="--dtype float32") as caught:
+        compress(real_adapter, tmp_path / "out", Recipe(transform="none", max_error=1e-5))
+    assert caught.value.exit_code == 1
+    assert names(tmp_path) == []
+
+
+def test_the_whole_budget_without_sharing_is_the_source(real_adapter: Path, tmp_path: Path) -> None:
+    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none", budget=1.0, dtype="float32"))
+    assert record["weight"]["relative_error"] < 1e-6
+    assert record["weight"]["cosine"] == pytest.approx(1.0)
+
+
+def test_zero_deltas_and_odd_ranks(tmp_path: Path) -> None:
+    products: dict[str, Product] = dict(random_products(rank=3))
+    zero = products["model.layers.0.mlp.up_proj"].held
+    products["model.layers.0.mlp.up_proj"] = Product(type(zero)(torch.zeros_like(zero.b), zero.a))
+    lora = write_lora(tmp_path / "lora", products)
+    for transform in ("ke", "ss", "gt", "none"):
+        record = compress(
+            lora,
+            tmp_path / transform,
+            Recipe(transform=transform, ranks=(1, *((1, 1) if transform != "none" else (0, 0)))),
+        )
+        assert dense_error(lora, tmp_path / transform) == pytest.approx(record["weight"]["relative_error"], abs=1e-4)
+    everything_zero = {n: Product(type(zero)(torch.zeros_like(p.held.b), p.held.a)) for n, p in products.items()}
+    lora = write_lora(tmp_path / "zero", everything_zero)
+    for transform in ("ke", "none"):
+        record = compress(lora, tmp_path / f"zero-{transform}", Recipe(transform=transform))
+        assert record["weight"]["relative_error"] == 0.0
+
+
+def test_passengers_travel_along(tmp_path: Path) -> None:
+    head = torch.randn(4, 64)
+    lora = write_lora(
+        tmp_path / "lora",
+        random_products(),
+        extra={"base_model.model.classifier.weight": head},
+        modules_to_save=["classifier"],
+    )
+    (lora / "tokenizer.json").write_text("{}")
+    (lora / "optimizer.pt").write_text("stays behind")
+    record = compress(lora, tmp_path / "out", Recipe(transform="ke", budget=0.7))
+    assert names(tmp_path / "out") == sorted([*FILES, "tokenizer.json"])
+    compact = load_compact(tmp_path / "out")
+    assert torch.equal(compact.carried["classifier.weight"], head)
+    assert compact.config["modules_to_save"] == ["classifier"]
+    assert record["source"]["parameters"] == sum(8 * (o + i) for o, i in KINDS.values()) * 2
+
+
+def test_bad_places_are_refused_before_any_work(real_adapter: Path, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products())
+    before = (lora / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="not empty"):
+        compress(lora, lora)
+    with pytest.raises(InputError, match="replace the source"):
+        compress(lora, lora, overwrite=True)
+    with pytest.raises(InputError, match="replace the source"):
+        compress(lora, tmp_path, overwrite=True)
+    with pytest.raises(RecipeError, match="can't hold"):
+        compress(lora, tmp_path / "out", Recipe(budget=0.001))
+    assert (lora / "adapter_model.safetensors").read_bytes() == before
+    assert names(tmp_path) == ["lora"]
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("wait", [1.5, 3.5])
+def test_a_killed_run_leaves_no_output(real_adapter: Path, tmp_path: Path, end: signal.Signals, wait: float) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bslora_convert", "compress", str(real_adapter), str(out), "--transform", "auto"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    time.sleep(wait)
+    process.send_signal(end)
+    code = process.wait(timeout=60)
+    if code == 0:  # the run was faster than the signal: then the output is whole
+        assert names(out) == FILES
+        return
+    assert not out.exists()
+    assert code == (-signal.SIGKILL if end == signal.SIGKILL else 130)
+    if end != signal.SIGKILL:
+        assert names(tmp_path) == []
+    record = compress(real_adapter, out, Recipe(transform="none"), report_html=False)
+    assert record["compact"]["parameter_ratio"] <= 0.4459
+    assert names(tmp_path) == ["out"]
+
+
+def environment() -> dict[str, Any]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

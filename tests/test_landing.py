@@ -1,0 +1,68 @@
+"""Results land whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bslora_convert.errors import OutputError
+from bslora_convert.landing import check_output, landing
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_a_failed_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), landing(tmp_path / "out", overwrite=False) as place:
+        (place / "file").write_text("half")
+        raise RuntimeError
+    assert files(tmp_path) == []
+
+
+def test_a_failed_block_keeps_what_it_would_have_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("kept")
+    with pytest.raises(RuntimeError), landing(out, overwrite=True) as place:
+        (place / "new").write_text("half")
+        raise RuntimeError
+    assert files(tmp_path) == ["out", "out/old"]
+
+
+def test_overwrite_replaces_the_whole_directory(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    for name in ("old", "new"):
+        with landing(out, overwrite=True) as place:
+            (place / name).write_text(name)
+    assert files(tmp_path) == ["deep", "deep/out", "deep/out/new"]
+
+
+def test_a_non_empty_output_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with landing(out, overwrite=False) as place:
+        (place / "file").write_text("x")
+    with pytest.raises(OutputError, match="--overwrite"):
+        check_output(out, overwrite=False)
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(OutputError, match="not a directory"):
+        check_output(file, overwrite=True)
+
+
+def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
+    dead, living = tmp_path / ".out.partial-999999999", tmp_path / f".out.partial-{os.getppid()}"
+    for left in (dead, living):
+        left.mkdir()
+        (left / "half").write_text("x")
+    with landing(tmp_path / "out", overwrite=False) as place:
+        (place / "file").write_text("x")
+    assert not dead.exists()
+    assert living.exists()
+
+
+def test_writing_errors_are_output_errors(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="can't be written"), landing(tmp_path / "out", overwrite=False) as place:
+        (place / "no" / "such" / "directory").write_text("x")
+    assert files(tmp_path) == []
