@@ -6,7 +6,8 @@ One sweep updates the inter group, each intra group and all local parts, in this
 rest: a group by `shared.update`, the local parts as truncated SVDs of what the shared parts leave, their ranks chosen anew
 from the residual's spectra and kept only where that loses less. The objective never rises.
 
-A residual is never formed: ΔW_m − L_m − T_m is a product whose factors stand side by side, [B −L_B −T_B][A; L_A; T_A].
+A residual is never formed, nor is a local part before the end: with L = [B −T] C [A; T], C small, ΔW_m − L_m − T_m is
+[B T] core [A; T] with another small core (`shared.Sum`).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +23,12 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.bslora.transforms.kronecker import split_rank
 from bslora_convert.fit import shared
 from bslora_convert.fit.allocate import Ranks, cost_of, lost_energy
-from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, gram, product_svd
-from bslora_convert.fit.shared import Member, Own
+from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
+from bslora_convert.fit.shared import Member, Own, Sum
 
 Allocation = Callable[[Mapping[str, Tensor]], Ranks]
+Pairs = Mapping[tuple[str, str], Factors]  # (level, group) -> shared pair
+Uses = Mapping[tuple[str, str], tuple[str, Own]]  # (level, module) -> (group, the module's own tensors)
 Groups = Mapping[str, Mapping[str, list[str]]]
 
 
@@ -51,6 +54,24 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Local:
+    """A module's local part as the truncated SVD that it is, not yet multiplied out: [B −T] left right [A; T].
+
+    left (q, k), right (k, q), balanced. T: the shared terms of `pairs` and `uses`, those of the time of the fit.
+    """
+
+    left: Tensor
+    right: Tensor
+    pairs: Pairs
+    uses: Uses
+
+    @property
+    def rank(self) -> int:
+        """Local rank k."""
+        return self.left.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
 class State:
     """A fit so far. `lost` is the objective Σ ‖residual‖².
 
@@ -60,9 +81,9 @@ class State:
     """
 
     lost: float
-    locals: Mapping[str, Factors] = field(default_factory=dict)
-    pairs: Mapping[tuple[str, str], Factors] = field(default_factory=dict)
-    uses: Mapping[tuple[str, str], tuple[str, Own]] = field(default_factory=dict)
+    locals: Mapping[str, Local] = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=dict)
+    uses: Uses = field(default_factory=dict)
     headroom: Mapping[tuple[str, str], float] = field(default_factory=dict)
     price: float = 0.0
 
@@ -86,28 +107,35 @@ def sweep(
     return fit_locals(problem, state, allocation)
 
 
-def shared_terms(problem: Problem, state: State, name: str, skip: str | None = None) -> list[Factors]:
-    """A module's shared terms as they stand, but for the level `skip`."""
+def _shared_terms(problem: Problem, pairs: Pairs, uses: Uses, name: str, skip: str | None = None) -> list[Factors]:
+    """A module's shared terms, but for the level `skip`."""
     terms = []
     for level in LEVELS:
-        if level != skip and (level, name) in state.uses:
-            group, own = state.uses[level, name]
-            shape = problem.deltas[name].shape
-            terms.append(problem.transform.factors(state.pairs[level, group], own, shape))
+        if level != skip and (level, name) in uses:
+            group, own = uses[level, name]
+            terms.append(problem.transform.factors(pairs[level, group], own, problem.deltas[name].shape))
     return terms
 
 
-def _minus(first: Factors, parts: list[Factors]) -> list[Factors]:
-    """A difference as a sum of products, the first one as it is."""
-    return [first, *(Factors(-part.b, part.a) for part in parts)]
-
-
-def _residual(problem: Problem, state: State, level: str, name: str) -> list[Factors]:
-    """ΔW_m minus everything but the module's term of `level`, as a sum of products."""
-    parts = shared_terms(problem, state, name, skip=level)
-    if name in state.locals:
-        parts.append(state.locals[name])
-    return _minus(problem.deltas[name].factors(), parts)
+def _residual(problem: Problem, state: State, level: str, name: str) -> Sum:
+    """ΔW_m minus everything but the module's term of `level`."""
+    terms = [problem.deltas[name].factors()]
+    signs = [torch.ones(terms[0].rank, dtype=torch.float64)]
+    local = state.locals.get(name)
+    if local is not None:
+        # The basis of the local part: terms that may have moved since, present only through it.
+        basis = _shared_terms(problem, local.pairs, local.uses, name)
+        terms += basis
+        signs += [torch.zeros(term.rank, dtype=torch.float64) for term in basis]
+    others = _shared_terms(problem, state.pairs, state.uses, name, skip=level)
+    terms += others
+    signs += [-torch.ones(term.rank, dtype=torch.float64) for term in others]
+    core = torch.diag(torch.cat(signs)).to(terms[0].b.device)
+    if local is not None:
+        q, sign = local.left.shape[0], torch.ones_like(local.left[:, :1])
+        sign[terms[0].rank :] = -1  # the basis stands in the local part with a minus on its left factor
+        core[:q, :q] -= (sign * local.left) @ local.right
+    return Sum(terms, core.to(terms[0].b.dtype))
 
 
 def _update_group(
@@ -146,7 +174,7 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
     """Local parts as truncated SVDs of ΔW_m minus its shared terms, ranks from the residual spectra."""
     svds = {}
     for name, grams in problem.grams.items():
-        terms = shared_terms(problem, state, name)
+        terms = _shared_terms(problem, state.pairs, state.uses, name)
         if terms:
             svds[name] = product_svd(_without(grams, problem.deltas[name].factors(), add(*terms)))
         else:
@@ -157,15 +185,21 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
     affordable = cost_of(before, problem.costs) <= cost_of(ranks, problem.costs)
     if affordable and lost_energy(spectra, before) < lost_energy(spectra, ranks):
         ranks = before
-    local = {
-        name: svd.truncate(_minus(problem.deltas[name].factors(), shared_terms(problem, state, name)), ranks[name])
-        for name, svd in svds.items()
-    }
+    local = {name: Local(*svd.balanced(ranks[name]), state.pairs, state.uses) for name, svd in svds.items()}
     price = max(
         (float(v[ranks[name]]) / problem.costs[name] for name, v in spectra.items() if len(v) > ranks[name]),
         default=0.0,
     )
     return replace(state, locals=local, lost=lost_energy(spectra, ranks), price=price)
+
+
+def local_factors(problem: Problem, state: State, name: str) -> Factors:
+    """A module's local part, multiplied out: (out, k), (k, in)."""
+    local = state.locals[name]
+    terms = _shared_terms(problem, local.pairs, local.uses, name)
+    return combine(
+        [problem.deltas[name].factors(), *(Factors(-term.b, term.a) for term in terms)], local.left, local.right
+    )
 
 
 def _without(grams: Grams, target: Factors, term: Factors) -> Grams:

@@ -24,7 +24,7 @@ from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE as GATE_SIZE
 from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
-from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, sweep
+from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
 
 TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
@@ -219,7 +219,8 @@ def _best(source: Source, options: Options, budget: int, progress: Progress) -> 
     tried = ["none"]
     for name in ("ke", "ss"):
         try:
-            fit = _search(source, replace(options, transform=name, shared_size=None), budget, progress)
+            size = options.shared_size if name == "ke" else None
+            fit = _search(source, replace(options, transform=name, shared_size=size), budget, progress)
         except RecipeError:
             continue
         tried.append(name)
@@ -466,7 +467,7 @@ def _finish(problem: Problem, source: Source, state: State, history: list[float]
     modules = {}
     for name, delta in source.deltas.items():
         paths = {level: Path(*state.uses[level, name]) for level in LEVELS if (level, name) in state.uses}
-        modules[name] = Module(delta.shape, state.locals[name], paths, _kind(source, name))
+        modules[name] = Module(delta.shape, local_factors(problem, state, name), paths, _kind(source, name))
     shared: dict[str, dict[str, Factors]] = {}
     for (level, group), pair in state.pairs.items():
         shared.setdefault(level, {})[group] = pair

@@ -85,17 +85,25 @@ class ProductSvd:
 
         terms: the products whose sum B A is, in the order in which their columns stand in B.
         """
+        return combine(terms, *self.balanced(rank))
+
+    def balanced(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(r, k), (k, r) by which B and A become the best part of `rank` or less, √σ on both sides."""
         rank = min(rank, self.energies.shape[0])
         root = self.energies[:rank].pow(0.25)
         scale = torch.where(root > 0, root, torch.ones_like(root))
-        dtype = terms[0].b.dtype
-        sizes = [term.rank for term in terms]
-        left = (self.left[:, :rank] / scale).to(dtype).split(sizes, dim=0)
-        right = (self.right[:rank] * scale[:, None]).to(dtype).split(sizes, dim=1)
-        b, a = terms[0].b @ left[0], right[0] @ terms[0].a
-        for term, columns, rows in zip(terms[1:], left[1:], right[1:], strict=True):
-            b, a = b.addmm_(term.b, columns), a.addmm_(rows, term.a)
-        return Factors(b, a)
+        return self.left[:, :rank] / scale, self.right[:rank] * scale[:, None]
+
+
+def combine(terms: Sequence[Factors], left: Tensor, right: Tensor) -> Factors:
+    """([b1 b2 …] left, right [a1; a2; …]) without putting the terms together: (out, k), (k, in)."""
+    dtype = terms[0].b.dtype
+    sizes = [term.rank for term in terms]
+    lefts, rights = left.to(dtype).split(sizes, dim=0), right.to(dtype).split(sizes, dim=1)
+    b, a = terms[0].b @ lefts[0], rights[0] @ terms[0].a
+    for term, columns, rows in zip(terms[1:], lefts[1:], rights[1:], strict=True):
+        b, a = b.addmm_(term.b, columns), a.addmm_(rows, term.a)
+    return Factors(b, a)
 
 
 def product_svd(grams: Grams) -> ProductSvd:

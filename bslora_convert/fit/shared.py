@@ -29,7 +29,6 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit.lowrank import gram
 
 Own = dict[str, Tensor]
-Terms = Sequence[Factors]  # a matrix as a sum of products, kept apart so that no wide factor is ever copied together
 
 SKETCH = 8  # random directions in which the starting subspaces are measured
 CORE = 8  # largest core of the starting block; further ranks enter with the first pair step
@@ -39,12 +38,42 @@ RIDGE = 1e-12  # of the largest normal equation: keeps uncovered rows at zero
 
 
 @dataclass(frozen=True, slots=True)
+class Sum:
+    """A matrix held as [b1 b2 …] core [a1; a2; …]: thin products side by side, joined by a small core (q, q).
+
+    The wide factors are never copied together; a truncated SVD of the same products is only another core.
+    """
+
+    terms: Sequence[Factors]
+    core: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+        return self.terms[0].b.shape[0], self.terms[0].a.shape[1]
+
+    @property
+    def transposed(self) -> "Sum":
+        """The transposed matrix."""
+        return Sum([Factors(term.a.T, term.b.T) for term in self.terms], self.core.T)
+
+    def times(self, x: Tensor) -> Tensor:
+        """The matrix times x: (in, c) -> (out, c)."""
+        inner = self.core @ torch.cat([term.a @ x for term in self.terms])
+        pieces = inner.split([term.rank for term in self.terms])
+        out: Tensor = self.terms[0].b @ pieces[0]
+        for term, piece in zip(self.terms[1:], pieces[1:], strict=True):
+            out.addmm_(term.b, piece)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """A module of the group: its shape, its kernels so far, and its residual, made when asked for."""
 
     shape: Shape
     own: Own
-    residual: Callable[[], Terms]
+    residual: Callable[[], "Sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +108,7 @@ def start(
     generator: torch.Generator,
 ) -> Update:
     """A first round for a group that has no pair: from the leading directions (KE) or from random rows (SS)."""
-    like = members[0].residual()[0].b
+    like = members[0].residual().terms[0].b
     if isinstance(transform, Kronecker):
         pair = _leading_block(transform, members, rank, generator)
     else:
@@ -104,11 +133,11 @@ def widen(pair: Factors, rank: int, generator: torch.Generator) -> Factors:
     )
 
 
-def _kernels(transform: Kronecker, member: Member, residual: Terms, pair: Factors, kernel_rank: int) -> Own:
+def _kernels(transform: Kronecker, member: Member, residual: Sum, pair: Factors, kernel_rank: int) -> Own:
     """Best kernels of one module given the pair: {"A": (k, in/s), "B": (out/s, k)}."""
     down, across = transform.grid(member.shape)
     rank = min(kernel_rank, down, across)
-    c = _block_products(transform, residual, pair, (down, across))
+    c = _block_products(transform, residual, pair)
     weights = _block_energies(transform, member.shape, pair)
     if float(weights.max()) == 0.0:
         return {"A": pair.a.new_zeros((rank, across)), "B": pair.b.new_zeros((down, rank))}
@@ -125,14 +154,11 @@ def _kernels(transform: Kronecker, member: Member, residual: Terms, pair: Factor
     return {name: tensor.to(pair.b.dtype) for name, tensor in own.items()}
 
 
-def _block_products(transform: Kronecker, residual: Terms, pair: Factors, grid: Shape) -> Tensor:
+def _block_products(transform: Kronecker, residual: Sum, pair: Factors) -> Tensor:
     """C_ij = ⟨block_ij of the residual, P⟩, float64: (out/s, in/s)."""
-    total = torch.zeros(grid, dtype=torch.float64, device=pair.b.device)
-    for term in residual:
-        rows = transform.project(term.b, pair.b)  # (out/s, p, q)
-        columns = transform.project(term.a.T, pair.a.T)  # (in/s, p, q)
-        total += rows.flatten(1).double() @ columns.flatten(1).double().T
-    return total
+    rows = torch.cat([transform.project(term.b, pair.b) for term in residual.terms], dim=2)  # (out/s, p, q)
+    columns = torch.cat([transform.project(term.a.T, pair.a.T) for term in residual.terms], dim=2)  # (in/s, p, q)
+    return (rows @ residual.core).flatten(1).double() @ columns.flatten(1).double().T
 
 
 def _block_energies(transform: Kronecker, shape: Shape, pair: Factors) -> Tensor:
@@ -180,10 +206,9 @@ def _update_even(transform: Kronecker, members: Sequence[Member], pair: Factors,
         residual = member.residual()
         own = _kernels(transform, member, residual, pair, kernel_rank)
         owns.append(own)
-        for term in residual:
-            rows = transform.gather(term.b, s, own["B"])
-            columns = transform.gather(term.a.T, s, own["A"].T)
-            total += (rows @ columns.transpose(1, 2)).sum(0)
+        rows = torch.cat([transform.gather(term.b, s, own["B"]) for term in residual.terms], dim=2)
+        columns = torch.cat([transform.gather(term.a.T, s, own["A"].T) for term in residual.terms], dim=2)
+        total += ((rows @ residual.core) @ columns.transpose(1, 2)).sum(0)
         weight += float((gram(own["B"]) * gram(own["A"].T)).sum())
     if weight == 0.0:
         return Update(pair, owns, 0.0)
@@ -238,11 +263,10 @@ def _half_step(
     repeated: dict[Shape, int] = {}
     one = fixed.new_ones((1, 1))
     for member, own in zip(members, owns, strict=True):
-        terms = [_flip(term) if flipped else term for term in member.residual()]
-        out, width = terms[0].shape
+        residual = member.residual().transposed if flipped else member.residual()
+        out, width = residual.shape
         k_out, k_in = _sides(own, flipped, one)
-        directions = transform.spread(fixed.T, width, k_in)
-        projected = torch.stack([term.b @ (term.a @ directions) for term in terms]).sum(0)  # (out, k·p)
+        projected = residual.times(transform.spread(fixed.T, width, k_in))  # (out, k·p)
         for t in range(k_in.shape[1]):
             block = projected[:, t * p : (t + 1) * p]
             numerator += transform.gather(block, size_out, k_out[:, t : t + 1])[0].double()
@@ -291,10 +315,10 @@ def _leading_block(transform: Kronecker, members: Sequence[Member], rank: int, g
     columns = torch.zeros((s, s), dtype=torch.float64)
     for member in members:
         down, across = transform.grid(member.shape)
-        terms = member.residual()
-        random = noise.to(terms[0].b)
-        seen_rows = torch.stack([t.b @ (t.a @ random[: t.a.shape[1]]) for t in terms]).sum(0)
-        seen_columns = torch.stack([t.a.T @ (t.b.T @ random[: t.b.shape[0]]) for t in terms]).sum(0)
+        residual = member.residual()
+        random = noise.to(residual.core)
+        seen_rows = residual.times(random[: residual.shape[1]])
+        seen_columns = residual.transposed.times(random[: residual.shape[0]])
         for total, seen, grid in ((rows, seen_rows, down), (columns, seen_columns, across)):
             flat = transform.blocks(seen, grid).transpose(0, 1).reshape(s, -1)
             total += (flat @ flat.T).cpu()
@@ -305,12 +329,12 @@ def _leading_block(transform: Kronecker, members: Sequence[Member], rank: int, g
     projected = []
     for member in members:
         down, across = transform.grid(member.shape)
-        blocks = torch.zeros((down, across, core, core), dtype=torch.float64)
-        for term in member.residual():
-            left = transform.project(term.b, b.to(term.b))  # (out/s, p, q)
-            right = transform.project(term.a.T, a.to(term.b))  # (in/s, p, q)
-            blocks += torch.einsum("gaq,hbq->ghab", left, right).cpu()
-        projected.append(blocks.reshape(down * across, core * core))
+        residual = member.residual()
+        left, right = b.to(residual.core), a.to(residual.core)
+        left = torch.cat([transform.project(term.b, left) for term in residual.terms], dim=2)  # (out/s, p, q)
+        right = torch.cat([transform.project(term.a.T, right) for term in residual.terms], dim=2)  # (in/s, p, q)
+        blocks = torch.einsum("gaq,hbq->ghab", left @ residual.core, right)
+        projected.append(blocks.reshape(down * across, core * core).double().cpu())
     stacked = torch.cat(projected)
     q = stacked[stacked.square().sum(1).argmax()]
     for _ in range(POWER_STEPS):

@@ -8,27 +8,32 @@ import torch
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit import shared
-from bslora_convert.fit.shared import Member, Own
+from bslora_convert.fit.shared import Member, Own, Sum
 
 SHAPES = [(64, 64), (32, 64), (128, 64), (64, 128)]
 
 
-def residuals(shapes: Sequence[tuple[int, int]], seed: int = 0) -> list[list[Factors]]:
+def residuals(shapes: Sequence[tuple[int, int]], seed: int = 0) -> list[Sum]:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return [[Factors(random(n, 4), random(4, d)), Factors(random(n, 2), random(2, d))] for n, d in shapes]
+    return [
+        Sum([Factors(random(n, 4), random(4, d)), Factors(random(n, 2), random(2, d))], random(6, 6)) for n, d in shapes
+    ]
 
 
-def dense(terms: Sequence[Factors]) -> torch.Tensor:
-    return sum((term.b @ term.a for term in terms[1:]), terms[0].b @ terms[0].a)
+def dense(value: Sum | Factors) -> torch.Tensor:
+    if isinstance(value, Factors):
+        return value.b @ value.a
+    b, a = torch.cat([term.b for term in value.terms], 1), torch.cat([term.a for term in value.terms], 0)
+    return b @ value.core @ a
 
 
 def objective(transform: Kronecker | Slice, members: Sequence[Member], pair: Factors, owns: Sequence[Own]) -> float:
     return sum(
-        float((dense(m.residual()) - dense([transform.factors(pair, own, m.shape)])).square().sum())
+        float((dense(m.residual()) - dense(transform.factors(pair, own, m.shape))).square().sum())
         for m, own in zip(members, owns, strict=True)
     )
 
@@ -77,7 +82,7 @@ def test_slice_of_one_shape_is_the_truncated_svd_of_the_mean() -> None:
     mean = sum(dense(m.residual()) for m in members) / 3
     u, s, vh = torch.linalg.svd(mean)
     expected = u[:, :2] * s[:2] @ vh[:2]
-    assert torch.allclose(dense([result.pair]), expected, atol=1e-6)
+    assert torch.allclose(dense(result.pair), expected, atol=1e-6)
 
 
 def test_kronecker_pair_step_is_the_truncation_of_the_weighted_mean_of_blocks() -> None:
@@ -92,7 +97,7 @@ def test_kronecker_pair_step_is_the_truncation_of_the_weighted_mean_of_blocks() 
                 total += kernel[i, j] * matrix[16 * i : 16 * i + 16, 16 * j : 16 * j + 16]
         weight += float(kernel.square().sum())
     u, s, vh = torch.linalg.svd(total / weight)
-    assert torch.allclose(dense([result.pair]), u[:, :2] * s[:2] @ vh[:2], atol=1e-9)
+    assert torch.allclose(dense(result.pair), u[:, :2] * s[:2] @ vh[:2], atol=1e-9)
     assert result.headroom == pytest.approx(weight * float(s[2:4].square().sum()), rel=1e-6)
 
 
@@ -113,10 +118,18 @@ def test_kronecker_kernels_are_the_best_of_their_rank() -> None:
 
 
 def test_a_group_of_zero_deltas_stays_zero() -> None:
-    zero = [Factors(torch.zeros(64, 2), torch.zeros(2, 64))]
+    zero = Sum([Factors(torch.zeros(64, 2), torch.zeros(2, 64))], torch.eye(2))
     for transform in (Kronecker(16), Kronecker(20), Slice(64, 64)):
         members = [Member((64, 64), {}, lambda: zero)] * 2
         result = shared.start(transform, members, 2, 1, torch.Generator().manual_seed(0))
         for own in result.owns:
             term = transform.factors(result.pair, own, (64, 64))
             assert torch.equal(term.b @ term.a, torch.zeros(64, 64))
+
+
+def test_a_sum_multiplies_as_its_matrix_does() -> None:
+    (whole,) = residuals([(12, 10)])
+    x, y = torch.randn(10, 3, dtype=torch.float64), torch.randn(12, 3, dtype=torch.float64)
+    assert torch.allclose(whole.times(x), dense(whole) @ x)
+    assert torch.allclose(whole.transposed.times(y), dense(whole).T @ y)
+    assert whole.transposed.shape == (10, 12)
