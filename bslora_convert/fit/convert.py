@@ -5,8 +5,9 @@
     gated      truncated SVD with one or two components per module held by gates     transform gt
     alternated sweeps over inter, intra and local parts                              transforms ss, ke
 
-The search for shared ranks starts from the least ranks allowed, from two directions (local parts first, shared parts first),
-keeps the better, and doubles one level's rank at a time for as long as that lowers the error at the same total size.
+A fit starts from the local parts; where the shared parts then earn more than their numbers would as local ranks, it also
+starts from the shared parts and keeps the better. The search for shared ranks starts from the least ranks allowed and doubles
+one level's rank at a time for as long as that lowers the error at the same total size.
 """
 
 import math
@@ -424,18 +425,25 @@ def _rank_limit(problem: Problem) -> int:
 def _fit_at(
     problem: Problem, levels: Mapping[str, int], allocation: Allocation, seed: int, progress: Progress
 ) -> tuple[State, list[float]]:
-    """Both starts for a sweep or two, then the better one until it settles."""
+    """Sweeps from the local parts, or from the shared parts where those carry more, until the objective settles."""
     for level, rank in levels.items():
         if rank > min(problem.transform.pair_sizes):
             raise RecipeError(
                 f"ranks: {level} rank {rank} is larger than the shared size {min(problem.transform.pair_sizes)}"
             )
-    local_first = fit_locals(problem, State(math.inf), allocation)
+    state = fit_locals(problem, State(math.inf), allocation)
     if not any(levels.values()):
-        return local_first, [local_first.lost]
+        return state, [state.lost]
     progress("starting the shared parts")
-    starts = [_run(problem, start, levels, allocation, seed, 1) for start in (local_first, State(math.inf))]
-    state, history = min(starts, key=lambda run: run[0].lost)
+    plain = state
+    state, history = _run(problem, plain, levels, allocation, seed, 1)
+    if plain.lost - state.lost > plain.price * shared_parameters(problem, levels):
+        # Sharing earns its numbers here, so it may earn more if it chooses before the local parts do.
+        fresh, fresh_history = _run(problem, State(math.inf), levels, allocation, seed, 1)
+        if fresh.lost < state.lost:
+            state, history = fresh, fresh_history
+    elif _settled(plain.lost, state.lost):
+        return state, history
     state, more = _run(problem, state, levels, allocation, seed, SWEEPS, progress)
     return state, history + more
 
@@ -458,9 +466,14 @@ def _run(
         state = sweep(problem, state, levels, allocation, generator)
         history.append(state.lost)
         progress(f"sweep {number}, error {math.sqrt(state.lost / energy) if energy else 0:.4f}")
-        if before - state.lost <= TOLERANCE * state.lost or state.lost <= FLOOR * energy:
+        if _settled(before, state.lost) or state.lost <= FLOOR * energy:
             break
     return state, history
+
+
+def _settled(before: float, after: float) -> bool:
+    """Whether a sweep changed too little for another one."""
+    return before - after <= TOLERANCE * after
 
 
 def _finish(problem: Problem, source: Source, state: State, history: list[float]) -> Fit:

@@ -60,7 +60,7 @@ class LoraModule:
     def factors(self) -> Factors:
         """Factors with the scaling folded into b, float32 (float64 where stored so)."""
         dtype = torch.float64 if self.b.dtype == torch.float64 else torch.float32
-        return Factors(self.b.to(dtype) * self.scaling, self.a.to(dtype))
+        return Factors(self.b.to(dtype, copy=True).mul_(self.scaling), self.a.to(dtype))
 
 
 @dataclass(frozen=True, slots=True)
