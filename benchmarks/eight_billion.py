@@ -2,14 +2,15 @@
 
     python benchmarks/eight_billion.py [--ranks 16,64] [--layers 32] [--repeats 3] [--skip-dense]
 
-Rows, each in a fresh process (best of the repeats, since machines are shared):
-  read and cast   reading the file and casting every tensor to float32: the least that any converter does
-  none, ke        `compress` end to end: read, hash, fit, write, read back, measure, report
-  dense SVD       torch.linalg.svd of B·A, thin (the arithmetic of PEFT's convert_to_lora) and full (kohya's resize), measured on one
-                  k_proj and scaled to all modules by the operation count out·in·min(out, in)
+Rows, each in a fresh process (the fastest of the repeats, since machines are shared):
+  read and cast    reading the file and casting every tensor to float32: the least that any converter does
+  none, ke         `compress` end to end: read, hash, fit, write, read back, measure, fidelity.json and model card
+  ke + report      the same with report.html
+  dense SVD        torch.linalg.svd of B·A, thin (the arithmetic of PEFT's convert_to_lora) and full (kohya's resize), measured on
+                   one k_proj and scaled to all modules by the operation count out · in · min(out, in)
 
-Peak memory is the process's high-water mark above what importing torch and the package takes. 32 layers, q k v o gate up down, bf16,
-grouped-query attention: 168 million parameters at rank 64. Linearity: the same with half the layers.
+Peak memory is the process's high-water mark above what importing torch and the package takes. 32 layers, q k v o gate up down,
+bf16, grouped-query attention: 168 million parameters at rank 64. Linearity: seconds against the same with half the layers.
 """
 
 import argparse
@@ -47,7 +48,12 @@ def write_adapter(directory: Path, rank: int, layers: int) -> None:
             tensors[f"{name}.lora_B.weight"] = (0.05 * torch.randn(out, rank, generator=generator)).bfloat16()
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [k.split(".")[1] for k in SHAPES]}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": [k.split(".")[1] for k in SHAPES],
+    }
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -79,7 +85,8 @@ def measure(job: str, directory: Path) -> dict[str, float]:
         torch.linalg.svd(delta, full_matrices="full" in job)
     else:
         with tempfile.TemporaryDirectory() as place:
-            compress(directory, Path(place) / "out", Recipe(transform=job))
+            transform, _, page = job.partition(" + ")
+            compress(directory, Path(place) / "out", Recipe(transform=transform), report_html=page == "report")
     return {"seconds": time.perf_counter() - began, "peak": peak() - before}
 
 
@@ -118,7 +125,7 @@ def main() -> None:
             print(f"\nrank {rank}, {options.layers} layers, {size / 1e6:.0f} MB")
             print(f"{'':16}{'seconds':>9}{'x read+cast':>13}{'peak / file':>13}{'x half the layers':>19}")
             base = best("read and cast", whole, options.repeats)
-            for job in ("read and cast", "none", "ke"):
+            for job in ("read and cast", "none", "ke", "ke + report"):
                 run = base if job == "read and cast" else best(job, whole, options.repeats)
                 shorter = best(job, half, options.repeats)
                 print(
@@ -130,7 +137,9 @@ def main() -> None:
                     none = run["seconds"]
             for job, run in dense.items():
                 seconds = run["seconds"] * work
-                print(f"{job + ' SVD':16}{seconds:9.0f}{seconds / base['seconds']:13.0f}   ({seconds / none:,.0f} x none)")
+                print(
+                    f"{job + ' SVD':16}{seconds:9.0f}{seconds / base['seconds']:13.0f}   ({seconds / none:,.0f} x none)"
+                )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,11 @@ def compress(
         measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         fit = _fit(measured, recipe, dtype, progress)
+        fit = replace(fit, form=_cast(fit.form, dtype))  # the float32 form is let go
         fitted = time.perf_counter()
         progress("writing")
         with landing(out, overwrite) as place:
-            save_compact(_cast(fit.form, dtype), place, adapter.config.raw, adapter.carried)
+            save_compact(fit.form, place, adapter.config.raw, adapter.carried)
             copy_tokenizer(adapter.weights.parent, place)
             progress("measuring what was written")
             compact = load_compact(place)
@@ -113,6 +115,7 @@ def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Progress)
         min_shared=recipe.min_shared or 0,
         uniform=recipe.local_ranks == "uniform",
         seed=recipe.seed,
+        storage=dtype,
     )
     if recipe.ranks is not None:
         return fit_by_hand(source, options, recipe.ranks, progress)

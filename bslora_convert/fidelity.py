@@ -15,8 +15,8 @@ from typing import Any
 from bslora_convert.bslora.factors import Factors, add
 from bslora_convert.bslora.form import PARTS, BsloraForm
 from bslora_convert.fit import allocate
-from bslora_convert.fit.convert import Source
 from bslora_convert.fit.lowrank import Grams, gram
+from bslora_convert.fit.source import Source
 
 SCHEMA_VERSION = 1
 

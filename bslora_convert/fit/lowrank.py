@@ -23,7 +23,7 @@ from bslora_convert.bslora.factors import Factors, Shape
 
 CHOLESKY_FLOOR = 1e-7  # smallest pivot, against unit rows, that still leaves half of float64's digits
 NULL_FLOOR = 1e-14  # eigenvalues of A Aᵀ below this share of the largest are rounding
-ROW_CHUNK = 1 << 16  # rows cast to float64 at a time
+CHUNK = 1 << 17  # numbers cast to float64 at a time: a megabyte, which stays in cache
 
 
 class Delta(Protocol):
@@ -44,11 +44,12 @@ class Delta(Protocol):
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     """xᵀ y (xᵀ x without y) in float64: (n, p), (n, q) -> (p, q)."""
     y = x if y is None else y
-    if x.shape[0] > ROW_CHUNK:
-        starts = range(0, x.shape[0], ROW_CHUNK)
-        return torch.stack([gram(x[i : i + ROW_CHUNK], y[i : i + ROW_CHUNK]) for i in starts]).sum(0)
-    left = x.double()
-    return left.T @ (left if y is x else y.double())
+    total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+    rows = max(CHUNK // max(x.shape[1], 1), 1)
+    for start in range(0, x.shape[0], rows):
+        left = x[start : start + rows].double()
+        total.addmm_(left.T, left if y is x else y[start : start + rows].double())
+    return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,104 @@
+"""Gate transformation: a truncated SVD with one or two components of each module held by gates.
+
+A gated path is a free rank-one term (`transforms.gate`), so the best fit of local rank l with g gates is the truncated SVD of
+rank l + g. A gate stores 2 s numbers more than the local rank that it equals; under a budget the gates are paid first, as far as
+they go, and the local ranks get the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from bslora_convert.bslora.counts import own_parameters
+from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.form import LEVELS, BsloraForm, Module, Path
+from bslora_convert.bslora.transforms import Gate
+from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE
+from bslora_convert.fit import allocate
+from bslora_convert.fit.allocate import Ranks
+from bslora_convert.fit.source import ENTIRE, Fit, Options, Source, too_small
+
+
+def gated_by_hand(source: Source, options: Options, levels: Mapping[str, int], local: int) -> Fit:
+    """Local rank and shared ranks (level -> rank) as given; a level of rank 0 has no gates."""
+    transform = Gate(options.shared_size or DEFAULT_SIZE)
+    grouped = {name for members in source.groups["intra"].values() for name in members}
+    gates = {name: sum(rank > 0 for rank in levels.values()) if name in grouped else 0 for name in source.deltas}
+    if options.uniform:
+        ranks = {name: min(local, len(values)) for name, values in source.spectra.items()}
+    else:
+        numbers = local * sum(source.costs.values())
+        ranks = allocate.within_budget(source.spectra, source.costs, numbers, first=gates)
+    return _gated(source, options, transform, levels, gates, ranks)
+
+
+def gated_to_budget(source: Source, options: Options, budget: int) -> Fit:
+    """Gates first, the rest to local ranks; the shared size is halved until every gate fits, then gates are dropped."""
+    levels = dict.fromkeys(LEVELS, max(options.min_shared, 1))
+    members = source.groups["inter"][ENTIRE]
+    pairs = sum(rank * len(source.groups[level]) for level, rank in levels.items())
+    size = options.shared_size or DEFAULT_SIZE
+
+    def gate_costs(transform: Gate) -> dict[str, int]:
+        return {name: own_parameters(transform, source.shapes[name]) for name in members}
+
+    while options.shared_size is None and size > 1:
+        if pairs * 2 * size + len(LEVELS) * sum(gate_costs(Gate(size)).values()) <= budget:
+            break
+        size //= 2
+    transform = Gate(size)
+    costs = gate_costs(transform)
+    rest = budget - pairs * 2 * size
+    if rest < min(costs.values()):
+        raise too_small(budget, source, pairs * 2 * size + min(costs.values()), "gt")
+    leading = {name: source.spectra[name][: len(LEVELS)] for name in members}
+    gates = dict.fromkeys(source.deltas, 0) | allocate.within_budget(leading, costs, rest)
+    rest -= allocate.cost_of({name: gates[name] for name in members}, costs)
+    if options.uniform:
+        limits = {name: len(values) - gates[name] for name, values in source.spectra.items()}
+        ranks = allocate.uniform(limits, source.costs, rest)
+    else:
+        ranks = allocate.within_budget(source.spectra, source.costs, rest, first=gates)
+    notes = []
+    if size != (options.shared_size or DEFAULT_SIZE):
+        notes.append(f"the shared size was cut from {DEFAULT_SIZE} to {size} to fit the budget")
+    if any(gates[name] < len(LEVELS) for name in members):
+        notes.append("not every module has both gated paths: the budget ends before")
+    return replace(_gated(source, options, transform, levels, gates, ranks), notes=tuple(notes))
+
+
+def _gated(
+    source: Source, options: Options, transform: Gate, levels: Mapping[str, int], gates: Ranks, ranks: Ranks
+) -> Fit:
+    """Each module's leading components: `ranks` of them local, the next `gates` of them gated.
+
+    The shared pair enters a gated path only as the number c (see `transforms.gate`); unit vectors make it one.
+    """
+    group_of = {level: {n: g for g, names in source.groups[level].items() for n in names} for level in LEVELS}
+    used = [level for level in LEVELS if levels[level]]
+    modules = {}
+    pairs: dict[str, dict[str, Factors]] = {level: {} for level in used}
+    for name, delta in source.deltas.items():
+        local, count = ranks[name], gates[name]
+        whole = source.svds[name].truncate([delta.factors()], local + count)
+        paths = {}
+        for position, level in enumerate(used[:count], start=local):
+            group = group_of[level][name]
+            unit = torch.eye(transform.size, levels[level]).to(whole.b)
+            pairs[level].setdefault(group, Factors(unit, unit.T.contiguous()))
+            present = position < whole.rank
+            out, width = delta.shape
+            paths[level] = Path(
+                group,
+                {
+                    "input_down": whole.a[position : position + 1] if present else whole.a.new_zeros((1, width)),
+                    "input_up": unit[:, :1].contiguous(),
+                    "output_down": unit[:, :1].T.contiguous(),
+                    "output_up": whole.b[:, position : position + 1] if present else whole.b.new_zeros((out, 1)),
+                },
+            )
+        kept = options.handed_over(Factors(whole.b[:, :local], whole.a[:local]))
+        modules[name] = Module(delta.shape, kept, paths, source.kind(name))
+    lost = allocate.lost_energy(source.spectra, ranks, first=gates)
+    return Fit(BsloraForm(transform, modules, pairs), lost)

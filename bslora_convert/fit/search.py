@@ -1,0 +1,172 @@
+"""Slices and Kronecker blocks: shared ranks and local ranks by alternating fits.
+
+A fit starts from the local parts; where the shared parts then earn more than their numbers would as local ranks, it also
+starts from the shared parts and keeps the better. The search for shared ranks starts from the least ranks allowed and doubles
+one level's rank at a time for as long as that lowers the error at the same total size.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from bslora_convert.bslora.counts import own_parameters, pair_parameters
+from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.form import LEVELS, BsloraForm, Module, Path
+from bslora_convert.bslora.transforms import Kronecker, Slice
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
+from bslora_convert.fit.source import ENTIRE, Fit, Options, Progress, Source, quiet, too_small, within
+
+TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
+FLOOR = 1e-12  # share of the energy under which the objective is rounding
+SWEEPS = 60
+TRIAL_SWEEPS = 2
+CAUTION = 4.0  # the headroom is measured with kernels that don't yet fit the larger rank
+LARGEST_SHARED_RANK = 64
+
+
+def problem_of(source: Source, options: Options) -> Problem:
+    """The adapter with the transform that the options name, sized for its shapes."""
+    groups = source.groups
+    shapes = [source.shapes[name] for name in groups["inter"][ENTIRE]]
+    transform: Kronecker | Slice
+    if options.transform == "ke":
+        transform = Kronecker.dividing(shapes, options.shared_size)
+    else:
+        transform = Slice.covering(shapes, options.window)
+    return Problem(source.deltas, source.grams, source.svds, transform, source.costs, groups, options.kernel)
+
+
+def shared_parameters(problem: Problem, levels: Mapping[str, int]) -> int:
+    """Numbers that the shared pairs and the modules' kernels store at these ranks."""
+    total = 0
+    for level, rank in levels.items():
+        if rank:
+            pair_rank, kernel_rank = problem.split(rank)
+            for members in problem.groups[level].values():
+                total += pair_parameters(problem.transform, pair_rank)
+                total += sum(
+                    own_parameters(problem.transform, problem.deltas[name].shape, kernel_rank) for name in members
+                )
+    return total
+
+
+def search(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
+    """Shared ranks and local ranks of lowest error at `budget`."""
+    problem = problem_of(source, options)
+
+    def allocation_for(levels: Mapping[str, int]) -> Allocation | None:
+        rest = budget - shared_parameters(problem, levels)
+        return within(source, rest, options.uniform) if rest >= 0 else None
+
+    levels = dict.fromkeys(LEVELS, options.min_shared)
+    allocation = allocation_for(levels)
+    if allocation is None:
+        raise too_small(budget, source, shared_parameters(problem, levels), options.transform)
+    state, history = fit_at(problem, levels, allocation, options.seed, progress)
+    improved = True
+    while improved:
+        improved = False
+        for level in LEVELS:
+            larger = {**levels, level: max(1, 2 * levels[level])}
+            allocation = allocation_for(larger)
+            if allocation is None or larger[level] > _rank_limit(problem):
+                continue
+            if _hopeless(problem, state, level, levels, larger):
+                continue
+            progress(f"trying ranks {larger['intra']} within layers, {larger['inter']} across")
+            trial = _run(problem, state, larger, allocation, options.seed, TRIAL_SWEEPS)[0]
+            if not levels[level] and trial.lost >= state.lost:
+                trial = _run(problem, State(math.inf), larger, allocation, options.seed, TRIAL_SWEEPS)[0]
+            if trial.lost < state.lost * (1 - TOLERANCE):
+                state, more = _run(problem, trial, larger, allocation, options.seed, SWEEPS)
+                levels, improved = larger, True
+                history = more
+    if any(levels[level] > options.min_shared for level in LEVELS):
+        # Growing rank by rank leaves local ranks that suited smaller shared parts: start afresh at the ranks found.
+        fresh_allocation = allocation_for(levels)
+        assert fresh_allocation is not None  # the search has just used it
+        fresh, fresh_history = fit_at(problem, levels, fresh_allocation, options.seed, progress)
+        if fresh.lost < state.lost:
+            state, history = fresh, fresh_history
+    return finish(problem, source, options, state, history)
+
+
+def _hopeless(problem: Problem, state: State, level: str, levels: Mapping[str, int], larger: Mapping[str, int]) -> bool:
+    """Whether a larger rank can't earn, by far, what its numbers would earn as local components."""
+    headroom = sum(value for (at, _), value in state.headroom.items() if at == level) if levels[level] else math.inf
+    added = shared_parameters(problem, larger) - shared_parameters(problem, levels)
+    return CAUTION * headroom < state.price * added
+
+
+def _rank_limit(problem: Problem) -> int:
+    return min(LARGEST_SHARED_RANK, *problem.transform.pair_sizes)
+
+
+def fit_at(
+    problem: Problem, levels: Mapping[str, int], allocation: Allocation, seed: int, progress: Progress
+) -> tuple[State, list[float]]:
+    """Sweeps from the local parts, or from the shared parts where those carry more, until the objective settles."""
+    for level, rank in levels.items():
+        if rank > min(problem.transform.pair_sizes):
+            raise RecipeError(
+                f"ranks: {level} rank {rank} is larger than the shared size {min(problem.transform.pair_sizes)}"
+            )
+    state = fit_locals(problem, State(math.inf), allocation)
+    if not any(levels.values()):
+        return state, [state.lost]
+    progress("starting the shared parts")
+    plain = state
+    state, history = _run(problem, plain, levels, allocation, seed, 1)
+    if plain.lost - state.lost > plain.price * shared_parameters(problem, levels):
+        # Sharing earns its numbers here, so it may earn more if it chooses before the local parts do.
+        fresh, fresh_history = _run(problem, State(math.inf), levels, allocation, seed, 1)
+        if fresh.lost < state.lost:
+            state, history = fresh, fresh_history
+    elif _settled(plain.lost, state.lost):
+        return state, history
+    state, more = _run(problem, state, levels, allocation, seed, SWEEPS, progress)
+    return state, history + more
+
+
+def _run(
+    problem: Problem,
+    state: State,
+    levels: Mapping[str, int],
+    allocation: Allocation,
+    seed: int,
+    sweeps: int,
+    progress: Progress = quiet,
+) -> tuple[State, list[float]]:
+    """Up to `sweeps` sweeps; stops when the objective settles."""
+    generator = torch.Generator().manual_seed(seed)
+    energy = sum(grams.energy for grams in problem.grams.values())
+    history = []
+    for number in range(1, sweeps + 1):
+        before = state.lost
+        state = sweep(problem, state, levels, allocation, generator)
+        history.append(state.lost)
+        progress(f"sweep {number}, error {math.sqrt(state.lost / energy) if energy else 0:.4f}")
+        if _settled(before, state.lost) or state.lost <= FLOOR * energy:
+            break
+    return state, history
+
+
+def _settled(before: float, after: float) -> bool:
+    """Whether a sweep changed too little for another one."""
+    return before - after <= TOLERANCE * after
+
+
+def finish(problem: Problem, source: Source, options: Options, state: State, history: list[float]) -> Fit:
+    """The form of a state, its local parts multiplied out."""
+    modules = {}
+    for name, delta in source.deltas.items():
+        paths = {level: Path(*state.uses[level, name]) for level in LEVELS if (level, name) in state.uses}
+        modules[name] = Module(
+            delta.shape, options.handed_over(local_factors(problem, state, name)), paths, source.kind(name)
+        )
+    shared: dict[str, dict[str, Factors]] = {}
+    for (level, group), pair in state.pairs.items():
+        shared.setdefault(level, {})[group] = pair
+    return Fit(BsloraForm(problem.transform if shared else None, modules, shared), state.lost, tuple(history))

@@ -1,0 +1,131 @@
+"""What a fit starts from and what it gives: the measured adapter, the options, the fitted form."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.form import BsloraForm, layer_of
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit import allocate
+from bslora_convert.fit.allocate import Ranks
+from bslora_convert.fit.alternate import Allocation
+from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
+
+ENTIRE = "all"  # the inter group's name
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The adapter as the fit sees it: deltas, their Gram matrices and their SVDs, by module name."""
+
+    deltas: Mapping[str, Delta]
+    kinds: Mapping[str, str]
+    grams: Mapping[str, Grams]
+    svds: Mapping[str, ProductSvd]
+
+    @property
+    def energy(self) -> float:
+        """Σ ‖ΔW_m‖²."""
+        return sum(grams.energy for grams in self.grams.values())
+
+    @property
+    def spectra(self) -> dict[str, Tensor]:
+        """σ² of every module."""
+        return {name: svd.energies for name, svd in self.svds.items()}
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """(out, in) of every module."""
+        return {name: delta.shape for name, delta in self.deltas.items()}
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """Numbers that one local rank of a module stores."""
+        return {name: sum(shape) for name, shape in self.shapes.items()}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the LoRA stores."""
+        return sum(delta.rank * sum(delta.shape) for delta in self.deltas.values())
+
+    def kind(self, name: str) -> str:
+        """`linear` or `embedding`."""
+        return self.kinds.get(name, "linear")
+
+    @property
+    def groups(self) -> dict[str, dict[str, list[str]]]:
+        """Who shares: modules of a numbered layer with their layer (intra) and all of them (inter)."""
+        layers: dict[str, list[str]] = {}
+        for name in self.deltas:
+            layer = layer_of(name)
+            if layer is not None and self.kind(name) == "linear":
+                layers.setdefault(layer, []).append(name)
+        everyone = [name for members in layers.values() for name in members]
+        return {"intra": layers, "inter": {ENTIRE: everyone} if everyone else {}}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to share: the transform's name and its own settings, and the least rank of each shared part.
+
+    storage: dtype in which local parts are handed over, one by one, so that they never stand in memory together in the
+    compute dtype; None keeps that.
+    """
+
+    transform: str = "ke"
+    shared_size: int | None = None
+    window: str = "center"
+    kernel: str = "r_1"
+    min_shared: int = 1
+    uniform: bool = False
+    seed: int = 0
+    storage: torch.dtype | None = None
+
+    def handed_over(self, local: Factors) -> Factors:
+        """A finished local part in the dtype of `storage`."""
+        return local if self.storage is None else local.to(self.storage)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A form and what it loses: Σ ‖ΔW − ΔŴ‖², in the fit's own precision; the objective after each sweep."""
+
+    form: BsloraForm
+    lost: float
+    history: tuple[float, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def measure(deltas: Mapping[str, Delta], kinds: Mapping[str, str] | None = None) -> Source:
+    """Gram matrices and SVDs of every module."""
+    grams = {name: Grams.of(delta.factors()) for name, delta in deltas.items()}
+    return Source(deltas, kinds or {}, grams, {name: product_svd(g) for name, g in grams.items()})
+
+
+def quiet(_: str) -> None:
+    """Progress that nobody watches."""
+
+
+def within(source: Source, budget: int, equal: bool) -> Allocation:
+    """Local ranks that store at most `budget` numbers."""
+
+    def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
+        if equal:
+            return allocate.uniform({name: len(v) for name, v in spectra.items()}, source.costs, budget)
+        return allocate.within_budget(spectra, source.costs, budget)
+
+    return allocation
+
+
+def too_small(budget: int, source: Source, needed: int, transform: str) -> RecipeError:
+    """The error of a budget that the shared parts alone exceed."""
+    return RecipeError(
+        f"budget: {budget} numbers ({budget / source.parameters:.4g} of the LoRA) can't hold the shared parts of "
+        f"--transform {transform}, which need {needed} ({needed / source.parameters:.4g}); "
+        "raise --budget or use --transform none or auto"
+    )
