@@ -1,0 +1,272 @@
+"""Forms on disk: bit-exact and small, the same bytes every time, and nothing hostile gets through."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bslora_convert.bslora.factors import empty
+from bslora_convert.bslora.form import BsloraForm, Module
+from bslora_convert.bslora.storage import load_compact, save_compact
+from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
+from bslora_convert.errors import BsloraConvertError, InputError
+from tests.planting import plant
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KINDS = {"q": (8, 12), "k": (4, 12)}
+FORMS: dict[str, Callable[[], BsloraForm]] = {
+    "ke": lambda: plant(Kronecker(4), (2, 1, 3), layers=2, kinds=KINDS),
+    "ke-kernels": lambda: plant(Kronecker(4), (2, 1, 2), layers=2, kinds=KINDS, kernel_ranks=(1, 2)),
+    "ke-cut-edges": lambda: plant(Kronecker(5), (0, 1, 3), layers=2, kinds=KINDS),
+    "ss": lambda: plant(Slice(8, 12), (2, 1, 3), layers=2, kinds=KINDS),
+    "ss-top-left": lambda: plant(Slice(8, 12, "top-left"), (2, 1, 3), layers=2, kinds=KINDS),
+    "ss-inter-only": lambda: plant(Slice(8, 12, "bottom-right"), (2, 0, 3), layers=2, kinds=KINDS),
+    "gt": lambda: plant(Gate(6), (2, 3, 3), layers=2, kinds=KINDS),
+    "none": lambda: replace(plant(Gate(6), (2, 0, 0), layers=2, kinds=KINDS), transform=None),
+}
+
+
+def saved(form: BsloraForm, directory: Path, **carried: torch.Tensor) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_compact(form, directory, {"base_model_name_or_path": "a-base", "task_type": "CAUSAL_LM"}, carried)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMS)
+def test_round_trips_are_bit_exact(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    form = FORMS[name]().to(dtype)
+    passenger = torch.arange(6.0)
+    read = load_compact(saved(form, tmp_path / "out", **{"score.weight": passenger}))
+    assert read.form.transform == form.transform
+    assert read.dtype == dtype
+    assert list(read.form.modules) == list(form.modules)
+    for first, second in zip(form.tensors(), read.form.tensors(), strict=True):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    for module, other in zip(form.modules.values(), read.form.modules.values(), strict=True):
+        assert {level: path.group for level, path in module.paths.items()} == {
+            level: path.group for level, path in other.paths.items()
+        }
+    assert torch.equal(read.carried["score.weight"], passenger)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_shared_tensor_is_stored_once(tmp_path: Path, name: str) -> None:
+    form = FORMS[name]()
+    stored = load_file(saved(form, tmp_path / "out") / WEIGHTS)
+    assert len(stored) == sum(1 for _ in form.tensors())
+    assert sum(tensor.numel() for tensor in stored.values()) == form.parameters
+
+
+def test_the_format_is_what_it_was(tmp_path: Path) -> None:
+    """A golden file: changing any of this needs a new format_version."""
+    form = plant(Kronecker(4), (1, 1, 2), layers=1, kinds=KINDS).to(torch.bfloat16)
+    directory = saved(form, tmp_path / "out")
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        header = {
+            key: (file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()) for key in sorted(file.keys())
+        }
+    prefix = "base_model.model.model.layers.0."
+    assert {key.removeprefix(prefix): value for key, value in header.items()} == {
+        "q.bslora_local.A": ("BF16", [1, 12]),
+        "q.bslora_local.B": ("BF16", [8, 1]),
+        "q.bslora_intra.A": ("BF16", [1, 4]),
+        "q.bslora_intra.B": ("BF16", [4, 1]),
+        "q.bslora_inter.A": ("BF16", [2, 4]),
+        "q.bslora_inter.B": ("BF16", [4, 2]),
+        "q.bslora_intra_own.A": ("BF16", [1, 3]),
+        "q.bslora_intra_own.B": ("BF16", [2, 1]),
+        "q.bslora_inter_own.A": ("BF16", [1, 3]),
+        "q.bslora_inter_own.B": ("BF16", [2, 1]),
+        "k.bslora_local.A": ("BF16", [1, 12]),
+        "k.bslora_local.B": ("BF16", [4, 1]),
+        "k.bslora_intra_own.A": ("BF16", [1, 3]),
+        "k.bslora_intra_own.B": ("BF16", [1, 1]),
+        "k.bslora_inter_own.A": ("BF16", [1, 3]),
+        "k.bslora_inter_own.B": ("BF16", [1, 1]),
+    }
+    assert json.loads((directory / CONFIG).read_text()) == {
+        "peft_type": "BSLORA",
+        "format_version": 1,
+        "inference_mode": True,
+        "base_model_name_or_path": "a-base",
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["model.layers.0.q", "model.layers.0.k"],
+        "transform": {"name": "ke", "size": 4},
+        "modules": {
+            "model.layers.0.q": {"shape": [8, 12], "intra": "model.layers.0", "inter": "all"},
+            "model.layers.0.k": {"shape": [4, 12], "intra": "model.layers.0", "inter": "all"},
+        },
+    }
+
+
+def test_target_modules_say_exactly_what_is_adapted(tmp_path: Path) -> None:
+    form = FORMS["none"]()
+    for source, expected in (
+        ({"target_modules": ["q", "k"]}, ["k", "q"]),
+        ({"target_modules": ["q", "k"], "layers_to_transform": [0]}, list(form.modules)),
+        ({"target_modules": "all-linear"}, list(form.modules)),
+        ({"target_modules": ["q"]}, list(form.modules)),
+    ):
+        save_compact(form, tmp_path, source, {})
+        assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == expected
+
+
+def test_the_same_form_is_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (saved(FORMS["ke"](), tmp_path / name) for name in ("a", "b"))
+    for name in (WEIGHTS, CONFIG):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_modules_without_a_local_part_and_embeddings(tmp_path: Path) -> None:
+    form = FORMS["ke"]()
+    modules = dict(form.modules)
+    name = "model.layers.0.q"
+    modules[name] = replace(modules[name], local=empty((8, 12)))
+    modules["model.embed_tokens"] = Module((8, 50), empty((8, 50)), {}, "embedding")
+    read = load_compact(saved(replace(form, modules=modules), tmp_path / "out")).form
+    assert read.modules[name].local.rank == 0
+    assert read.modules["model.embed_tokens"].kind == "embedding"
+    assert read.parameters == replace(form, modules=modules).parameters
+
+
+def test_the_weights_are_readable_by_whom_the_directory_is(tmp_path: Path) -> None:
+    directory = saved(FORMS["ke"](), tmp_path / "out")
+    assert (directory / WEIGHTS).stat().st_mode & 0o777 == (directory / CONFIG).stat().st_mode & 0o777
+
+
+def refused(directory: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_compact(directory)
+    for word in words:
+        assert word in str(caught.value)
+
+
+Q = "base_model.model.model.layers.0.q.bslora_"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({Q + "local.A": None}, ("local.A is missing",)),
+        ({Q + "inter.B": None}, ("inter.B is missing",)),
+        ({Q + "intra_own.A": None}, ("intra_own.A is missing",)),
+        ({Q + "local.C": torch.zeros(1)}, ("local.C", "belongs to no module")),
+        ({Q.replace("layers.0", "layers.9") + "local.A": torch.zeros(1)}, ("layers.9", "belongs to no module")),
+        ({Q + "local.A": torch.zeros(2, 13)}, ("local", "not factors")),
+        ({Q + "local.B": torch.zeros(8, 3)}, ("local", "not factors")),
+        ({Q + "inter.A": torch.zeros(3, 5)}, ("inter", "not factors")),
+        ({Q + "inter.A": torch.zeros(12)}, ("inter", "not factors")),
+        ({Q + "intra_own.A": torch.zeros(1, 4)}, ("intra_own.A", "(1, 3)")),
+        ({Q + "intra_own.A": torch.zeros(3)}, ("intra_own.A",)),
+        ({Q + "intra_own.B": torch.zeros(2, 2)}, ("intra_own.B", "(2, 1)")),
+        ({Q + "local.A": torch.full((2, 12), float("nan"))}, ("local.A", "NaN")),
+        ({Q + "local.A": torch.zeros(2, 12, dtype=torch.int32)}, ("local.A", "int32")),
+        ({Q + "local.A": torch.zeros(2, 12, dtype=torch.float16)}, ("several dtypes",)),
+        ({"model.layers.0.q.x": torch.zeros(1)}, ("every key starts with",)),
+    ],
+)
+def test_hostile_tensors(tmp_path: Path, changes: dict[str, torch.Tensor | None], words: tuple[str, ...]) -> None:
+    directory = saved(FORMS["ke"](), tmp_path / "out")
+    tensors: dict[str, Any] = {**load_file(directory / WEIGHTS), **changes}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, directory / WEIGHTS)
+    refused(directory, WEIGHTS, *words)
+
+
+def module(**changes: Any) -> dict[str, Any]:
+    entry = {"shape": [8, 12], "intra": "model.layers.0", "inter": "all", **changes}
+    return {"modules": {"model.layers.0.q": {key: value for key, value in entry.items() if value is not None}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "LORA"}, "peft_type"),
+        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": None}, "format_version"),
+        ({"transform": None}, "transform is None"),
+        ({"transform": {"name": "xx"}}, "transform is"),
+        ({"transform": {"name": "ke"}}, "transform"),
+        ({"transform": {"name": "ke", "size": 0}}, "transform.size is 0"),
+        ({"transform": {"name": "ke", "size": "4"}}, "transform.size"),
+        ({"transform": {"name": "ke", "size": 1 << 40}}, "transform.size"),
+        ({"transform": {"name": "ke", "size": 4, "more": 1}}, "transform"),
+        ({"transform": {"name": "ss", "size_out": 8, "size_in": 12, "window": "middle"}}, "window"),
+        (
+            {"transform": {"name": "ss", "size_out": 4, "size_in": 12, "window": "center"}},
+            "larger than the shared factors",
+        ),
+        ({"transform": {"name": "none"}}, "although the transform is none"),
+        ({"modules": {}}, "modules is empty"),
+        ({"modules": [1]}, "modules"),
+        (module(shape=[8, -12]), "shape"),
+        (module(shape=[8, True]), "shape"),
+        (module(shape=[8]), "shape"),
+        (module(shape="8x12"), "shape"),
+        (module(shape=[8, 1 << 50]), "shape"),
+        (module(kind="conv"), "kind is 'conv'"),
+        (module(intra=3), "a group's name is a string"),
+        ({"modules": {"model.layers.0.q": 7}}, "an object with a shape"),
+    ],
+)
+def test_hostile_configurations(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    directory = saved(FORMS["ke"](), tmp_path / "out")
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps({**config, **changes}))
+    refused(directory, CONFIG, words)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such directory")
+    directory = saved(FORMS["ke"](), tmp_path / "out")
+    (directory / WEIGHTS).unlink()
+    refused(directory, WEIGHTS, "no such file")
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), file=st.sampled_from([WEIGHTS, CONFIG]))
+def test_no_damage_raises_anything_else(data: st.DataObject, file: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        directory = saved(plant(Kronecker(2), (1, 1, 1), layers=1, kinds={"q": (4, 2)}), Path(place) / "out")
+        content = bytearray((directory / file).read_bytes())
+        for _ in range(data.draw(st.integers(1, 6))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        if data.draw(st.booleans()):
+            content = content[: data.draw(st.integers(0, len(content)))]
+        (directory / file).write_bytes(content)
+        try:
+            load_compact(directory)
+        except BsloraConvertError as error:
+            assert str(directory) in str(error)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    out=st.integers(1, 9), width=st.integers(1, 9), size=st.integers(1, 10),
+    ranks=st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 2)), name=st.sampled_from(["ke", "ss", "gt"]),
+)  # fmt: skip
+def test_round_trips_of_any_shape(out: int, width: int, size: int, ranks: tuple[int, int, int], name: str) -> None:
+    transform = {"ke": Kronecker(size), "ss": Slice(max(out, size), max(width, size)), "gt": Gate(size)}[name]
+    form = plant(
+        transform,
+        ranks,
+        layers=2,
+        kinds={"a": (out, width), "b": (width, out)} if name != "ss" else {"a": (out, width)},
+    )
+    with tempfile.TemporaryDirectory() as place:
+        read = load_compact(saved(form, Path(place) / "out")).form
+    for first, second in zip(form.tensors(), read.tensors(), strict=True):
+        assert torch.equal(first, second)
+    for module_name in form.modules:
+        assert read.expanded_rank(module_name) == form.delta(module_name).rank
