@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="0.4459,0.25,0.125")
     options = parser.parse_args()
     print(
-        "| adapter | budget | SVD, one rank | SVD, a rank per module |" + " | ".join(TRANSFORMS) + " | seconds of ke |"
+        "| adapter | budget | SVD, one rank | SVD, a rank per module | " + " | ".join(TRANSFORMS) + " | seconds of ke |"
     )
     print("|---" * (5 + len(TRANSFORMS)) + "|")
     for adapter in options.adapters:
