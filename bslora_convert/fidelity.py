@@ -10,12 +10,14 @@ All of it comes from Gram matrices of factors; no ΔW is formed.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from bslora_convert.bslora.factors import Factors, add
+from bslora_convert.bslora.factors import add
 from bslora_convert.bslora.form import PARTS, BsloraForm
 from bslora_convert.fit import allocate
-from bslora_convert.fit.lowrank import Grams, gram
+from bslora_convert.fit.lowrank import gram_beside
+from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 
 SCHEMA_VERSION = 1
@@ -71,19 +73,13 @@ class WeightFidelity:
 
 def compare(source: Source, form: BsloraForm) -> WeightFidelity:
     """Measures a form against its source."""
-    modules = []
     components = dict.fromkeys(PARTS, 0.0)
+    modules = []
     total_cross = total_form = 0.0
-    for name, delta in source.deltas.items():
-        target, parts = delta.factors(), form.parts(name)
-        whole = add(*parts.values()).to(device=target.b.device)
-        along = _inner_by_column(target, whole)
-        start = 0
-        for part, factors in parts.items():
-            components[part] += float(along[start : start + factors.rank].sum())
-            start += factors.rank
-        cross, own = float(along.sum()), Grams.of(whole).energy
-        energy = source.grams[name].energy
+    for name, (along, own) in zip(source.deltas, each(partial(_products, source, form), source.deltas), strict=True):
+        for part, value in along.items():
+            components[part] += value
+        cross, energy = sum(along.values()), source.grams[name].energy
         lost = max(energy - 2 * cross + own, 0.0)
         modules.append(ModuleFidelity(name, energy, lost, form.modules[name].local.rank))
         total_cross += cross
@@ -96,9 +92,15 @@ def compare(source: Source, form: BsloraForm) -> WeightFidelity:
     )
 
 
-def _inner_by_column(target: Factors, other: Factors) -> Any:
-    """⟨ΔW, b_j a_j⟩ for each rank-one term of `other`: (R,), float64."""
-    return (gram(target.b, other.b) * gram(target.a.T, other.a.T)).sum(0)
+def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, float], float]:
+    """⟨ΔW, part⟩ for each part of a module, and ‖ΔŴ‖²."""
+    delta, parts = source.deltas[name], form.parts(name)
+    whole = add(*parts.values()).to(device=delta.stored.b.device)
+    cross_b, own_b = gram_beside(delta.stored.b, whole.b)
+    cross_a, own_a = gram_beside(delta.stored.a.T, whole.a.T)
+    columns = (cross_b * cross_a).sum(0).split([part.rank for part in parts.values()])
+    along = {part: delta.scaling * float(column.sum()) for part, column in zip(parts, columns, strict=True)}
+    return along, float((own_b * own_a).sum())
 
 
 def svd_baselines(source: Source, parameters: int) -> dict[str, dict[str, float]]:

@@ -41,6 +41,14 @@ class Product:
     def rank(self) -> int:
         return self.held.rank
 
+    @property
+    def stored(self) -> Factors:
+        return self.held
+
+    @property
+    def scaling(self) -> float:
+        return 1.0
+
     def factors(self) -> Factors:
         return self.held
 

@@ -37,6 +37,8 @@ class Factors:
 
 def add(first: Factors, *others: Factors) -> Factors:
     """Sum of products as one product, ranks adding up: [b1 b2 …] [a1; a2; …]."""
+    if not others:
+        return first
     terms = (first, *others)
     return Factors(torch.cat([t.b for t in terms], dim=1), torch.cat([t.a for t in terms], dim=0))
 

@@ -41,6 +41,7 @@ INHERITED = (
     "modules_to_save",
     "revision",
     "task_type",
+    "trainable_token_indices",
 )
 
 

@@ -172,13 +172,14 @@ def _update_group(
 
 def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
     """Local parts as truncated SVDs of ΔW_m minus its shared terms, ranks from the residual spectra."""
-    svds = {}
-    for name, grams in problem.grams.items():
+
+    def svd(name: str) -> ProductSvd:
         terms = _shared_terms(problem, state.pairs, state.uses, name)
-        if terms:
-            svds[name] = product_svd(_without(grams, problem.deltas[name].factors(), add(*terms)))
-        else:
-            svds[name] = problem.svds[name]
+        if not terms:
+            return problem.svds[name]
+        return product_svd(_without(problem.grams[name], problem.deltas[name], add(*terms)))
+
+    svds = dict(zip(problem.grams, map(svd, problem.grams), strict=True))
     spectra = {name: svd.energies for name, svd in svds.items()}
     ranks = allocation(spectra)
     before = {name: state.locals[name].rank if name in state.locals else 0 for name in spectra}
@@ -202,13 +203,13 @@ def local_factors(problem: Problem, state: State, name: str) -> Factors:
     )
 
 
-def _without(grams: Grams, target: Factors, term: Factors) -> Grams:
+def _without(grams: Grams, target: Delta, term: Factors) -> Grams:
     """Gram matrices of [B −T_B] and [A; T_A], the target's own reused."""
 
     def bordered(corner: Tensor, cross: Tensor, new: Tensor) -> Tensor:
         return torch.cat([torch.cat([corner, cross], dim=1), torch.cat([cross.T, new], dim=1)])
 
     return Grams(
-        bordered(grams.b, -gram(target.b, term.b), gram(term.b)),
-        bordered(grams.a, gram(target.a.T, term.a.T), gram(term.a.T)),
+        bordered(grams.b, -target.scaling * gram(target.stored.b, term.b), gram(term.b)),
+        bordered(grams.a, gram(target.stored.a.T, term.a.T), gram(term.a.T)),
     )

@@ -18,6 +18,7 @@ from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.gated import gated_by_hand, gated_to_budget
+from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import finish, fit_at, problem_of, search
 from bslora_convert.fit.source import Fit, Options, Progress, Source, measure, quiet, within
 
@@ -140,13 +141,11 @@ def _best(source: Source, options: Options, budget: int, progress: Progress) -> 
 
 def _plain(source: Source, options: Options, allocation: Allocation) -> Fit:
     ranks = allocation(source.spectra)
-    modules = {
-        name: Module(
-            delta.shape,
-            options.handed_over(source.svds[name].truncate([delta.factors()], ranks[name])),
-            {},
-            source.kind(name),
-        )
-        for name, delta in source.deltas.items()
-    }
+
+    def module(name: str) -> Module:
+        delta = source.deltas[name]
+        local = source.svds[name].truncate([delta.factors()], ranks[name])
+        return Module(delta.shape, options.handed_over(local), {}, source.kind(name))
+
+    modules = dict(zip(source.deltas, each(module, source.deltas), strict=True))
     return Fit(BsloraForm(None, modules), allocate.lost_energy(source.spectra, ranks))

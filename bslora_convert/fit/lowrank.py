@@ -37,8 +37,16 @@ class Delta(Protocol):
     def rank(self) -> int:
         """Inner size r of the factors."""
 
+    @property
+    def stored(self) -> Factors:
+        """Factors (out, r), (r, in) as they are stored, scaling not applied."""
+
+    @property
+    def scaling(self) -> float:
+        """What the stored product is multiplied by."""
+
     def factors(self) -> Factors:
-        """Factors (out, r), (r, in) in the compute dtype (float32 or float64)."""
+        """Factors (out, r), (r, in) in the compute dtype (float32 or float64), scaling folded into the first."""
 
 
 def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -52,6 +60,18 @@ def gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     return total
 
 
+def gram_beside(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(xᵀ y, yᵀ y) in float64, y cast once: (n, p), (n, q) -> (p, q), (q, q)."""
+    cross = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+    own = torch.zeros((y.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+    rows = max(CHUNK // max(x.shape[1], 1), 1)
+    for start in range(0, x.shape[0], rows):
+        right = y[start : start + rows].double()
+        cross.addmm_(x[start : start + rows].double().T, right)
+        own.addmm_(right.T, right)
+    return cross, own
+
+
 @dataclass(frozen=True, slots=True)
 class Grams:
     """BᵀB and A Aᵀ of one product, (r, r) each, float64."""
@@ -63,6 +83,12 @@ class Grams:
     def of(cls, factors: Factors) -> "Grams":
         """Gram matrices of the two factors."""
         return cls(gram(factors.b), gram(factors.a.T))
+
+    @classmethod
+    def of_delta(cls, delta: Delta) -> "Grams":
+        """Gram matrices of a module's factors, from the stored numbers in one cast."""
+        stored = delta.stored
+        return cls(gram(stored.b) * delta.scaling**2, gram(stored.a.T))
 
     @property
     def energy(self) -> float:

@@ -16,6 +16,7 @@ from bslora_convert.bslora.form import LEVELS, BsloraForm, Module, Path
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
+from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import ENTIRE, Fit, Options, Progress, Source, quiet, too_small, within
 
 TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
@@ -160,12 +161,13 @@ def _settled(before: float, after: float) -> bool:
 
 def finish(problem: Problem, source: Source, options: Options, state: State, history: list[float]) -> Fit:
     """The form of a state, its local parts multiplied out."""
-    modules = {}
-    for name, delta in source.deltas.items():
+
+    def module(name: str) -> Module:
+        delta = source.deltas[name]
         paths = {level: Path(*state.uses[level, name]) for level in LEVELS if (level, name) in state.uses}
-        modules[name] = Module(
-            delta.shape, options.handed_over(local_factors(problem, state, name)), paths, source.kind(name)
-        )
+        return Module(delta.shape, options.handed_over(local_factors(problem, state, name)), paths, source.kind(name))
+
+    modules = dict(zip(source.deltas, each(module, source.deltas), strict=True))
     shared: dict[str, dict[str, Factors]] = {}
     for (level, group), pair in state.pairs.items():
         shared.setdefault(level, {})[group] = pair

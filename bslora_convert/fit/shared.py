@@ -202,14 +202,20 @@ def _update_even(transform: Kronecker, members: Sequence[Member], pair: Factors,
     total = torch.zeros((s, s), dtype=torch.float64, device=pair.b.device)
     weight = 0.0
     owns: list[Own] = []
-    for member in members:
+
+    def fit(member: Member) -> tuple[Own, Tensor, float]:
+        """The member's kernels, its sum of scaled blocks (s, s), and the weight of that sum."""
         residual = member.residual()
         own = _kernels(transform, member, residual, pair, kernel_rank)
-        owns.append(own)
         rows = torch.cat([transform.gather(term.b, s, own["B"]) for term in residual.terms], dim=2)
         columns = torch.cat([transform.gather(term.a.T, s, own["A"].T) for term in residual.terms], dim=2)
-        total += ((rows @ residual.core) @ columns.transpose(1, 2)).sum(0)
-        weight += float((gram(own["B"]) * gram(own["A"].T)).sum())
+        blocks = ((rows @ residual.core) @ columns.transpose(1, 2)).sum(0)
+        return own, blocks, float((gram(own["B"]) * gram(own["A"].T)).sum())
+
+    for own, blocks, share in map(fit, members):
+        owns.append(own)
+        total += blocks
+        weight += share
     if weight == 0.0:
         return Update(pair, owns, 0.0)
     mean = total / weight
@@ -313,15 +319,21 @@ def _leading_block(transform: Kronecker, members: Sequence[Member], rank: int, g
     noise = torch.randn((longest, SKETCH), generator=generator)
     rows = torch.zeros((s, s), dtype=torch.float64)
     columns = torch.zeros((s, s), dtype=torch.float64)
-    for member in members:
-        down, across = transform.grid(member.shape)
+
+    def seen(member: Member) -> tuple[Tensor, Tensor]:
+        """Σ block·blockᵀ and Σ blockᵀ·block as the noise shows them."""
         residual = member.residual()
         random = noise.to(residual.core)
-        seen_rows = residual.times(random[: residual.shape[1]])
-        seen_columns = residual.transposed.times(random[: residual.shape[0]])
-        for total, seen, grid in ((rows, seen_rows, down), (columns, seen_columns, across)):
-            flat = transform.blocks(seen, grid).transpose(0, 1).reshape(s, -1)
-            total += (flat @ flat.T).cpu()
+        sides = residual.times(random[: residual.shape[1]]), residual.transposed.times(random[: residual.shape[0]])
+        flats = [
+            transform.blocks(side, grid).transpose(0, 1).reshape(s, -1)
+            for side, grid in zip(sides, transform.grid(member.shape), strict=True)
+        ]
+        return (flats[0] @ flats[0].T).cpu(), (flats[1] @ flats[1].T).cpu()
+
+    for of_rows, of_columns in map(seen, members):
+        rows += of_rows
+        columns += of_columns
     core = min(rank, CORE)
     b, a = _dominant(rows, noise[:s, :core]), _dominant(columns, noise[:s, :core])
     if core == 1:

@@ -13,6 +13,7 @@ from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
+from bslora_convert.fit.parallel import each
 
 ENTIRE = "all"  # the inter group's name
 
@@ -103,8 +104,9 @@ class Fit:
 
 def measure(deltas: Mapping[str, Delta], kinds: Mapping[str, str] | None = None) -> Source:
     """Gram matrices and SVDs of every module."""
-    grams = {name: Grams.of(delta.factors()) for name, delta in deltas.items()}
-    return Source(deltas, kinds or {}, grams, {name: product_svd(g) for name, g in grams.items()})
+    grams = dict(zip(deltas, each(Grams.of_delta, deltas.values()), strict=True))
+    svds = dict(zip(grams, each(product_svd, grams.values()), strict=True))
+    return Source(deltas, kinds or {}, grams, svds)
 
 
 def quiet(_: str) -> None:

@@ -57,6 +57,11 @@ class LoraModule:
         """Columns of b."""
         return self.b.shape[1]
 
+    @property
+    def stored(self) -> Factors:
+        """The factors as stored, without the scaling."""
+        return Factors(self.b, self.a)
+
     def factors(self) -> Factors:
         """Factors with the scaling folded into b, float32 (float64 where stored so)."""
         dtype = torch.float64 if self.b.dtype == torch.float64 else torch.float32
@@ -176,6 +181,8 @@ def _sort(
         if match is None:
             if ".lora_" in name:
                 raise Refused(f"{path}: tensor {key}: not a LoRA factor that this version knows")
+            if name in carried:
+                raise InputError(f"{path}: tensor {key}: a second tensor for {name} in one file")
             carried[name] = tensor
             continue
         module = match["module"]

@@ -167,21 +167,29 @@ def _brief(value: Any) -> str:
 
 def _first_match(pattern: Mapping[str, float], module: str, default: float) -> float:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_whole(key), module):
             return value
     return default
+
+
+def _whole(key: str) -> str:
+    """The expression that PEFT matches against a whole module name."""
+    return rf"(.*\.)?({key})$"
 
 
 def _check_pattern(path: Path, field: str, key: str) -> None:
     if len(key) > LONGEST_PATTERN:
         raise InputError(f"{path}: {field} has a pattern of {len(key)} characters, at most {LONGEST_PATTERN} are read")
     try:
-        re.compile(key)
-    except re.error as error:
+        re.compile(_whole(key))
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: {field} pattern {key!r} is not a regular expression ({error})") from None
 
 
 def _check_number(path: Path, field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{path}: {field} is {value!r}, a finite number is expected")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        pass
+    raise InputError(f"{path}: {field} is {_brief(value)}, a finite number is expected")

@@ -22,7 +22,15 @@ SIDES = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "modules_to_save", "revision", "target_modules", "task_type")
+INHERITED = (
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "revision",
+    "target_modules",
+    "task_type",
+    "trainable_token_indices",
+)
 
 
 def save_lora(

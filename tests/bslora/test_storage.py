@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.bslora.factors import empty
+from bslora_convert.bslora.factors import Factors, empty
 from bslora_convert.bslora.form import BsloraForm, Module
+from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.storage import load_compact, save_compact
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
 from bslora_convert.errors import BsloraConvertError, InputError
@@ -29,6 +30,7 @@ FORMS: dict[str, Callable[[], BsloraForm]] = {
     "ke-cut-edges": lambda: plant(Kronecker(5), (0, 1, 3), layers=2, kinds=KINDS),
     "ss": lambda: plant(Slice(8, 12), (2, 1, 3), layers=2, kinds=KINDS),
     "ss-top-left": lambda: plant(Slice(8, 12, "top-left"), (2, 1, 3), layers=2, kinds=KINDS),
+    "ss-intra-only": lambda: plant(Slice(9, 15, "bottom-right"), (1, 2, 0), layers=2, kinds=KINDS),
     "ss-inter-only": lambda: plant(Slice(8, 12, "bottom-right"), (2, 0, 3), layers=2, kinds=KINDS),
     "gt": lambda: plant(Gate(6), (2, 3, 3), layers=2, kinds=KINDS),
     "none": lambda: replace(plant(Gate(6), (2, 0, 0), layers=2, kinds=KINDS), transform=None),
@@ -63,9 +65,48 @@ def test_round_trips_are_bit_exact(tmp_path: Path, name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", FORMS)
 def test_each_shared_tensor_is_stored_once(tmp_path: Path, name: str) -> None:
     form = FORMS[name]()
-    stored = load_file(saved(form, tmp_path / "out") / WEIGHTS)
-    assert len(stored) == sum(1 for _ in form.tensors())
-    assert sum(tensor.numel() for tensor in stored.values()) == form.parameters
+    stored = load_file(saved(form, tmp_path / "out", **{"score.weight": torch.ones(3, 5)}) / WEIGHTS)
+    assert len(stored) == sum(1 for _ in form.tensors()) + 1
+    assert sum(tensor.numel() for tensor in stored.values()) == form.parameters + 15
+    for level, groups in form.shared.items():
+        for pair in groups.values():
+            assert sum(torch.equal(pair.b, tensor) for tensor in stored.values()) == 1
+        assert sum(key.endswith(f".bslora_{level}.B") for key in stored) == len(groups)
+
+
+def test_views_transposes_and_aliases_keep_their_numbers(tmp_path: Path) -> None:
+    table = torch.randn(40, 40, generator=torch.Generator().manual_seed(3))
+    local = Factors(table[:8, 5:7], table.T[10:12, :12])
+    pair = Factors(table[4:8, :2], table[:4, :2].T)
+    own = {"A": table[:1, 1:4], "B": table[20:22, :1]}
+    paths = {"intra": SharedPath("model.layers.0", own), "inter": SharedPath("all", own)}
+    modules = {f"model.layers.0.{name}": Module((8, 12), local, paths) for name in ("q", "k")}
+    form = BsloraForm(Kronecker(4), modules, {"intra": {"model.layers.0": pair}, "inter": {"all": pair}})
+    read = load_compact(saved(form, tmp_path / "out", head=table[1:3], tail=table[1:3])).form
+    for first, second in zip(form.tensors(), read.tensors(), strict=True):
+        assert torch.equal(first, second)
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    for name in ("head", "tail"):
+        assert torch.equal(stored[f"base_model.model.{name}"], table[1:3])
+    # Views are written as what they show, not as the table behind them.
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size < table.numel() * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_what_is_carried_keeps_its_own_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    passenger = torch.arange(-4, 8).reshape(3, 4).to(dtype)
+    directory = saved(FORMS["ke"]().to(torch.float16), tmp_path / "out", **{"score.weight": passenger})
+    (name,) = (read := load_compact(directory)).carried
+    assert name == "score.weight"
+    assert read.carried[name].dtype == dtype
+    assert torch.equal(read.carried[name], passenger)
+    assert read.dtype == torch.float16
+
+
+def test_a_carried_number_that_is_none_is_not_ours_to_judge(tmp_path: Path) -> None:
+    passenger = torch.tensor([1.0, float("nan"), float("inf")])
+    read = load_compact(saved(FORMS["ke"](), tmp_path / "out", **{"score.weight": passenger}))
+    assert read.carried["score.weight"].view(torch.int32).equal(passenger.view(torch.int32))
 
 
 def test_the_format_is_what_it_was(tmp_path: Path) -> None:
@@ -172,6 +213,11 @@ Q = "base_model.model.model.layers.0.q.bslora_"
         ({Q + "intra_own.A": torch.zeros(3)}, ("intra_own.A",)),
         ({Q + "intra_own.B": torch.zeros(2, 2)}, ("intra_own.B", "(2, 1)")),
         ({Q + "local.A": torch.full((2, 12), float("nan"))}, ("local.A", "NaN")),
+        ({Q + "inter.B": torch.full((4, 3), float("inf"))}, ("inter.B", "infinite")),
+        ({Q + "intra_own.B": torch.full((2, 1), float("-inf"))}, ("intra_own.B", "infinite")),
+        ({Q + "inter_own.C": torch.zeros(1, 1)}, ("inter_own.C", "belongs to no module")),
+        ({Q.replace("0.q", "0.k") + "inter.A": torch.zeros(3, 4)}, ("0.k.bslora_inter.A", "belongs to no module")),
+        ({Q + "inter_own.A": torch.zeros(3, 3), Q + "inter_own.B": torch.zeros(2, 3)}, ("inter_own.A", "(2, 3)")),
         ({Q + "local.A": torch.zeros(2, 12, dtype=torch.int32)}, ("local.A", "int32")),
         ({Q + "local.A": torch.zeros(2, 12, dtype=torch.float16)}, ("several dtypes",)),
         ({"model.layers.0.q.x": torch.zeros(1)}, ("every key starts with",)),
@@ -234,21 +280,72 @@ def test_missing_files(tmp_path: Path) -> None:
     refused(directory, WEIGHTS, "no such file")
 
 
+def small(place: str) -> Path:
+    return saved(plant(Kronecker(2), (1, 1, 1), layers=1, kinds={"q": (4, 2)}), Path(place) / "out")
+
+
+def assert_usable_or_refused(directory: Path) -> None:
+    try:
+        form = load_compact(directory).form
+    except BsloraConvertError as error:
+        assert str(directory) in str(error)
+        return
+    for name, module in form.modules.items():
+        assert form.delta(name).shape == module.shape
+        assert form.delta(name).rank == form.expanded_rank(name)
+    assert form.parameters > 0
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), file=st.sampled_from([WEIGHTS, CONFIG]))
-def test_no_damage_raises_anything_else(data: st.DataObject, file: str) -> None:
+def test_damaged_bytes_raise_nothing_else(data: st.DataObject, file: str) -> None:
     with tempfile.TemporaryDirectory() as place:
-        directory = saved(plant(Kronecker(2), (1, 1, 1), layers=1, kinds={"q": (4, 2)}), Path(place) / "out")
+        directory = small(place)
         content = bytearray((directory / file).read_bytes())
         for _ in range(data.draw(st.integers(1, 6))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         if data.draw(st.booleans()):
             content = content[: data.draw(st.integers(0, len(content)))]
         (directory / file).write_bytes(content)
-        try:
-            load_compact(directory)
-        except BsloraConvertError as error:
-            assert str(directory) in str(error)
+        assert_usable_or_refused(directory)
+
+
+WORDS = st.sampled_from(
+    ["name", "size", "size_out", "size_in", "window", "shape", "kind", "intra", "inter", "local", "none", "ke", "gt", "ss",
+     "all", "center", "linear", "embedding", "model.layers.0.q", "model.layers.0", "", "\x00"]
+)  # fmt: skip
+NUMBERS = st.integers(-1, 8) | st.sampled_from([1 << 31, 1 << 64, 10**400]) | st.floats()
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+PLACES: list[tuple[str, ...]] = [
+    ("peft_type",),
+    ("format_version",),
+    ("transform",),
+    *(("transform", field) for field in ("name", "size", "window", "size_out")),
+    ("modules",),
+    ("modules", "model.layers.0.q"),
+    ("modules", "model.layers.0.k"),
+    *(("modules", "model.layers.0.q", field) for field in ("shape", "kind", "intra", "inter", "local")),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(PLACES), VALUES, min_size=1, max_size=3))
+def test_wrong_values_of_any_field_raise_nothing_else(changes: dict[tuple[str, ...], Any]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        directory = small(place)
+        config = json.loads((directory / CONFIG).read_text())
+        for (*parents, field), value in changes.items():
+            at = config
+            for parent in parents:
+                at = at.get(parent, {}) if isinstance(at, dict) else {}
+            if isinstance(at, dict):
+                at[field] = value
+        (directory / CONFIG).write_text(json.dumps(config))
+        assert_usable_or_refused(directory)
 
 
 @settings(max_examples=40, deadline=None)

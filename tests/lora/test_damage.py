@@ -1,6 +1,8 @@
 """Damaged and hostile files: one error that names file and tensor, exit code 2, and never anything else."""
 
+import contextlib
 import json
+import math
 import os
 import pickle
 import tempfile
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +19,7 @@ from bslora_convert.bslora.factors import Factors
 from bslora_convert.compress import compress
 from bslora_convert.errors import BsloraConvertError, InputError
 from bslora_convert.lora import load_lora
+from bslora_convert.lora.config import REFUSALS, UNDERSTOOD
 from bslora_convert.recipe import Recipe
 from tests.planting import Product, random_products, write_lora
 
@@ -61,6 +64,13 @@ def test_missing_places(tmp_path: Path, lora: Path) -> None:
     refused(lonely, CONFIG, "scaling")
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_directory_in_place_of_a_file(lora: Path, name: str) -> None:
+    (lora / name).unlink()
+    (lora / name).mkdir()
+    refused(lora, name, "not a regular file")
+
+
 def test_several_adapters_in_one_place(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_lora(tmp_path / "both" / name, random_products(layers=1))
@@ -80,15 +90,40 @@ def test_a_pointer_says_what_to_do(lora: Path) -> None:
     refused(lora, "git lfs pull")
 
 
-@pytest.mark.parametrize("share", [0.0001, 0.01, 0.1, 0.5, 0.9, 0.999])
-def test_truncated(lora: Path, share: float) -> None:
+def test_truncated_anywhere(lora: Path) -> None:
     whole = (lora / WEIGHTS).read_bytes()
-    (lora / WEIGHTS).write_bytes(whole[: int(share * len(whole)) + 1])
-    refused(lora, WEIGHTS)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    offsets = {*range(1, 12), header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1}
+    for offset in sorted(offsets):
+        (lora / WEIGHTS).write_bytes(whole[:offset])
+        refused(lora, str(lora / WEIGHTS), "truncated or not a safetensors file")
+    (lora / WEIGHTS).write_bytes(whole + b"\0")
+    refused(lora, str(lora / WEIGHTS))
+    (lora / WEIGHTS).write_bytes(whole)
+    assert load_lora(lora).modules
+
+
+def test_a_header_that_claims_to_be_huge(lora: Path) -> None:
+    whole = (lora / WEIGHTS).read_bytes()
+    for length in (1 << 40, (1 << 64) - 1):
+        (lora / WEIGHTS).write_bytes(length.to_bytes(8, "little") + whole[8:])
+        refused(lora, WEIGHTS)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", '{"r": 1', "[" * 100_000, "\ud800".encode("utf-16", "surrogatepass")]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        '{"r": 1',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"r": 8} trailing',
+        "\ud800".encode("utf-16", "surrogatepass"),
+    ],
 )
 def test_wrong_json(lora: Path, text: str | bytes) -> None:
     (lora / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -102,12 +137,26 @@ def test_wrong_json(lora: Path, text: str | bytes) -> None:
         ("r", 0),
         ("r", True),
         ("r", 2.5),
+        ("r", None),
+        ("r", [8]),
+        ("r", -4),
         ("lora_alpha", "16"),
         ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
         ("lora_alpha", None),
+        ("lora_alpha", True),
+        ("lora_alpha", [16]),
+        ("lora_alpha", 10**400),  # no float holds it
         ("rank_pattern", [1]),
         ("rank_pattern", {"q_proj": "x"}),
+        ("rank_pattern", "q_proj"),
+        ("rank_pattern", {"q_proj": 10**400}),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("alpha_pattern", {"q_proj": None}),
         ("alpha_pattern", {"(": 2}),
+        ("rank_pattern", {"*": 2}),
+        ("alpha_pattern", {"(?i)Q_PROJ": 2}),  # a flag that may not stand behind PEFT's own prefix
+        ("alpha_pattern", {"q{99999999999999999999}": 2}),
         ("alpha_pattern", {"a" * 10_000: 2}),
     ],
 )
@@ -116,22 +165,32 @@ def test_wrong_fields(lora: Path, field: str, value: Any) -> None:
     refused(lora, CONFIG, field)
 
 
-def test_a_missing_partner(lora: Path) -> None:
-    rewrite(lora, **{KEY: None})
-    refused(lora, WEIGHTS, KEY.replace("lora_A", "lora_B"), "lora_A is missing")
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_missing_partner(lora: Path, side: str) -> None:
+    other = "B" if side == "A" else "A"
+    rewrite(lora, **{KEY.replace("lora_A", f"lora_{side}"): None})
+    refused(lora, str(lora / WEIGHTS), KEY.replace("lora_A", f"lora_{other}"), f"lora_{side} is missing")
 
 
 def test_a_rank_clash(lora: Path) -> None:
     rewrite(lora, **{KEY: torch.zeros(3, 64)})
-    refused(lora, WEIGHTS, KEY, "disagree about the rank (3 and 2)")
+    refused(lora, str(lora / WEIGHTS), KEY, KEY.replace("lora_A", "lora_B"), "disagree about the rank (3 and 2)")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_none(lora: Path, value: float) -> None:
-    tensor = torch.zeros(2, 64)
-    tensor[1, 7] = value
-    rewrite(lora, **{KEY: tensor})
-    refused(lora, WEIGHTS, KEY, "1 NaN or infinite")
+def test_numbers_that_are_none(lora: Path, value: float, dtype: torch.dtype) -> None:
+    for key, tensor in ((KEY, torch.zeros(2, 64)), (KEY.replace("lora_A", "lora_B"), torch.zeros(64, 2))):
+        whole = load_file(lora / WEIGHTS)[key]
+        tensor[1, 1] = value
+        rewrite(lora, **{key: tensor.to(dtype)})
+        refused(lora, str(lora / WEIGHTS), key, "1 NaN or infinite")
+        rewrite(lora, **{key: whole})
+
+
+def test_two_infinities_of_opposite_sign_don_t_cancel(lora: Path) -> None:
+    rewrite(lora, **{KEY: torch.tensor([float("inf"), float("-inf")]).repeat(2, 32)})
+    refused(lora, KEY, "128 NaN or infinite")
 
 
 def test_finite_numbers_that_overflow_a_sum_are_fine(lora: Path) -> None:
@@ -155,6 +214,11 @@ def test_two_adapters_in_one_file(lora: Path) -> None:
     refused(lora, WEIGHTS, "second adapter")
 
 
+def test_two_tensors_of_one_name(lora: Path) -> None:
+    rewrite(lora, **{"base_model.model.score.weight": torch.zeros(2), "score.weight": torch.ones(2)})
+    refused(lora, WEIGHTS, "score.weight", "second tensor")
+
+
 class Payload:
     def __init__(self, mark: str) -> None:
         self.mark = mark
@@ -163,17 +227,71 @@ class Payload:
         return os.mkdir, (self.mark,)
 
 
-def test_a_pickle_that_runs_code_does_not_run(lora: Path, tmp_path: Path) -> None:
+def zipped(path: Path, payload: Payload) -> None:
+    torch.save({KEY: torch.zeros(2, 64), "a": payload}, path)
+
+
+def legacy(path: Path, payload: Payload) -> None:
+    torch.save({KEY: torch.zeros(2, 64), "a": payload}, path, _use_new_zipfile_serialization=False)
+
+
+def bare(path: Path, payload: Payload) -> None:
+    path.write_bytes(pickle.dumps(payload))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+@pytest.mark.parametrize("write", [zipped, legacy, bare])
+def test_a_pickle_that_runs_code_does_not_run(lora: Path, tmp_path: Path, write: Any, name: str) -> None:
     (lora / WEIGHTS).unlink()
     mark = tmp_path / "executed"
-    torch.save({"a": Payload(str(mark))}, lora / "adapter_model.bin")
-    refused(lora, "adapter_model.bin")
-    (lora / "adapter_model.bin").write_bytes(pickle.dumps(Payload(str(mark))))
-    refused(lora, "adapter_model.bin")
+    write(lora / name, Payload(str(mark)))
+    refused(lora, str(lora / name), "not a file of plain tensors")
+    refused(lora / name, str(lora / name))
     assert not mark.exists()
+    # The file is armed: reading it carelessly does run it.
+    with contextlib.suppress(Exception):
+        torch.load(lora / name, weights_only=False)
+    assert mark.exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"a": 3}, {3: torch.zeros(2)}])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_a_harmless_pickle_is_read(lora: Path, name: str) -> None:
+    expected = load_lora(lora)
+    torch.save(load_file(lora / WEIGHTS), lora / name)
+    (lora / WEIGHTS).unlink()
+    read = load_lora(lora)
+    assert read.weights == lora / name
+    assert list(read.modules) == list(expected.modules)
+    for module, other in zip(read.modules.values(), expected.modules.values(), strict=True):
+        assert torch.equal(module.b, other.b)
+        assert torch.equal(module.a, other.a)
+
+
+def test_trained_parameters_in_a_pickle_are_plain_numbers(lora: Path, tmp_path: Path) -> None:
+    tensors = {key: torch.nn.Parameter(tensor) for key, tensor in load_file(lora / WEIGHTS).items()}
+    torch.save(tensors, lora / "adapter_model.bin")
+    (lora / WEIGHTS).unlink()
+    assert not any(module.b.requires_grad for module in load_lora(lora).modules.values())
+    compress(lora, tmp_path / "out", Recipe(transform="none", budget=1.0), report_html=False)
+
+
+def test_safetensors_are_preferred_to_a_pickle(lora: Path) -> None:
+    (lora / "adapter_model.bin").write_bytes(b"junk")
+    assert load_lora(lora).weights == lora / WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {"a": 3},
+        {3: torch.zeros(2)},
+        {KEY: torch.zeros(2, 64, device="meta")},
+        {KEY: torch.zeros(2, 64).to_sparse()},
+        {KEY: torch.zeros(1).expand(1 << 20, 1 << 20)},  # a terabyte in a file of a kilobyte
+    ],
+    ids=["list", "number", "unnamed", "meta", "sparse", "expanded"],
+)
 def test_a_bin_file_of_something_else(lora: Path, content: Any) -> None:
     (lora / WEIGHTS).unlink()
     torch.save(content, lora / "adapter_model.bin")
@@ -193,19 +311,78 @@ def test_zero_deltas_and_ranks_above_the_matrix_are_fine(tmp_path: Path) -> None
     assert record["weight"]["relative_error"] < 1e-6
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), file=st.sampled_from([WEIGHTS, CONFIG]))
-def test_no_damage_raises_anything_else(data: st.DataObject, file: str) -> None:
+def refused_at_all(lora: Path) -> None:
+    with pytest.raises(BsloraConvertError) as caught:
+        load_lora(lora)
+    assert str(lora) in str(caught.value)
+
+
+def tiny(place: str) -> Path:
+    return write_lora(Path(place) / "lora", random_products(layers=1, rank=1, kinds={"q": (3, 4)}))
+
+
+def assert_read_or_refused(lora: Path) -> None:
+    try:
+        adapter = load_lora(lora)
+    except BsloraConvertError as error:
+        assert str(lora) in str(error)
+        return
+    for module in adapter.modules.values():
+        assert module.b.isfinite().all()
+        assert module.a.isfinite().all()
+        assert math.isfinite(module.scaling)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), file=st.sampled_from([WEIGHTS, CONFIG, "adapter_model.bin", "adapter_model.pt"]))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_raise_nothing_else(data: st.DataObject, file: str) -> None:
     with tempfile.TemporaryDirectory() as place:
-        lora = write_lora(Path(place) / "lora", random_products(layers=1, rank=1, kinds={"q": (3, 4)}))
+        lora = tiny(place)
+        if not file.endswith((".safetensors", ".json")):
+            torch.save(load_file(lora / WEIGHTS), lora / file, _use_new_zipfile_serialization=file.endswith(".bin"))
+            (lora / WEIGHTS).unlink()
         content = bytearray((lora / file).read_bytes())
         for _ in range(data.draw(st.integers(1, 6))):
-            at = data.draw(st.integers(0, len(content) - 1))
-            content[at] = data.draw(st.integers(0, 255))
-        (lora / file).write_bytes(
-            content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
-        )
-        try:
-            load_lora(lora)
-        except BsloraConvertError as error:
-            assert str(lora) in str(error)
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        if data.draw(st.booleans()):
+            content = content[: data.draw(st.integers(0, len(content)))]
+        (lora / file).write_bytes(content)
+        assert_read_or_refused(lora)
+
+
+NUMBERS = st.integers(-3, 40) | st.sampled_from([10**30, -(10**400), 1 << 63]) | st.floats()
+WORDS = st.text(max_size=8) | st.sampled_from(
+    ["LORA", "none", "pissa", "q", ".*q", "(", "a|b", "[", "(?i)q", "all-linear"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | WORDS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORDS, inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(sorted(UNDERSTOOD | set(REFUSALS))), VALUES, min_size=1, max_size=3))
+def test_wrong_values_of_any_field_raise_nothing_else(changes: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        lora = tiny(place)
+        configure(lora, **changes)
+        assert_read_or_refused(lora)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dtype=st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X"]),
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 1 << 31, 1 << 63, -1]), max_size=5),
+    size=st.integers(0, 64),
+    name=st.sampled_from(
+        ["q.lora_A.weight", "q.lora_B.weight", "q.lora_embedding_A", "q.lora_E", "lora_A.weight", "", "."]
+    ),
+)
+def test_wrong_headers_raise_nothing_else(dtype: str, shape: list[int], size: int, name: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        lora = tiny(place)
+        header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+        (lora / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+        refused_at_all(lora)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bslora_convert.compress import compress
 from bslora_convert.errors import Refused
 from bslora_convert.lora import load_lora
+from bslora_convert.lora.adapter import FOREIGN
 from bslora_convert.lora.config import REFUSALS
 from tests.planting import random_products, write_lora
 
@@ -38,18 +40,34 @@ FIELDS: list[tuple[str, Any]] = [
 ]
 
 
+def refused(lora: Path, *words: str) -> None:
+    with pytest.raises(Refused) as caught:
+        load_lora(lora)
+    assert caught.value.exit_code == 3
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_every_refusal_is_tried() -> None:
     assert {field for field, _ in FIELDS} == set(REFUSALS)
 
 
 @pytest.mark.parametrize(("field", "value"), FIELDS)
 def test_fields(tmp_path: Path, field: str, value: Any) -> None:
-    write_lora(tmp_path / "lora", random_products(layers=1), **{field: value})
-    with pytest.raises(Refused) as caught:
-        load_lora(tmp_path / "lora")
-    assert caught.value.exit_code == 3
-    assert "adapter_config.json" in str(caught.value)
-    assert f"{field} is " in str(caught.value)
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), **{field: value})
+    refused(lora, str(lora / "adapter_config.json"), f"{field} is {value!r}", REFUSALS[field][1])
+
+
+def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), use_dora=True, bias="all", new_thing=2)
+    refused(lora, "use_dora is True", "bias is 'all'", "new_thing is 2")
+
+
+def test_a_refused_conversion_leaves_nothing(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), use_dora=True)
+    with pytest.raises(Refused):
+        compress(lora, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 @pytest.mark.parametrize(
@@ -62,86 +80,108 @@ def test_harmless_values_are_not_refused(tmp_path: Path, field: str, value: Any)
     assert load_lora(tmp_path / "lora").modules
 
 
-def test_an_unknown_setting_is_refused_only_where_it_is_set(tmp_path: Path) -> None:
-    write_lora(tmp_path / "lora", random_products(layers=1), use_newlora=None, newlora_rank=0 * 1.0 or None)
-    assert load_lora(tmp_path / "lora").modules
-    write_lora(tmp_path / "lora", random_products(layers=1), use_newlora=True)
-    with pytest.raises(Refused, match="use_newlora is True"):
-        load_lora(tmp_path / "lora")
+def test_every_default_of_a_real_configuration_is_accepted(tmp_path: Path) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2)).save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "adapter_config.json").read_text())) > 30
+    assert load_lora(tmp_path).notes == ()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "ADALORA",
-        "LOHA",
-        "LOKR",
-        "VERA",
-        "PROMPT_TUNING",
-        "IA3",
-        "SHARELORA",
-        "BSLORA",
-        "BASELINESHARELORA",
-        "TIEDLORA",
-        7,
-    ],
+@pytest.mark.parametrize("value", [True, 1, 0.5, "on", [0], {"a": 0}])
+def test_an_unknown_setting_is_refused_where_it_is_set(tmp_path: Path, value: Any) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), use_newlora=value)
+    refused(lora, str(lora / "adapter_config.json"), f"use_newlora is {value!r}")
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_an_unknown_setting_is_harmless_where_it_is_not_set(tmp_path: Path, value: Any) -> None:
+    assert load_lora(write_lora(tmp_path / "lora", random_products(layers=1), use_newlora=value)).modules
+
+
+KINDS = (
+    "ADALORA",
+    "LOHA",
+    "LOKR",
+    "VERA",
+    "OFT",
+    "PROMPT_TUNING",
+    "IA3",
+    "SHARELORA",
+    "BSLORA",
+    "lora",
+    None,
+    7,
+    ["LORA"],
 )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_other_peft_types(tmp_path: Path, kind: Any) -> None:
-    write_lora(tmp_path / "lora", random_products(layers=1), peft_type=kind)
-    with pytest.raises(Refused, match="peft_type"):
-        load_lora(tmp_path / "lora")
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), peft_type=kind)
+    refused(lora, str(lora / "adapter_config.json"), f"peft_type is {kind!r}")
 
 
 @pytest.mark.parametrize(
-    "key",
+    "config",
     [
-        "lora_magnitude_vector",
-        "lora_magnitude_vector.weight",
-        "lora_B.bias",
-        "lora_E",
-        "lora_ranknum",
-        "lora_diag",
-        "lora_new.weight",
+        AdaLoraConfig(target_modules=["0"], total_step=10),
+        IA3Config(target_modules=["0"], feedforward_modules=[]),
+        LoHaConfig(target_modules=["0"]),
+        VeraConfig(target_modules=["0"]),
     ],
+    ids=lambda config: config.peft_type.value,
 )
-def test_foreign_tensors(tmp_path: Path, key: str) -> None:
-    name = f"base_model.model.model.layers.0.self_attn.q_proj.{key}"
-    write_lora(tmp_path / "lora", random_products(layers=1), extra={name: torch.ones(4)})
-    with pytest.raises(Refused) as caught:
-        load_lora(tmp_path / "lora")
-    assert name in str(caught.value)
-    assert "adapter_model.safetensors" in str(caught.value)
+def test_real_adapters_of_other_types(tmp_path: Path, config: Any) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).save_pretrained(tmp_path)
+    refused(tmp_path, "adapter_config.json", f"peft_type is {config.peft_type.value!r}")
 
 
-def test_convolutions(tmp_path: Path) -> None:
-    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(target_modules=["0"], r=2))
+@pytest.mark.parametrize("marker", [*FOREIGN, "lora_magnitude_vector.weight", "lora_new.weight"])
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_foreign_tensors(tmp_path: Path, marker: str, prefix: str) -> None:
+    key = f"{prefix}model.layers.0.self_attn.q_proj.{marker}"
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), extra={key: torch.ones(4)})
+    reason = FOREIGN.get(marker.removesuffix(".weight"), "not a LoRA factor")
+    refused(lora, str(lora / "adapter_model.safetensors"), key, reason)
+
+
+@pytest.mark.parametrize(
+    ("layer", "dimensions"), [(nn.Conv1d(3, 4, 3), 3), (nn.Conv2d(3, 4, 3), 4), (nn.Conv3d(3, 4, 3), 5)]
+)
+def test_convolutions(tmp_path: Path, layer: nn.Module, dimensions: int) -> None:
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], r=2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(Refused, match="convolution"):
-        load_lora(tmp_path)
+    refused(tmp_path, "adapter_model.safetensors", "0.lora_", f"{dimensions} dimensions", "convolution")
 
 
 def test_real_dora(tmp_path: Path) -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2, use_dora=True))
     model.save_pretrained(tmp_path)
-    with pytest.raises(Refused, match="DoRA"):
-        load_lora(tmp_path)
+    refused(tmp_path, "adapter_config.json", "use_dora", "DoRA")
     # Even where the configuration forgets to say so.
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
-    with pytest.raises(Refused, match="lora_magnitude_vector"):
-        load_lora(tmp_path)
+    refused(tmp_path, "adapter_model.safetensors", "lora_magnitude_vector", "DoRA")
 
 
-def test_real_pissa(tmp_path: Path) -> None:
-    options = LoraConfig(target_modules=["0"], r=2, init_lora_weights="pissa")
+def test_real_lora_bias(tmp_path: Path) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2, lora_bias=True))
+    model.save_pretrained(tmp_path)
+    refused(tmp_path, "adapter_config.json", "lora_bias")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": False}))
+    refused(tmp_path, "adapter_model.safetensors", "lora_B.bias")
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_2", "olora"])
+def test_real_initialisations_that_change_the_base(tmp_path: Path, kind: str) -> None:
+    options = LoraConfig(target_modules=["0"], r=2, init_lora_weights=kind)
     get_peft_model(nn.Sequential(nn.Linear(8, 8)), options).save_pretrained(tmp_path)
-    with pytest.raises(Refused, match="pissa"):
-        load_lora(tmp_path)
+    refused(tmp_path, "adapter_config.json", f"init_lora_weights is {kind!r}", "changes the base")
 
 
-def test_integer_factors(tmp_path: Path) -> None:
-    write_lora(tmp_path / "lora", random_products(layers=1))
-    path = tmp_path / "lora" / "adapter_model.safetensors"
-    save_file({key: tensor.to(torch.int8) for key, tensor in load_file(path).items()}, path)
-    with pytest.raises(Refused, match="int8"):
-        load_lora(tmp_path / "lora")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_factors_of_no_plain_float_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1))
+    path = lora / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
+    refused(lora, str(path), "lora_A.weight", str(dtype).removeprefix("torch."))

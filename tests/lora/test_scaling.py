@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import Embedding
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -31,32 +32,57 @@ def llama() -> Any:
     )
 
 
-def saved(model: Any, directory: Path, **options: Any) -> PeftModel:
-    """A PEFT model with random factors, saved and read back, since saving sorts the patterns and the first match wins."""
-    adapted = get_peft_model(model, LoraConfig(**{"target_modules": TARGETS, "r": 4, "lora_alpha": 12, **options}))
-    generator = torch.Generator().manual_seed(1)
+def adapted(model: Any, seed: int = 1, **options: Any) -> PeftModel:
+    """A PEFT model whose factors are all random."""
+    model = get_peft_model(model, LoraConfig(**{"target_modules": TARGETS, "r": 4, "lora_alpha": 12, **options}))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(directory)
-    return PeftModel.from_pretrained(copy.deepcopy(adapted.unload()), str(directory))
+    return model
 
 
-def assert_same_deltas(adapted: PeftModel, path: Path, adapter: str = "default") -> None:
+def reread(model: PeftModel, directory: Path) -> PeftModel:
+    """What PEFT itself makes of a directory, on the same base."""
+    return PeftModel.from_pretrained(copy.deepcopy(model).unload(), str(directory))
+
+
+def saved(model: Any, directory: Path, **options: Any) -> PeftModel:
+    """A PEFT model saved and read back, since saving sorts the patterns and the first match wins."""
+    model = adapted(model, **options)
+    model.save_pretrained(directory)
+    return reread(model, directory)
+
+
+def configure(directory: Path, **changes: Any) -> None:
+    """Changes fields of the configuration; unlike PEFT, leaves a pattern's keys in the order given."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@torch.no_grad()
+def peft_deltas(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """ΔW of every adapted layer as PEFT computes it, turned to (out, in) where the base stores its weight the other way."""
+    deltas = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            delta = layer.get_delta_weight(adapter).float()
+            turned = isinstance(layer, Embedding) or layer.fan_in_fan_out
+            deltas[name.removeprefix("base_model.model.")] = delta.T if turned else delta
+    return deltas
+
+
+def assert_same_deltas(model: PeftModel, path: Path, adapter: str = "default") -> None:
     read = load_lora(path).modules
-    expected = {
-        name.removeprefix("base_model.model."): layer.get_delta_weight(adapter)
-        for name, layer in adapted.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
+    expected = peft_deltas(model, adapter)
     assert set(read) == set(expected)
     for name, delta in expected.items():
+        assert delta.any()
         factors = read[name].factors()
-        mine = factors.b @ factors.a
-        if mine.shape != delta.shape or read[name].kind == "embedding":
-            mine = mine.T
-        assert torch.allclose(mine, delta.float(), rtol=1e-4, atol=1e-4), name
+        torch.testing.assert_close(
+            factors.b @ factors.a, delta, rtol=1e-5, atol=1e-5 * float(delta.abs().max()), check_dtype=False, msg=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,18 +91,26 @@ def assert_same_deltas(adapted: PeftModel, path: Path, adapter: str = "default")
         {},
         {"lora_alpha": 1},
         {"lora_alpha": 32, "r": 3},
+        {"lora_alpha": 2.5},
+        {"lora_alpha": -3},
         {"use_rslora": True},
+        {"use_rslora": True, "r": 5, "rank_pattern": {"v_proj": 3}},
+        {"use_rslora": True, "alpha_pattern": {r"layers\.1\..*": 40}},
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 5}},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 7, "v_proj": 3}, "use_rslora": True},
         {"rank_pattern": {r"layers\.[01]\.self_attn\..*": 2}},
         {"alpha_pattern": {"model.layers.1.mlp.down_proj": 9, "down_proj": 2}},
+        {"alpha_pattern": {"q_proj|down_proj": 31}},
+        {"alpha_pattern": {r"^model\.layers\.2\..*": 17}},
+        {"alpha_pattern": {r"layers\.[02]\.(self_attn|mlp)\.\w+": 21}},
         {"alpha_pattern": {"proj": 99}},  # not preceded by a dot in any name: matches nothing
         {"target_modules": "all-linear"},
         {"target_modules": r".*\.(q_proj|o_proj)"},
         {"layers_to_transform": [0, 2]},
         {"init_lora_weights": "gaussian"},
         {"lora_dropout": 0.3},
+        {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
         {"target_modules": ["q_proj", "lm_head"]},
     ],
 )
@@ -84,85 +118,144 @@ def test_against_peft(tmp_path: Path, options: dict[str, Any]) -> None:
     assert_same_deltas(saved(llama(), tmp_path, **options), tmp_path)
 
 
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_the_first_alpha_pattern_that_matches_wins(tmp_path: Path, narrow_first: bool) -> None:
+    pattern = {"model.layers.1.self_attn.q_proj": 40, r".*\.q_proj": 3}
+    order = list(pattern) if narrow_first else list(reversed(pattern))
+    model = saved(llama(), tmp_path)
+    configure(tmp_path, alpha_pattern={key: pattern[key] for key in order})
+    module = load_lora(tmp_path).modules["model.layers.1.self_attn.q_proj"]
+    assert module.scaling == (40 / 4 if narrow_first else 3 / 4)
+    assert_same_deltas(reread(model, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_the_first_rank_pattern_that_matches_wins(tmp_path: Path, narrow_first: bool) -> None:
+    pattern = {"model.layers.1.self_attn.q_proj": 6, r".*\.q_proj": 2}
+    order = list(pattern) if narrow_first else list(reversed(pattern))
+    ranks = {key: pattern[key] for key in order}
+    model = adapted(llama(), rank_pattern=ranks)
+    model.save_pretrained(tmp_path)
+    configure(tmp_path, rank_pattern=ranks)
+    adapter = load_lora(tmp_path)
+    assert adapter.modules["model.layers.1.self_attn.q_proj"].rank == (6 if narrow_first else 2)
+    assert adapter.notes == ()
+    assert_same_deltas(reread(model, tmp_path), tmp_path)
+
+
 def test_conv1d_with_fan_in_fan_out(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16))
-    options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
-    adapted = saved(model, tmp_path, **options)
-    assert load_lora(tmp_path).modules["transformer.h.0.attn.c_attn"].shape == (96, 32)
-    assert_same_deltas(adapted, tmp_path)
+    options = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True, "alpha_pattern": {"c_fc": 5}}
+    model = saved(model, tmp_path, **options)
+    modules = load_lora(tmp_path).modules
+    assert modules["transformer.h.0.attn.c_attn"].shape == (96, 32)
+    assert modules["transformer.h.1.mlp.c_proj"].shape == (32, 128)
+    assert_same_deltas(model, tmp_path)
 
 
-def test_embeddings(tmp_path: Path) -> None:
-    adapted = saved(llama(), tmp_path, target_modules=["embed_tokens", "q_proj"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 5}}]
+)
+def test_embeddings(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = saved(llama(), tmp_path, target_modules=["embed_tokens", "q_proj"], **options)
     adapter = load_lora(tmp_path)
-    assert adapter.modules["model.embed_tokens"].kind == "embedding"
+    assert {name: module.kind for name, module in adapter.modules.items() if module.kind != "linear"} == {
+        "model.embed_tokens": "embedding"
+    }
     assert adapter.modules["model.embed_tokens"].shape == (32, 50)
     # PEFT stores the whole table beside its factors: carried along, never counted.
-    assert "model.embed_tokens.base_layer.weight" in adapter.carried
-    assert adapter.parameters == sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
-    assert_same_deltas(adapted, tmp_path)
+    assert set(adapter.carried) == {"model.embed_tokens.base_layer.weight"}
+    assert adapter.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert_same_deltas(model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_storage_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
-    adapted = saved(llama(), tmp_path)
+    model = saved(llama(), tmp_path, lora_alpha=13, r=3)
     path = tmp_path / "adapter_model.safetensors"
     save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
     adapter = load_lora(tmp_path)
     assert adapter.dtype == dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, module in adapter.modules.items():
-        assert module.factors().b.dtype == compute
-        delta = adapted.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
-        factors = module.factors()
-        assert float((factors.b @ factors.a - delta).norm() / delta.norm()) < 0.01
+    assert {module.factors().b.dtype for module in adapter.modules.values()} == {compute}
+    assert_same_deltas(reread(model, tmp_path), tmp_path)
 
 
 def test_an_adapter_with_a_name_stands_in_a_folder(tmp_path: Path) -> None:
-    adapted = get_peft_model(llama(), LoraConfig(target_modules=TARGETS), adapter_name="german")
-    adapted.save_pretrained(tmp_path)
+    options = LoraConfig(target_modules=TARGETS, r=4, lora_alpha=12, init_lora_weights=False)
+    model = get_peft_model(llama(), options, adapter_name="german")
+    model.save_pretrained(tmp_path)
     adapter = load_lora(tmp_path)
-    assert adapter.weights.parent.name == "german"
+    assert adapter.weights == tmp_path / "german" / "adapter_model.safetensors"
     assert any("german" in note for note in adapter.notes)
-    assert len(adapter.modules) == 9
+    assert_same_deltas(model, tmp_path, "german")
+    assert load_lora(tmp_path / "german").notes == ()
+
+
+def test_keys_of_direct_injection_have_no_prefix(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path)
+    injected = inject_adapter_in_model(LoraConfig(target_modules=TARGETS, r=4, lora_alpha=12), llama())
+    with torch.no_grad():
+        wrapped = dict(model.named_parameters())
+        for name, parameter in injected.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(wrapped["base_model.model." + name])
+    tensors = get_peft_model_state_dict(injected)
+    assert not any(key.startswith("base_model.") for key in tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    assert_same_deltas(model, tmp_path)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda key: key.removeprefix("base_model.model."),
         lambda key: "base_model.model." + key,
         lambda key: "base_model.model.base_model.model." + key,
         lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: "_orig_mod." + key,
+        lambda key: key.replace("model.layers.", "model._orig_mod.layers."),
         lambda key: key.replace("lora_A.weight", "lora_A.default.weight").replace(
             "lora_B.weight", "lora_B.default.weight"
         ),
     ],
 )
 def test_prefixes(tmp_path: Path, change: Any) -> None:
-    adapted = saved(llama(), tmp_path)
+    model = saved(llama(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    save_file({change(key): tensor for key, tensor in load_file(path).items()}, path)
-    assert_same_deltas(adapted, tmp_path)
+    before = load_file(path)
+    save_file({change(key): tensor for key, tensor in before.items()}, path)
+    assert set(load_file(path)).isdisjoint(before)
+    assert_same_deltas(model, tmp_path)
 
 
 def test_a_bin_file_holds_the_same(tmp_path: Path) -> None:
-    adapted = saved(llama(), tmp_path)
+    model = saved(llama(), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     torch.save(load_file(path), tmp_path / "adapter_model.bin")
     path.unlink()
-    assert_same_deltas(adapted, tmp_path)
-    assert_same_deltas(adapted, tmp_path / "adapter_model.bin")
+    assert_same_deltas(model, tmp_path)
+    assert_same_deltas(model, tmp_path / "adapter_model.bin")
 
 
-def test_the_tensors_win_over_the_configurations_rank(tmp_path: Path) -> None:
-    adapted = saved(llama(), tmp_path, r=4, lora_alpha=12)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 16}))
+@pytest.mark.parametrize("field", [{"r": 16}, {"rank_pattern": {".*": 16}}])
+def test_the_tensors_win_over_the_configurations_rank(tmp_path: Path, field: dict[str, Any]) -> None:
+    model = saved(llama(), tmp_path, r=4, lora_alpha=12)
+    configure(tmp_path, **field)
     adapter = load_lora(tmp_path)
     assert {module.rank for module in adapter.modules.values()} == {4}
-    assert any("16" in note and "taken as the truth" in note for note in adapter.notes)
-    assert_same_deltas(adapted, tmp_path)
+    (note,) = adapter.notes
+    assert "9 of 9 modules" in note
+    assert "4, not 16" in note
+    assert "taken as the truth" in note
+    assert_same_deltas(model, tmp_path)
+
+
+def test_an_old_configuration_without_rank_and_alpha_means_pefts_defaults(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path, r=8, lora_alpha=8)
+    kept = {"peft_type": "LORA", "target_modules": TARGETS}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(kept))
+    assert load_lora(tmp_path).notes == ()
+    assert_same_deltas(model, tmp_path)
 
 
 def test_modules_are_in_natural_order(tmp_path: Path) -> None:

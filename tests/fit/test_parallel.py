@@ -1,0 +1,69 @@
+"""Work over cores: in order, at most a few at a time, errors and thread counts intact, the same numbers."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bslora_convert.fit.convert import Options, fit_to_budget, measure
+from bslora_convert.fit.parallel import AHEAD, each
+from tests.planting import random_products
+
+
+@pytest.fixture(params=[1, 2, 3])
+def cores(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_order_of_the_items(cores: int) -> None:
+    def slow_first(item: int) -> int:
+        time.sleep(0.02 if item == 0 else 0)
+        return item * item
+
+    assert list(each(slow_first, range(20))) == [item * item for item in range(20)]
+    assert torch.get_num_threads() == cores
+
+
+def test_only_a_few_items_are_in_flight(cores: int) -> None:
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for taken in range(1, 101):
+            yield taken
+
+    results = each(lambda item: item, items())
+    assert next(results) == 1
+    assert taken <= AHEAD * cores
+    assert threading.active_count() < 20
+    results.close()
+    assert torch.get_num_threads() == cores
+
+
+def test_an_error_is_raised_where_its_result_would_come(cores: int) -> None:
+    def fails(item: int) -> int:
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    results = each(fails, range(10))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        list(results)
+    assert torch.get_num_threads() == cores
+
+
+def test_plain_fits_are_the_same_bytes_on_any_number_of_cores(cores: int, tmp_path: Path) -> None:
+    def fit() -> list[torch.Tensor]:
+        source = measure(random_products(layers=3))
+        return list(fit_to_budget(source, Options("none"), source.parameters // 2).form.tensors())
+
+    here = fit()
+    torch.set_num_threads(1)
+    assert all(torch.equal(first, second) for first, second in zip(here, fit(), strict=True))
