@@ -26,6 +26,7 @@ from bslora_convert.fit.convert import (
     fit_to_error,
     measure,
 )
+from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.recipe import Recipe
@@ -33,6 +34,7 @@ from bslora_convert.tensorfile import sha256
 from bslora_convert.tokenizer import copy_tokenizer
 from bslora_convert.version import __version__
 
+SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
 
 Progress = Callable[[str], None]
@@ -63,11 +65,15 @@ def compress(
     progress("reading")
     adapter = load_lora(source)
     _check_paths(adapter.weights, out)
-    with ThreadPoolExecutor(1) as pool:  # hashing runs beside the fit: both leave the interpreter lock
+    with (
+        ThreadPoolExecutor(1) as pool,
+        modules_over_cores(),
+    ):  # hashing runs beside the fit: both leave the interpreter lock
         digest = pool.submit(sha256, adapter.weights)
         adapter = adapter.to(_device(recipe.device))
         read = time.perf_counter()
         measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
+        _check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         fit = _fit(measured, recipe, dtype, progress)
         fit = replace(fit, form=_cast(fit.form, dtype))  # the float32 form is let go
@@ -152,6 +158,19 @@ def _cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
     if dtype == torch.float16 and not all(bool(tensor.isfinite().all()) for tensor in cast.tensors()):
         raise RecipeError("dtype float16 can't hold some of the numbers; use --dtype bfloat16 or float32")
     return cast
+
+
+def _check_magnitude(source: Source, weights: Path) -> None:
+    """Refuses deltas that float32 arithmetic would overflow or lose.
+
+    :raises InputError: naming file and module.
+    """
+    for name, grams in source.grams.items():
+        if not (grams.energy == 0 or SMALLEST_NORM**2 < grams.energy < LARGEST_NORM**2):
+            raise InputError(
+                f"{weights}: the update of {name} has the norm {math.sqrt(abs(grams.energy)):.3g}; "
+                f"from {SMALLEST_NORM:g} to {LARGEST_NORM:g} can be fitted in float32"
+            )
 
 
 def _device(name: str) -> torch.device:

@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-LARGEST_SIDE = 1 << 31
+LARGEST_SIDE = 1 << 24
 
 # PEFT fields of the source that mean the same for the compact adapter.
 INHERITED = (
@@ -224,14 +224,17 @@ class _Reader:
         return (shape[0], shape[1]), kind, groups
 
     def _shared(self, entries: Mapping[str, tuple[Shape, str, dict[str, str]]]) -> dict[str, dict[str, Factors]]:
-        """Each group's pair, from the first module that names the group."""
-        shared: dict[str, dict[str, Factors]] = {}
+        """Each group's pair, from the member that owns it: the one whose key is in the file."""
+        members: dict[tuple[str, str], list[str]] = {}
         for name, (_, _, groups) in entries.items():
             for level, group in groups.items():
-                assert self.transform is not None  # _entry has seen to it
-                pairs = shared.setdefault(level, {})
-                if group not in pairs:
-                    pairs[group] = self._factors(f"{name}.bslora_{level}", self.transform.pair_sizes)
+                members.setdefault((level, group), []).append(name)
+        shared: dict[str, dict[str, Factors]] = {}
+        for (level, group), names in members.items():
+            assert self.transform is not None  # _entry has seen to it
+            owners = [name for name in names if f"{name}.bslora_{level}.A" in self.tensors] or names
+            pair = self._factors(f"{owners[0]}.bslora_{level}", self.transform.pair_sizes)
+            shared.setdefault(level, {})[group] = pair
         return shared
 
     def _module(

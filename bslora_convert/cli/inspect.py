@@ -50,8 +50,11 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
     console.print(bytes_table)
     spectra = {row["kind"]: row for row in result.get("spectra", [])}
     if "kinds" in result:
-        kinds = Table("kind", "modules", "out × in", "rank")
-        for column in ("stable rank", "energy at r/2", "at r/4"):
+        kinds = Table()
+        kinds.add_column("kind", no_wrap=True)
+        for column in ("modules", "out×in", "rank"):
+            kinds.add_column(column)
+        for column in ("stable rank", "energy at r/2", "at r/4") if spectra else ():
             kinds.add_column(column, justify="right")
         for row in result["kinds"]:
             low, high = row["ranks"]["min"], row["ranks"]["max"]
@@ -59,7 +62,7 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
             kinds.add_row(
                 row["kind"],
                 str(row["modules"]),
-                ", ".join(f"{out} × {width}" for out, width in row["shapes"]),
+                ", ".join(f"{out}×{width}" for out, width in row["shapes"]),
                 str(low) if low == high else f"{low}–{high}",
                 *(
                     (
@@ -68,7 +71,7 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
                         f"{seen['energy_at_quarter_rank']:.1%}",
                     )
                     if seen
-                    else ("", "", "")
+                    else ("", "", "")[: 3 if spectra else 0]
                 ),
             )
         console.print(kinds)

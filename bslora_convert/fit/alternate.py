@@ -24,6 +24,7 @@ from bslora_convert.bslora.transforms.kronecker import split_rank
 from bslora_convert.fit import shared
 from bslora_convert.fit.allocate import Ranks, cost_of, lost_energy
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
+from bslora_convert.fit.parallel import each
 from bslora_convert.fit.shared import Member, Own, Sum
 
 Allocation = Callable[[Mapping[str, Tensor]], Ranks]
@@ -179,7 +180,7 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
             return problem.svds[name]
         return product_svd(_without(problem.grams[name], problem.deltas[name], add(*terms)))
 
-    svds = dict(zip(problem.grams, map(svd, problem.grams), strict=True))
+    svds = dict(zip(problem.grams, each(svd, problem.grams), strict=True))
     spectra = {name: svd.energies for name, svd in svds.items()}
     ranks = allocation(spectra)
     before = {name: state.locals[name].rank if name in state.locals else 0 for name in spectra}

@@ -79,8 +79,11 @@ def fit_to_error(source: Source, options: Options, error: float, progress: Progr
     if options.transform == "none" or not source.groups["inter"] or _may_drop_gates(options):
         return plain
     low, high = 0, plain.form.parameters
-    best = plain if options.transform == "auto" else None
-    if best is None:
+    best = plain
+    if options.transform == "auto":
+        if fit_to_budget(source, options, high, progress).form.transform is None:
+            return plain  # sharing does not pay at this size
+    else:
         high = source.parameters
         best = fit_to_budget(source, options, high, progress)
         if best.lost > allowed:
@@ -91,6 +94,8 @@ def fit_to_error(source: Source, options: Options, error: float, progress: Progr
         # Sharing gains little on most adapters, so the answer is near the plain one: bracket it from there.
         for factor in (0.5, 0.9, 1.02, 1.1):
             budget = int(plain.form.parameters * factor)
+            if budget >= high:
+                break
             trial = _try(source, options, budget, progress)
             if trial is not None and trial.lost <= allowed:
                 best, high = trial, budget

@@ -19,6 +19,8 @@ from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.source import ENTIRE, Fit, Options, Source, too_small
 
+SIZE_SHARE = 0.05  # share of a budget that may go into the shared size of gates
+
 
 def gated_by_hand(source: Source, options: Options, levels: Mapping[str, int], local: int) -> Fit:
     """Local rank and shared ranks (level -> rank) as given; a level of rank 0 has no gates."""
@@ -34,7 +36,11 @@ def gated_by_hand(source: Source, options: Options, levels: Mapping[str, int], l
 
 
 def gated_to_budget(source: Source, options: Options, budget: int) -> Fit:
-    """Gates first, the rest to local ranks; the shared size is halved until every gate fits, then gates are dropped."""
+    """Gates first, the rest to local ranks.
+
+    The default shared size is halved until what depends on it takes at most a twentieth of the budget: it changes the size of
+    the result and nothing else. Where gates alone exceed the budget, those that gain least are left out.
+    """
     levels = dict.fromkeys(LEVELS, max(options.min_shared, 1))
     members = source.groups["inter"][ENTIRE]
     pairs = sum(rank * len(source.groups[level]) for level, rank in levels.items())
@@ -43,9 +49,8 @@ def gated_to_budget(source: Source, options: Options, budget: int) -> Fit:
     def gate_costs(transform: Gate) -> dict[str, int]:
         return {name: own_parameters(transform, source.shapes[name]) for name in members}
 
-    while options.shared_size is None and size > 1:
-        if pairs * 2 * size + len(LEVELS) * sum(gate_costs(Gate(size)).values()) <= budget:
-            break
+    per_row = 2 * pairs + 2 * len(LEVELS) * len(members)  # numbers that one row and column of shared size takes
+    while options.shared_size is None and size > 1 and per_row * size > SIZE_SHARE * budget:
         size //= 2
     transform = Gate(size)
     costs = gate_costs(transform)

@@ -110,7 +110,7 @@ def fit_at(
 ) -> tuple[State, list[float]]:
     """Sweeps from the local parts, or from the shared parts where those carry more, until the objective settles."""
     for level, rank in levels.items():
-        if rank > min(problem.transform.pair_sizes):
+        if problem.split(rank)[0] > min(problem.transform.pair_sizes):
             raise RecipeError(
                 f"ranks: {level} rank {rank} is larger than the shared size {min(problem.transform.pair_sizes)}"
             )

@@ -27,6 +27,7 @@ from torch import Tensor
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit.lowrank import gram
+from bslora_convert.fit.parallel import each
 
 Own = dict[str, Tensor]
 
@@ -212,7 +213,7 @@ def _update_even(transform: Kronecker, members: Sequence[Member], pair: Factors,
         blocks = ((rows @ residual.core) @ columns.transpose(1, 2)).sum(0)
         return own, blocks, float((gram(own["B"]) * gram(own["A"].T)).sum())
 
-    for own, blocks, share in map(fit, members):
+    for own, blocks, share in each(fit, members):
         owns.append(own)
         total += blocks
         weight += share
@@ -331,7 +332,7 @@ def _leading_block(transform: Kronecker, members: Sequence[Member], rank: int, g
         ]
         return (flats[0] @ flats[0].T).cpu(), (flats[1] @ flats[1].T).cpu()
 
-    for of_rows, of_columns in map(seen, members):
+    for of_rows, of_columns in each(seen, members):
         rows += of_rows
         columns += of_columns
     core = min(rank, CORE)

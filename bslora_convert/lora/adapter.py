@@ -21,6 +21,7 @@ from bslora_convert.tensorfile import FLOATS, check_finite, read_json, read_tens
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 PREFIX = "base_model.model."
+LARGEST_SCALING = 1e6
 
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
 EMBEDDING_FACTOR = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.(?P<adapter>[^.]+))?$")
@@ -214,7 +215,14 @@ def _module(
             f"{path}: {key_a} {tuple(a.shape)} and {key_b} {tuple(b.shape)} disagree about the rank "
             f"({a.shape[0]} and {b.shape[1]})"
         )
-    return LoraModule(b, a, config.scaling(name, b.shape[1]), kind)
+    if ".base_layer." in f".{name}.":
+        raise Refused(
+            f"{path}: {key_a}: a module inside an adapted module (MultiheadAttention) can't change its rank alone"
+        )
+    scaling = config.scaling(name, b.shape[1])
+    if abs(scaling) > LARGEST_SCALING:
+        raise InputError(f"{path}: the scaling of {name} is {scaling:g}; no adapter is trained with such a lora_alpha")
+    return LoraModule(b, a, scaling, kind)
 
 
 def _notes(

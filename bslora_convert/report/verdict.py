@@ -28,7 +28,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
 def _against_svd(transform: str, error: float, svd: float) -> str:
     numbers = f"relative error {error:.4f} against {svd:.4f}"
     if transform == "none":
-        return f"This is plain truncated SVD with a rank per module ({numbers} before rounding to the storage type)."
+        return f"This is plain truncated SVD ({numbers} for the best rank per module before rounding)."
     if error < svd * (1 - TIE):
         return f"Sharing paid: plain SVD of the same size loses more ({numbers})."
     if error <= svd * (1 + TIE):

@@ -367,3 +367,16 @@ def test_round_trips_of_any_shape(out: int, width: int, size: int, ranks: tuple[
         assert torch.equal(first, second)
     for module_name in form.modules:
         assert read.expanded_rank(module_name) == form.delta(module_name).rank
+
+
+def test_the_owner_of_a_pair_is_found_whatever_the_order_of_modules(tmp_path: Path) -> None:
+    """PEFT sorts the keys of configurations that it saves again."""
+    form = FORMS["ke"]()
+    directory = saved(form, tmp_path / "out")
+    config = json.loads((directory / CONFIG).read_text())
+    config["modules"] = dict(sorted(config["modules"].items()))
+    assert next(iter(config["modules"])) != next(iter(form.modules))
+    (directory / CONFIG).write_text(json.dumps(config))
+    read = load_compact(directory).form
+    for name in form.modules:
+        assert torch.equal(read.delta(name).b, form.delta(name).b)

@@ -3,13 +3,12 @@
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from bslora_convert.fit.convert import Options, fit_to_budget, measure
-from bslora_convert.fit.parallel import AHEAD, each
+from bslora_convert.fit.parallel import AHEAD, each, modules_over_cores
 from tests.planting import random_products
 
 
@@ -17,7 +16,10 @@ from tests.planting import random_products
 def cores(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
+    with modules_over_cores():
+        assert torch.get_num_threads() == 1
+        yield request.param
+    assert torch.get_num_threads() == request.param
     torch.set_num_threads(before)
 
 
@@ -27,7 +29,6 @@ def test_results_come_in_the_order_of_the_items(cores: int) -> None:
         return item * item
 
     assert list(each(slow_first, range(20))) == [item * item for item in range(20)]
-    assert torch.get_num_threads() == cores
 
 
 def test_only_a_few_items_are_in_flight(cores: int) -> None:
@@ -43,7 +44,6 @@ def test_only_a_few_items_are_in_flight(cores: int) -> None:
     assert len(taken) <= AHEAD * cores
     assert threading.active_count() < 20
     results.close()
-    assert torch.get_num_threads() == cores
 
 
 def test_an_error_is_raised_where_its_result_would_come(cores: int) -> None:
@@ -56,14 +56,25 @@ def test_an_error_is_raised_where_its_result_would_come(cores: int) -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         list(results)
-    assert torch.get_num_threads() == cores
 
 
-def test_plain_fits_are_the_same_bytes_on_any_number_of_cores(cores: int, tmp_path: Path) -> None:
-    def fit() -> list[torch.Tensor]:
-        source = measure(random_products(layers=3))
-        return list(fit_to_budget(source, Options("none"), source.parameters // 2).form.tensors())
+@pytest.mark.parametrize("transform", ["none", "ke", "ss", "gt"])
+def test_fits_are_the_same_bytes_on_any_number_of_cores(transform: str) -> None:
+    def fit(cores: int) -> list[torch.Tensor]:
+        torch.set_num_threads(cores)
+        try:
+            with modules_over_cores():
+                source = measure(random_products(layers=3))
+                return list(fit_to_budget(source, Options(transform), source.parameters // 2).form.tensors())
+        finally:
+            torch.set_num_threads(1)
 
-    here = fit()
+    assert all(torch.equal(one, three) for one, three in zip(fit(1), fit(3), strict=True))
+
+
+def test_work_within_work_is_done_in_place() -> None:
+    torch.set_num_threads(2)
+    with modules_over_cores():
+        sums = list(each(lambda item: sum(each(lambda inner: inner * item, range(4))), range(10)))
     torch.set_num_threads(1)
-    assert all(torch.equal(first, second) for first, second in zip(here, fit(), strict=True))
+    assert sums == [6 * item for item in range(10)]

@@ -284,7 +284,7 @@ def test_safetensors_are_preferred_to_a_pickle(lora: Path) -> None:
     "content",
     [
         [1, 2],
-        {"a": 3},
+        {KEY: 3},
         {3: torch.zeros(2)},
         {KEY: torch.zeros(2, 64, device="meta")},
         {KEY: torch.zeros(2, 64).to_sparse()},
@@ -295,7 +295,10 @@ def test_safetensors_are_preferred_to_a_pickle(lora: Path) -> None:
 def test_a_bin_file_of_something_else(lora: Path, content: Any) -> None:
     (lora / WEIGHTS).unlink()
     torch.save(content, lora / "adapter_model.bin")
-    refused(lora, "adapter_model.bin")
+    if isinstance(content, list):
+        refused(lora, "adapter_model.bin", "a dictionary of tensors is expected, found list")
+    else:
+        refused(lora, "adapter_model.bin", f"entry {next(iter(content))!r} is not a named tensor")
 
 
 def test_zero_deltas_and_ranks_above_the_matrix_are_fine(tmp_path: Path) -> None:
@@ -386,3 +389,19 @@ def test_wrong_headers_raise_nothing_else(dtype: str, shape: list[int], size: in
         header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
         (lora / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
         refused_at_all(lora)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-30])
+@pytest.mark.parametrize("transform", ["none", "ke", "ss"])
+def test_magnitudes_that_float32_can_not_fit_are_named(tmp_path: Path, scale: float, transform: str) -> None:
+    products = random_products(layers=1, rank=2)
+    name = "model.layers.0.mlp.up_proj"
+    products[name] = Product(Factors(products[name].held.b * scale, products[name].held.a))
+    lora = write_lora(tmp_path / "lora", products)
+    with pytest.raises(InputError, match=r"mlp\.up_proj has the norm"):
+        compress(lora, tmp_path / "out", Recipe(transform=transform))
+
+
+def test_a_scaling_beyond_reason_is_named(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), alpha=1e300)
+    refused(lora, "the scaling of")

@@ -1,5 +1,6 @@
 """Model families end to end: LoRA by PEFT, compressed, expanded, loaded by PEFT again, the same forward pass."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,21 @@ def test_settings_of_a_lora_survive(tmp_path: Path, what: str, tied: bool) -> No
     expand(out, again)
     assert distance(forward(load(base(), again)), original, forward(base())) < 1e-4
     assert_carried(lora, out, again)
+
+
+def test_what_peft_needs_to_know_is_in_the_expanded_configuration(tmp_path: Path) -> None:
+    lora, out, again = tmp_path / "lora", tmp_path / "out", tmp_path / "again"
+    kept = {"fan_in_fan_out": True, "task_type": "CAUSAL_LM", "modules_to_save": ["ln_f"], "revision": "v2"}
+    kept |= {"trainable_token_indices": {"wte": [3, 5]}}
+    adapter(lora, build("gpt2"), target_modules=["c_attn"], **kept)
+    compress(lora, out, Recipe(transform="none", budget=1.0), report_html=False)
+    expand(out, again)
+    for directory in (out, again):
+        config = json.loads((directory / "adapter_config.json").read_text())
+        assert {field: config.get(field) for field in kept} == kept
+    assert (
+        distance(forward(load(build("gpt2"), again)), forward(load(build("gpt2"), lora)), forward(build("gpt2"))) < 1e-4
+    )
 
 
 def test_encoder_and_decoder_share_within_their_own_layers(tmp_path: Path) -> None:

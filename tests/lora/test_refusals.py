@@ -185,3 +185,14 @@ def test_factors_of_no_plain_float_type(tmp_path: Path, dtype: torch.dtype) -> N
     path = lora / "adapter_model.safetensors"
     save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path)
     refused(lora, str(path), "lora_A.weight", str(dtype).removeprefix("torch."))
+
+
+def test_multihead_attention(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha = nn.MultiheadAttention(8, 2)
+
+    get_peft_model(Model(), LoraConfig(target_modules=["mha"], r=2)).save_pretrained(tmp_path)
+    with pytest.raises(Refused, match="MultiheadAttention"):
+        load_lora(tmp_path)

@@ -104,6 +104,7 @@ def assert_same_deltas(model: PeftModel, path: Path, adapter: str = "default") -
         {"alpha_pattern": {"q_proj|down_proj": 31}},
         {"alpha_pattern": {r"^model\.layers\.2\..*": 17}},
         {"alpha_pattern": {r"layers\.[02]\.(self_attn|mlp)\.\w+": 21}},
+        {"alpha_pattern": {"layers.1": 99, "model.layers.1.self_attn.q": 99}},  # no end of any name: match nothing
         {"alpha_pattern": {"proj": 99}},  # not preceded by a dot in any name: matches nothing
         {"target_modules": "all-linear"},
         {"target_modules": r".*\.(q_proj|o_proj)"},

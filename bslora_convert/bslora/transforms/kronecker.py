@@ -25,7 +25,6 @@ from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
 
-KERNELS = ("r_1", "1_r", "2_r")
 DEFAULT_SIZE = 256
 SMALLEST_DIVISOR = 32  # below this, kernels cost more than an uneven edge loses
 
