@@ -48,7 +48,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = run(verb, "--help")
     assert result.returncode == 0
-    assert f"bslora-convert {verb} " in result.stdout
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    example = lines.index("Example:")
+    assert lines[example + 1].startswith(f"bslora-convert {verb} ")  # on a line of its own, to be copied
     for option in ("--json", "--quiet", "--verbose"):
         assert option in result.stdout
 

@@ -11,7 +11,7 @@ from bslora_convert.version import __version__
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="bslora-convert")
 def main() -> None:
-    r"""Converts LoRA adapters that already exist into compact BSLoRA form, and proves what was kept.
+    """Converts LoRA adapters that already exist into compact BSLoRA form, and proves what was kept.
 
     \b
     Start here:

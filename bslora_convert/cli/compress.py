@@ -91,7 +91,7 @@ def recipe_options(function: Any) -> Any:
 @click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
 @verb
 def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any) -> None:
-    r"""Converts one LoRA adapter into BSLoRA form.
+    """Converts one LoRA adapter into BSLoRA form.
 
     Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR.
 

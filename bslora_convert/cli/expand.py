@@ -30,7 +30,12 @@ class Rank(click.ParamType[int | str]):
 @click.command()
 @click.argument("compact_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--rank", type=Rank(), help="Re-truncate to at most N, or pad every module to the largest rank.")
+@click.option(
+    "--rank",
+    type=Rank(),
+    metavar="N|uniform",
+    help="Re-truncate to at most N, or pad every module to the largest rank.",
+)
 @click.option("--base-model", help="Sets base_model_name_or_path, as some servers compare it letter by letter.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
@@ -38,7 +43,7 @@ class Rank(click.ParamType[int | str]):
 @click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
 @verb
 def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
-    r"""Writes a compact adapter back as a standard PEFT LoRA.
+    """Writes a compact adapter back as a standard PEFT LoRA.
 
     All scaling is in B and lora_alpha equals r, so that every engine computes the same update.
 

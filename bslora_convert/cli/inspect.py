@@ -12,7 +12,7 @@ from bslora_convert.cli.verb import Output, verb
 @click.argument("directory", type=click.Path(path_type=Path))
 @verb
 def inspect(output: Output, directory: Path) -> None:
-    r"""Says what an adapter holds, where its bytes are and whether it can be converted.
+    """Says what an adapter holds, where its bytes are and whether it can be converted.
 
     \b
     Example:

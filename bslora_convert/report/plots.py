@@ -98,6 +98,6 @@ def baselines(errors: Mapping[str, float]) -> Figure:
         colours: list[Any] = [PART_COLOURS["local"], *["#9aa5b1"] * (len(names) - 1)]
         bars = axes.barh(names[::-1], [errors[name] for name in names[::-1]], color=colours[::-1], height=0.55)
         axes.bar_label(bars, fmt="%.4f", padding=3, fontsize=8)
-        axes.margins(x=0.18)
+        axes.set_xlim(0, 1.25 * max([*errors.values(), 1e-9]))  # room for the labels
         axes.set_xlabel("relative error, lower is better")
     return figure
