@@ -66,7 +66,7 @@ def measure(job: str, directory: Path) -> dict[str, float]:
     from safetensors.torch import load_file
 
     import bslora_convert.report  # noqa: F401  matplotlib and Jinja are imports, not work
-    from bslora_convert.compress import compress
+    from bslora_convert.compression import compress
     from bslora_convert.recipe import Recipe
 
     def peak() -> int:

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.recipe import Recipe
 
 TRANSFORMS = ("none", "ke", "ss", "gt", "auto")

@@ -12,16 +12,16 @@ from bslora_convert.version import __version__
 
 if TYPE_CHECKING:
     from bslora_convert.bslora.storage import load_compact, save_compact
-    from bslora_convert.compress import compress
-    from bslora_convert.expand import expand
+    from bslora_convert.compression import compress
+    from bslora_convert.expansion import expand
     from bslora_convert.inspection import inspect
     from bslora_convert.lora import load_lora
     from bslora_convert.recipe import Recipe
 
 _HOMES = {
     "Recipe": "bslora_convert.recipe",
-    "compress": "bslora_convert.compress",
-    "expand": "bslora_convert.expand",
+    "compress": "bslora_convert.compression",
+    "expand": "bslora_convert.expansion",
     "inspect": "bslora_convert.inspection",
     "load_compact": "bslora_convert.bslora.storage",
     "load_lora": "bslora_convert.lora",

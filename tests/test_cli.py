@@ -142,3 +142,16 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = run("inspect", tmp_path / "nowhere", "--debug")
     assert result.returncode != 0
     assert "Traceback" in result.stderr
+
+
+def test_the_python_api_is_functions_whatever_was_imported_before() -> None:
+    code = (
+        "import bslora_convert.compression, bslora_convert.expansion, bslora_convert.inspection, bslora_convert.recipe\n"
+        "import bslora_convert\n"
+        "from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_lora, save_compact\n"
+        "for name in bslora_convert.__all__:\n"
+        "    value = getattr(bslora_convert, name)\n"
+        "    assert callable(value) or name == '__version__', name\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.errors import InputError
 from bslora_convert.inspection import inspect, slot_bytes
 from bslora_convert.recipe import Recipe

@@ -101,7 +101,7 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
       bslora-convert compress ./my-lora ./small --transform auto --budget 0.25
     """
     recipe = Recipe(**options)
-    from bslora_convert.compress import compress as run
+    from bslora_convert.compression import compress as run
 
     with output.progress("compress") as progress:
         record = run(lora_dir, out_dir, recipe, overwrite=overwrite, report_html=report_html, progress=progress)

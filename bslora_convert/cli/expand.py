@@ -52,7 +52,7 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
       bslora-convert expand ./my-lora-compact ./my-lora-again
       bslora-convert expand ./my-lora-compact ./for-server --rank 8 --base-model my-org/my-model
     """
-    from bslora_convert.expand import expand as run
+    from bslora_convert.expansion import expand as run
 
     with output.progress("expand"):
         result = run(compact_dir, out_dir, **options)

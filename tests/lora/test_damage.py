@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bslora_convert.bslora.factors import Factors
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.errors import BsloraConvertError, InputError
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.config import REFUSALS, UNDERSTOOD

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.compress import compress
-from bslora_convert.expand import expand
+from bslora_convert.compression import compress
+from bslora_convert.expansion import expand
 from bslora_convert.recipe import Recipe
 
 IDS = torch.arange(3, 19).reshape(2, 8)

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, g
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.errors import Refused
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.adapter import FOREIGN

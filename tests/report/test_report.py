@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.recipe import Recipe
 from bslora_convert.report import verdict
 from bslora_convert.report.page import size

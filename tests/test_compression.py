@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.errors import InputError, OutputError, RecipeError, ThresholdMissed
 from bslora_convert.lora import load_lora
 from bslora_convert.recipe import Recipe

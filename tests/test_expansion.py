@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.compress import compress
+from bslora_convert.compression import compress
 from bslora_convert.errors import RecipeError
-from bslora_convert.expand import expand
+from bslora_convert.expansion import expand
 from bslora_convert.lora import load_lora
 from bslora_convert.recipe import Recipe
 from tests.conftest import FIXTURES
