@@ -65,10 +65,8 @@ def compress(
     progress("reading")
     adapter = load_lora(source)
     _check_paths(adapter.weights, out)
-    with (
-        ThreadPoolExecutor(1) as pool,
-        modules_over_cores(),
-    ):  # hashing runs beside the fit: both leave the interpreter lock
+    # Hashing runs beside the fit: both leave the interpreter lock.
+    with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)
         adapter = adapter.to(_device(recipe.device))
         read = time.perf_counter()
