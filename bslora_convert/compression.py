@@ -30,7 +30,7 @@ from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.recipe import Recipe
-from bslora_convert.tensorfile import sha256
+from bslora_convert.tensorfile import dtype_name, sha256
 from bslora_convert.tokenizer import copy_tokenizer
 from bslora_convert.version import __version__
 
@@ -184,11 +184,6 @@ def _check_paths(weights: Path, out: Path) -> None:
     source, target = weights.resolve().parent, out.resolve()
     if target == source or target in source.parents:
         raise InputError(f"{out}: the output would replace the source {source}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _source_record(adapter: LoraAdapter, digest: str, dtype: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.recipe import DTYPES
+from bslora_convert.tensorfile import dtype_name
 from bslora_convert.tokenizer import copy_tokenizer
 
 
@@ -69,7 +70,7 @@ def expand(
             "ranks": {"min": min(ranks), "max": max(ranks)},
             "parameters": written.parameters,
             "bytes": (place / WEIGHTS_NAME).stat().st_size,
-            "dtype": str(stored).removeprefix("torch."),
+            "dtype": dtype_name(stored),
             "base_model": written.config.raw.get("base_model_name_or_path"),
             "relative_error": (lost / energy) ** 0.5 if energy else 0.0,
         }

@@ -24,7 +24,7 @@ from bslora_convert.lora.adapter import (
     load_lora,
     locate,
 )
-from bslora_convert.tensorfile import read_json, read_tensors
+from bslora_convert.tensorfile import dtype_name, read_json, read_tensors
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
 SLOT_BYTES = 2  # bf16 and fp16 slots
@@ -61,7 +61,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "modules": len(adapter.modules),
         "parameters": adapter.parameters,
         "bytes": weights.stat().st_size,
-        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "dtype": dtype_name(adapter.dtype),
         "bytes_by_part": _lora_bytes(adapter, config),
         "ranks": {"min": min(ranks.values()), "max": max(ranks.values())},
         "expanded_rank": max(ranks.values()),
@@ -93,7 +93,7 @@ def _compact(directory: Path, weights: Path) -> dict[str, Any]:
         "modules": len(form.modules),
         "parameters": form.parameters,
         "bytes": weights.stat().st_size,
-        "dtype": str(adapter.dtype).removeprefix("torch."),
+        "dtype": dtype_name(adapter.dtype),
         "bytes_by_part": {part: count * width for part, count in form.parts_parameters().items()}
         | _carried_bytes(adapter.carried, adapter.config),
         "ranks": {"min": min(locals_), "max": max(locals_)},

@@ -106,6 +106,11 @@ def check_finite(path: Path, key: str, tensor: Tensor) -> None:
         raise InputError(f"{path}: tensor {key} holds {bad} NaN or infinite values; the adapter is damaged")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()

@@ -41,16 +41,3 @@ def add(first: Factors, *others: Factors) -> Factors:
         return first
     terms = (first, *others)
     return Factors(torch.cat([t.b for t in terms], dim=1), torch.cat([t.a for t in terms], dim=0))
-
-
-def subtract(first: Factors, *others: Factors) -> Factors:
-    """First product minus the others, as one product."""
-    return add(first, *(Factors(-t.b, t.a) for t in others))
-
-
-def empty(shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Factors:
-    """The zero matrix, rank 0."""
-    return Factors(
-        torch.zeros((shape[0], 0), dtype=dtype, device=device),
-        torch.zeros((0, shape[1]), dtype=dtype, device=device),
-    )

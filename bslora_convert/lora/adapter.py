@@ -16,7 +16,7 @@ from torch import Tensor
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
-from bslora_convert.tensorfile import FLOATS, check_finite, read_json, read_tensors
+from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_json, read_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
@@ -208,7 +208,7 @@ def _module(
         if tensor.ndim < 2 or 0 in tensor.shape:
             raise InputError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, a matrix is expected")
         if tensor.dtype not in FLOATS:
-            raise Refused(f"{path}: tensor {key} is {str(tensor.dtype).removeprefix('torch.')}: not a plain float type")
+            raise Refused(f"{path}: tensor {key} is {dtype_name(tensor.dtype)}: not a plain float type")
         check_finite(path, key, tensor)
     if a.shape[0] != b.shape[1]:
         raise InputError(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.bslora.factors import Factors, empty
+from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.storage import load_compact, save_compact
@@ -170,12 +170,16 @@ def test_the_same_form_is_the_same_bytes(tmp_path: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+def rankless(out: int, width: int) -> Factors:
+    return Factors(torch.zeros(out, 0), torch.zeros(0, width))
+
+
 def test_modules_without_a_local_part_and_embeddings(tmp_path: Path) -> None:
     form = FORMS["ke"]()
     modules = dict(form.modules)
     name = "model.layers.0.q"
-    modules[name] = replace(modules[name], local=empty((8, 12)))
-    modules["model.embed_tokens"] = Module((8, 50), empty((8, 50)), {}, "embedding")
+    modules[name] = replace(modules[name], local=rankless(8, 12))
+    modules["model.embed_tokens"] = Module((8, 50), rankless(8, 50), {}, "embedding")
     read = load_compact(saved(replace(form, modules=modules), tmp_path / "out")).form
     assert read.modules[name].local.rank == 0
     assert read.modules["model.embed_tokens"].kind == "embedding"
