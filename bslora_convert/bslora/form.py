@@ -146,6 +146,11 @@ def layer_of(name: str) -> str | None:
     return None
 
 
+def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sorting key of modules' names under which layer 2 stands before layer 10."""
+    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split("."))
+
+
 def kind_of(name: str) -> str:
     """A module's place within its layer, the same in every layer: `mlp.up_proj`; the whole name outside of layers."""
     layer = layer_of(name)

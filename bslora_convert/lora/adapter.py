@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
 from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_json, read_tensors
@@ -150,11 +151,6 @@ def locate(path: Path) -> tuple[Path, Path]:
         if (path / name).exists():
             return path, path / name
     raise InputError(f"{path}: no weights, one of {', '.join(WEIGHTS_NAMES)} is expected")
-
-
-def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """Sorting key under which layer 2 stands before layer 10."""
-    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split("."))
 
 
 def canonical(key: str) -> str:

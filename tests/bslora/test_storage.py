@@ -23,7 +23,7 @@ from bslora_convert.errors import BsloraConvertError, InputError
 from tests.planting import plant
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KINDS = {"q": (8, 12), "k": (4, 12)}
+KINDS = {"q": (8, 12), "v": (4, 12)}
 FORMS: dict[str, Callable[[], BsloraForm]] = {
     "ke": lambda: plant(Kronecker(4), (2, 1, 3), layers=2, kinds=KINDS),
     "ke-kernels": lambda: plant(Kronecker(4), (2, 1, 2), layers=2, kinds=KINDS, kernel_ranks=(1, 2)),
@@ -80,7 +80,7 @@ def test_views_transposes_and_aliases_keep_their_numbers(tmp_path: Path) -> None
     pair = Factors(table[4:8, :2], table[:4, :2].T)
     own = {"A": table[:1, 1:4], "B": table[20:22, :1]}
     paths = {"intra": SharedPath("model.layers.0", own), "inter": SharedPath("all", own)}
-    modules = {f"model.layers.0.{name}": Module((8, 12), local, paths) for name in ("q", "k")}
+    modules = {f"model.layers.0.{name}": Module((8, 12), local, paths) for name in ("q", "v")}
     form = BsloraForm(Kronecker(4), modules, {"intra": {"model.layers.0": pair}, "inter": {"all": pair}})
     read = load_compact(saved(form, tmp_path / "out", head=table[1:3], tail=table[1:3])).form
     for first, second in zip(form.tensors(), read.tensors(), strict=True):
@@ -130,12 +130,12 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
         "q.bslora_intra_own.B": ("BF16", [2, 1]),
         "q.bslora_inter_own.A": ("BF16", [1, 3]),
         "q.bslora_inter_own.B": ("BF16", [2, 1]),
-        "k.bslora_local.A": ("BF16", [1, 12]),
-        "k.bslora_local.B": ("BF16", [4, 1]),
-        "k.bslora_intra_own.A": ("BF16", [1, 3]),
-        "k.bslora_intra_own.B": ("BF16", [1, 1]),
-        "k.bslora_inter_own.A": ("BF16", [1, 3]),
-        "k.bslora_inter_own.B": ("BF16", [1, 1]),
+        "v.bslora_local.A": ("BF16", [1, 12]),
+        "v.bslora_local.B": ("BF16", [4, 1]),
+        "v.bslora_intra_own.A": ("BF16", [1, 3]),
+        "v.bslora_intra_own.B": ("BF16", [1, 1]),
+        "v.bslora_inter_own.A": ("BF16", [1, 3]),
+        "v.bslora_inter_own.B": ("BF16", [1, 1]),
     }
     assert json.loads((directory / CONFIG).read_text()) == {
         "peft_type": "BSLORA",
@@ -143,11 +143,16 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
         "inference_mode": True,
         "base_model_name_or_path": "a-base",
         "task_type": "CAUSAL_LM",
-        "target_modules": ["model.layers.0.q", "model.layers.0.k"],
+        "target_modules": ["model.layers.0.q", "model.layers.0.v"],
+        "dtype": "bfloat16",
         "transform": {"name": "ke", "size": 4},
+        "shared": {
+            "intra": {"model.layers.0": {"rank": 1, "kernel_rank": 1}},
+            "inter": {"all": {"rank": 2, "kernel_rank": 1}},
+        },
         "modules": {
-            "model.layers.0.q": {"shape": [8, 12], "intra": "model.layers.0", "inter": "all"},
-            "model.layers.0.k": {"shape": [4, 12], "intra": "model.layers.0", "inter": "all"},
+            "model.layers.0.q": {"shape": [8, 12], "rank": 1, "intra": "model.layers.0", "inter": "all"},
+            "model.layers.0.v": {"shape": [4, 12], "rank": 1, "intra": "model.layers.0", "inter": "all"},
         },
     }
 
@@ -155,8 +160,8 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
 def test_target_modules_say_exactly_what_is_adapted(tmp_path: Path) -> None:
     form = FORMS["none"]()
     for source, expected in (
-        ({"target_modules": ["q", "k"]}, ["k", "q"]),
-        ({"target_modules": ["q", "k"], "layers_to_transform": [0]}, list(form.modules)),
+        ({"target_modules": ["v", "q"]}, ["q", "v"]),
+        ({"target_modules": ["q", "v"], "layers_to_transform": [0]}, list(form.modules)),
         ({"target_modules": "all-linear"}, list(form.modules)),
         ({"target_modules": ["q"]}, list(form.modules)),
     ):
@@ -209,10 +214,10 @@ Q = "base_model.model.model.layers.0.q.bslora_"
         ({Q + "intra_own.A": None}, ("intra_own.A is missing",)),
         ({Q + "local.C": torch.zeros(1)}, ("local.C", "belongs to no module")),
         ({Q.replace("layers.0", "layers.9") + "local.A": torch.zeros(1)}, ("layers.9", "belongs to no module")),
-        ({Q + "local.A": torch.zeros(2, 13)}, ("local", "not factors")),
-        ({Q + "local.B": torch.zeros(8, 3)}, ("local", "not factors")),
-        ({Q + "inter.A": torch.zeros(3, 5)}, ("inter", "not factors")),
-        ({Q + "inter.A": torch.zeros(12)}, ("inter", "not factors")),
+        ({Q + "local.A": torch.zeros(2, 13)}, ("local.A", "(2, 12) is expected")),
+        ({Q + "local.B": torch.zeros(8, 3)}, ("local.B", "(8, 2) is expected")),
+        ({Q + "inter.A": torch.zeros(3, 5)}, ("inter.A", "(3, 4) is expected")),
+        ({Q + "inter.A": torch.zeros(12)}, ("inter.A", "(3, 4) is expected")),
         ({Q + "intra_own.A": torch.zeros(1, 4)}, ("intra_own.A", "(1, 3)")),
         ({Q + "intra_own.A": torch.zeros(3)}, ("intra_own.A",)),
         ({Q + "intra_own.B": torch.zeros(2, 2)}, ("intra_own.B", "(2, 1)")),
@@ -220,8 +225,8 @@ Q = "base_model.model.model.layers.0.q.bslora_"
         ({Q + "inter.B": torch.full((4, 3), float("inf"))}, ("inter.B", "infinite")),
         ({Q + "intra_own.B": torch.full((2, 1), float("-inf"))}, ("intra_own.B", "infinite")),
         ({Q + "inter_own.C": torch.zeros(1, 1)}, ("inter_own.C", "belongs to no module")),
-        ({Q.replace("0.q", "0.k") + "inter.A": torch.zeros(3, 4)}, ("0.k.bslora_inter.A", "belongs to no module")),
-        ({Q + "inter_own.A": torch.zeros(3, 3), Q + "inter_own.B": torch.zeros(2, 3)}, ("inter_own.A", "(2, 3)")),
+        ({Q.replace("0.q", "0.v") + "inter.A": torch.zeros(3, 4)}, ("0.v.bslora_inter.A", "belongs to no module")),
+        ({Q + "inter_own.A": torch.zeros(3, 3), Q + "inter_own.B": torch.zeros(2, 3)}, ("inter_own.A", "(1, 3)")),
         ({Q + "local.A": torch.zeros(2, 12, dtype=torch.int32)}, ("local.A", "int32")),
         ({Q + "local.A": torch.zeros(2, 12, dtype=torch.float16)}, ("several dtypes",)),
         ({"model.layers.0.q.x": torch.zeros(1)}, ("every key starts with",)),
@@ -235,7 +240,7 @@ def test_hostile_tensors(tmp_path: Path, changes: dict[str, torch.Tensor | None]
 
 
 def module(**changes: Any) -> dict[str, Any]:
-    entry = {"shape": [8, 12], "intra": "model.layers.0", "inter": "all", **changes}
+    entry = {"shape": [8, 12], "rank": 2, "intra": "model.layers.0", "inter": "all", **changes}
     return {"modules": {"model.layers.0.q": {key: value for key, value in entry.items() if value is not None}}}
 
 
@@ -266,7 +271,18 @@ def module(**changes: Any) -> dict[str, Any]:
         (module(shape="8x12"), "shape"),
         (module(shape=[8, 1 << 50]), "shape"),
         (module(kind="conv"), "kind is 'conv'"),
-        (module(intra=3), "a group's name is a string"),
+        (module(intra=3), "the name of a group in shared.intra"),
+        (module(inter="none of them"), "the name of a group in shared.inter"),
+        (module(rank=-1), "rank is -1"),
+        (module(rank=None), "rank is None"),
+        (module(rank=1 << 40), "rank is"),
+        (module(intra=None, inter=None), "has no module"),
+        ({"shared": []}, "shared is not an object"),
+        ({"shared": {"outer": {}}}, "shared.outer"),
+        ({"shared": {"inter": {"all": 3}}}, "shared.inter[all]"),
+        ({"shared": {"inter": {"all": {"kernel_rank": 1}}}}, "has no rank"),
+        ({"shared": {"inter": {"all": {"rank": 0}}}}, "shared.inter[all].rank is 0"),
+        ({"shared": {"inter": {"all": {"rank": 3, "more": 1}}}}, "shared.inter[all]"),
         ({"modules": {"model.layers.0.q": 7}}, "an object with a shape"),
     ],
 )
@@ -315,8 +331,8 @@ def test_damaged_bytes_raise_nothing_else(data: st.DataObject, file: str) -> Non
 
 
 WORDS = st.sampled_from(
-    ["name", "size", "size_out", "size_in", "window", "shape", "kind", "intra", "inter", "local", "none", "ke", "gt", "ss",
-     "all", "center", "linear", "embedding", "model.layers.0.q", "model.layers.0", "", "\x00"]
+    ["name", "size", "size_out", "size_in", "window", "shape", "rank", "kernel_rank", "kind", "intra", "inter", "local",
+     "none", "ke", "gt", "ss", "all", "center", "linear", "embedding", "model.layers.0.q", "model.layers.0", "", "\x00"]
 )  # fmt: skip
 NUMBERS = st.integers(-1, 8) | st.sampled_from([1 << 31, 1 << 64, 10**400]) | st.floats()
 VALUES = st.recursive(
@@ -331,8 +347,12 @@ PLACES: list[tuple[str, ...]] = [
     *(("transform", field) for field in ("name", "size", "window", "size_out")),
     ("modules",),
     ("modules", "model.layers.0.q"),
-    ("modules", "model.layers.0.k"),
-    *(("modules", "model.layers.0.q", field) for field in ("shape", "kind", "intra", "inter", "local")),
+    ("modules", "model.layers.0.v"),
+    *(("modules", "model.layers.0.q", field) for field in ("shape", "rank", "kind", "intra", "inter", "local")),
+    ("shared",),
+    ("shared", "inter"),
+    ("shared", "inter", "all"),
+    *(("shared", "inter", "all", field) for field in ("rank", "kernel_rank")),
 ]
 
 
@@ -378,8 +398,7 @@ def test_the_owner_of_a_pair_is_found_whatever_the_order_of_modules(tmp_path: Pa
     form = FORMS["ke"]()
     directory = saved(form, tmp_path / "out")
     config = json.loads((directory / CONFIG).read_text())
-    config["modules"] = dict(sorted(config["modules"].items()))
-    assert next(iter(config["modules"])) != next(iter(form.modules))
+    config["modules"] = dict(reversed(config["modules"].items()))
     (directory / CONFIG).write_text(json.dumps(config))
     read = load_compact(directory).form
     for name in form.modules:

@@ -1,0 +1,218 @@
+"""What a compact adapter consists of before there are numbers: its modules, their ranks and who shares with whom.
+
+The configuration holds a layout, every tensor's key and shape follow from it, and a group's pair stands under the module that
+owns it: the first of the group's modules in natural order (layer 2 before layer 10). So a file can be checked against its
+configuration, and a model can be prepared for it, before a single number is read.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from bslora_convert.bslora.factors import Shape
+from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm, natural_order
+from bslora_convert.bslora.transforms import TRANSFORMS, Slice, Transform
+from bslora_convert.errors import InputError
+
+LARGEST_SIDE = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapted module: shape (out, in), local rank, and its group on each level that it shares on."""
+
+    shape: Shape
+    rank: int
+    groups: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One shared pair: its rank, and the rank of its members' kernels (as far as their grids allow)."""
+
+    rank: int
+    kernel_rank: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The whole adapter; `shared[level][group]`."""
+
+    transform: Transform | None
+    modules: Mapping[str, Entry]
+    shared: Mapping[str, Mapping[str, Group]]
+
+    @classmethod
+    def of(cls, form: BsloraForm) -> "Layout":
+        """The layout of a form."""
+        entries = {
+            name: Entry(m.shape, m.local.rank, {level: path.group for level, path in m.paths.items()}, m.kind)
+            for name, m in sorted(form.modules.items(), key=lambda item: natural_order(item[0]))
+        }
+        shared = {
+            level: {group: Group(pair.rank, _kernel_rank(form, level, group)) for group, pair in groups.items()}
+            for level, groups in form.shared.items()
+        }
+        return cls(form.transform, entries, shared)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], where: object) -> "Layout":
+        """The layout that a configuration describes.
+
+        :raises InputError: naming `where` and the field.
+        """
+        transform = _parse_transform(config.get("transform"), where)
+        shared = _parse_shared(config.get("shared", {}), where)
+        modules = config.get("modules")
+        if not isinstance(modules, dict) or not modules:
+            raise InputError(f"{where}: modules is empty or not an object")
+        entries = {
+            name: _parse_entry(modules[name], transform, shared, f"{where}: modules[{name}]")
+            for name in sorted(modules, key=natural_order)
+        }
+        used = {(level, group) for entry in entries.values() for level, group in entry.groups.items()}
+        for level, groups in shared.items():
+            for group in groups:
+                if (level, group) not in used:
+                    raise InputError(f"{where}: shared.{level}[{group}] has no module")
+        return cls(transform, entries, shared)
+
+    def to_config(self) -> dict[str, Any]:
+        """The fields of the configuration that `parse` reads."""
+        return {
+            "transform": transform_to_dict(self.transform),
+            "shared": {
+                level: {
+                    name: {k: v for k, v in asdict(group).items() if self._says(k)} for name, group in groups.items()
+                }
+                for level, groups in self.shared.items()
+            },
+            "modules": {
+                name: {"shape": list(entry.shape), "rank": entry.rank}
+                | ({"kind": entry.kind} if entry.kind != "linear" else {})
+                | dict(entry.groups)
+                for name, entry in self.modules.items()
+            },
+        }
+
+    def _says(self, setting: str) -> bool:
+        return setting == "rank" or "A" in (self.transform.own_names if self.transform else ())
+
+    def owners(self) -> dict[tuple[str, str], str]:
+        """The module that owns each group's pair, by (level, group)."""
+        owners: dict[tuple[str, str], str] = {}
+        for name in sorted(self.modules, key=natural_order):
+            for level, group in self.modules[name].groups.items():
+                owners.setdefault((level, group), name)
+        return owners
+
+    def pair_shapes(self, level: str, group: str) -> dict[str, Shape]:
+        """Shapes of a group's pair: A (p, columns), B (rows, p)."""
+        assert self.transform is not None  # a group exists only beside a transform
+        rows, columns = self.transform.pair_sizes
+        rank = self.shared[level][group].rank
+        return {"A": (rank, columns), "B": (rows, rank)}
+
+    def own_shapes(self, name: str, level: str) -> dict[str, Shape]:
+        """Shapes of what a module keeps for itself on a level: kernels or gates."""
+        assert self.transform is not None
+        entry = self.modules[name]
+        return self.transform.own_shapes(entry.shape, self.shared[level][entry.groups[level]].kernel_rank)
+
+    def local_shapes(self, name: str) -> dict[str, Shape]:
+        """Shapes of a module's local factors: A (r, in), B (out, r)."""
+        entry = self.modules[name]
+        return {"A": (entry.rank, entry.shape[1]), "B": (entry.shape[0], entry.rank)}
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Every stored tensor's key, without PEFT's prefix, and its shape."""
+        owners = self.owners()
+        for name, entry in self.modules.items():
+            parts = {"local": self.local_shapes(name)}
+            for level, group in entry.groups.items():
+                parts[f"{level}_own"] = self.own_shapes(name, level)
+                if owners[level, group] == name:
+                    parts[level] = self.pair_shapes(level, group)
+            for part, shapes in parts.items():
+                for tensor, shape in shapes.items():
+                    yield f"{name}.bslora_{part}.{tensor}", shape
+
+
+def transform_to_dict(transform: Transform | None) -> dict[str, Any]:
+    """The transform's name and settings."""
+    if transform is None:
+        return {"name": "none"}
+    return {"name": transform.name, **asdict(cast(Any, transform))}
+
+
+def _kernel_rank(form: BsloraForm, level: str, group: str) -> int:
+    """The largest kernel rank among a group's modules; one where the transform has no kernels."""
+    paths = [m.paths[level] for m in form.modules.values() if level in m.paths and m.paths[level].group == group]
+    return max((path.own["A"].shape[0] for path in paths if "A" in path.own), default=1)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_SIDE
+
+
+def _parse_transform(value: Any, where: object) -> Transform | None:
+    if not isinstance(value, dict) or value.get("name") not in ("none", *TRANSFORMS):
+        raise InputError(f"{where}: transform is {value!r}, a name of none, {', '.join(TRANSFORMS)} is expected")
+    if value["name"] == "none":
+        return None
+    settings = {key: setting for key, setting in value.items() if key != "name"}
+    for key, setting in settings.items():
+        if key.startswith("size") and not (_is_whole(setting) and setting > 0):
+            raise InputError(f"{where}: transform.{key} is {setting!r}, a positive whole number is expected")
+    kind: Any = TRANSFORMS[value["name"]]
+    try:
+        transform: Transform = kind(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: transform: {error}") from None
+    return transform
+
+
+def _parse_shared(value: Any, where: object) -> dict[str, dict[str, Group]]:
+    if not isinstance(value, dict) or not all(isinstance(groups, dict) for groups in value.values()):
+        raise InputError(f"{where}: shared is not an object of levels, each an object of groups")
+    shared: dict[str, dict[str, Group]] = {}
+    for level, groups in value.items():
+        if level not in LEVELS:
+            raise InputError(f"{where}: shared.{level}: one of {', '.join(LEVELS)} is expected")
+        for name, group in groups.items():
+            if not isinstance(group, dict) or not group or not set(group) <= {"rank", "kernel_rank"}:
+                raise InputError(f"{where}: shared.{level}[{name}] is {group!r}, an object with a rank is expected")
+            for key in group:
+                if not _is_whole(group[key]) or group[key] < 1:
+                    raise InputError(
+                        f"{where}: shared.{level}[{name}].{key} is {group[key]!r}, a positive whole number is expected"
+                    )
+            if "rank" not in group:
+                raise InputError(f"{where}: shared.{level}[{name}] has no rank")
+            shared.setdefault(level, {})[name] = Group(**group)
+    return shared
+
+
+def _parse_entry(
+    value: Any, transform: Transform | None, shared: Mapping[str, Mapping[str, Group]], where: str
+) -> Entry:
+    if not isinstance(value, dict) or not isinstance(value.get("shape"), list):
+        raise InputError(f"{where}: an object with a shape is expected")
+    shape = value["shape"]
+    if len(shape) != 2 or not all(_is_whole(side) and side > 0 for side in shape):
+        raise InputError(f"{where}: shape is {shape!r}, two positive whole numbers are expected")
+    if not _is_whole(value.get("rank")):
+        raise InputError(f"{where}: rank is {value.get('rank')!r}, a whole number is expected")
+    kind = value.get("kind", "linear")
+    if kind not in KINDS:
+        raise InputError(f"{where}: kind is {kind!r}, one of {', '.join(KINDS)} is expected")
+    if isinstance(transform, Slice) and (shape[0] > transform.size_out or shape[1] > transform.size_in):
+        raise InputError(f"{where}: shape {shape} is larger than the shared factors it would be a window of")
+    groups = {level: value[level] for level in LEVELS if level in value}
+    if groups and transform is None:
+        raise InputError(f"{where}: shares with a group although the transform is none")
+    for level, group in groups.items():
+        if not isinstance(group, str) or group not in shared.get(level, {}):
+            raise InputError(f"{where}: {level} is {group!r}, the name of a group in shared.{level} is expected")
+    return Entry((shape[0], shape[1]), value["rank"], groups, kind)
