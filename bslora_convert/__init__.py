@@ -1,6 +1,6 @@
 """Converts existing LoRA adapters into BSLoRA form, and says exactly what was kept.
 
-    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_lora, save_compact
+    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_into, load_lora, save_compact
 
 Names are loaded when first used, so that importing the package costs nothing.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bslora_convert.version import __version__
 
 if TYPE_CHECKING:
+    from bslora_convert.behaviour.attach import load_into
     from bslora_convert.bslora.storage import load_compact, save_compact
     from bslora_convert.compression import compress
     from bslora_convert.expansion import expand
@@ -24,6 +25,7 @@ _HOMES = {
     "expand": "bslora_convert.expansion",
     "inspect": "bslora_convert.inspection",
     "load_compact": "bslora_convert.bslora.storage",
+    "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
     "save_compact": "bslora_convert.bslora.storage",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "expand",
     "inspect",
     "load_compact",
+    "load_into",
     "load_lora",
     "save_compact",
 ]

@@ -35,6 +35,9 @@ class Transform(Protocol):
     def factors(self, pair: Factors, own: Mapping[str, Tensor], shape: Shape) -> Factors:
         """A module's term of a shared path, as factors of the module's shape."""
 
+    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
+        """Adds the term of a shared path, applied to the rows of x (n, in) and never expanded, to y (n, out)."""
+
 
 TRANSFORMS = {"ss": Slice, "gt": Gate, "ke": Kronecker}
 

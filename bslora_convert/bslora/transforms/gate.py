@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
@@ -53,3 +54,8 @@ class Gate:
         """The module's term: c · u_o (out, 1) and d_i (1, in)."""
         c = (own["output_down"] @ pair.b) @ (pair.a @ own["input_up"])
         return Factors(own["output_up"] @ c, own["input_down"])
+
+    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
+        """Adds the term, applied to the rows of x (n, in), to y (n, out): rank one."""
+        term = self.factors(pair, own, (y.shape[1], x.shape[1]))
+        return torch.addmm(y, x @ term.a.T, term.b.T)

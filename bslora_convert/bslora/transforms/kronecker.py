@@ -123,3 +123,31 @@ class Kronecker:
     def factors(self, pair: Factors, own: Mapping[str, Tensor], shape: Shape) -> Factors:
         """The module's term: (K_B ⊗ B_s, K_A ⊗ A_s), cut at the edges, rank k·p."""
         return Factors(self.spread(pair.b, shape[0], own["B"]), self.spread(pair.a.T, shape[1], own["A"].T).T)
+
+    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
+        """Adds the term, applied to the rows of x (n, in), to y (n, out); neither Kronecker product is ever built.
+
+        Each block of x meets A_s, the kernels mix the p numbers that are left of it, and B_s writes each block of y:
+        (n, in/s, s) -> (n, in/s, p) -> (n, k, p) -> (n, out/s, p) -> (n, out/s, s).
+        """
+        n, (down, across) = x.shape[0], (own["B"].shape[0], own["A"].shape[1])
+        blocks = self.padded(x, across).view(n, across, self.size)
+        mixed = _mix(own["B"], _mix(own["A"], blocks @ pair.a.T))
+        if down * self.size == y.shape[1] and y.is_contiguous():
+            flat = mixed.reshape(n * down, mixed.shape[2])
+            return torch.addmm(y.view(n * down, self.size), flat, pair.b.T).view(y.shape)
+        return y + (mixed @ pair.b.T).reshape(n, down * self.size)[:, : y.shape[1]]
+
+    def padded(self, x: Tensor, grid: int) -> Tensor:
+        """Columns of x with zeros up to whole blocks; x itself where nothing is missing."""
+        missing = grid * self.size - x.shape[1]
+        return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
+
+
+def _mix(kernel: Tensor, z: Tensor) -> Tensor:
+    """Kernel (i, j) over the blocks of z (n, j, p): (n, i, p); where one side is single, without n small products."""
+    if kernel.shape[0] == 1:
+        return (z * kernel.T).sum(1, keepdim=True)
+    if kernel.shape[1] == 1:
+        return z * kernel
+    return kernel @ z

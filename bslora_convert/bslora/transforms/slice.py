@@ -80,3 +80,8 @@ class Slice:
         """The module's term: windows of B_s and A_s, rank r."""
         unused = pair.b.new_ones((1, 1))
         return Factors(self.spread(pair.b, shape[0], unused), self.spread(pair.a.T, shape[1], unused).T)
+
+    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
+        """Adds the term, applied to the rows of x (n, in), to y (n, out): both windows are views."""
+        window = self.factors(pair, own, (y.shape[1], x.shape[1]))
+        return torch.addmm(y, x @ window.a.T, window.b.T)

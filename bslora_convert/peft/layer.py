@@ -1,0 +1,204 @@
+"""A base layer with compact adapters beside it.
+
+Each adapter's local factors and its own kernels or gates are registered here. A shared pair is registered in the layer that owns
+it and referred to by the others, so that it is in memory once, in a state dict once, and never another adapter's.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from bslora_convert.base import is_transposed
+from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.form import LEVELS
+from bslora_convert.bslora.forward import Term, add_lookup, add_update, dense
+from bslora_convert.bslora.transforms import Transform
+
+LOCAL = ("bslora_local",)
+SHARED = tuple(f"bslora_{level}{own}" for level in LEVELS for own in ("", "_own"))
+BASE = "__base__"  # PEFT's name for a row of a mixed batch that takes no adapter
+
+
+class Tensors(nn.Module):
+    """Named parameters, zero until they are loaded."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        """shapes: by name of the parameter."""
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def get(self, name: str, like: Tensor) -> Tensor:
+        """A parameter on another tensor's device; a shared pair may live on its owner's."""
+        tensor = self.get_parameter(name)
+        return tensor if tensor.device == like.device else tensor.to(like.device)
+
+    def factors(self, like: Tensor) -> Factors:
+        """A and B as a product."""
+        return Factors(self.get("B", like), self.get("A", like))
+
+
+class BsloraLayer(nn.Module, BaseTunerLayer):
+    """A linear layer, transformers' Conv1D or an embedding, quantised or not, and its compact adapters by name."""
+
+    adapter_layer_names = LOCAL + SHARED
+    other_param_names = ("shared",)
+    bslora_local: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        """base_layer: the layer that is adapted; it stays as it is."""
+        super().__init__()
+        self.base_layer = base_layer
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        # Not modules, so that only the owner registers a pair: adapter -> level -> (transform, pair).
+        self.shared: dict[str, dict[str, tuple[Transform, Tensors]]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.quantization_backend = resolve_quantization_backend(base_layer)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        local: Mapping[str, Shape],
+        own: Mapping[str, Mapping[str, Shape]],
+        transform: Transform | None,
+        shared: Mapping[str, Tensors],
+        owned: Mapping[str, Tensors],
+        train: str,
+        inference_mode: bool,
+    ) -> None:
+        """Adds an adapter.
+
+        local: shapes of its local factors. own: shapes of its kernels or gates by level. shared: the pair that it uses by level.
+        owned: the pairs among them that this layer registers. train: the parts that get gradients.
+        """
+        self.bslora_local[adapter_name] = Tensors(local)
+        for level, shapes in own.items():
+            if shapes:
+                self._own(level)[adapter_name] = Tensors(shapes)
+        for level, pair in owned.items():
+            self._held(level)[adapter_name] = pair
+        self.shared[adapter_name] = {level: (transform, pair) for level, pair in shared.items() if transform}
+        frozen = {"all": (), "local": SHARED, "shared": LOCAL}[train]
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _held(self, level: str) -> nn.ModuleDict:
+        """The pairs of a level that this layer owns, by adapter."""
+        return cast(nn.ModuleDict, self.get_submodule(f"bslora_{level}"))
+
+    def _own(self, level: str) -> nn.ModuleDict:
+        """The kernels or gates of a level, by adapter."""
+        return cast(nn.ModuleDict, self.get_submodule(f"bslora_{level}_own"))
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the base layer looks rows up."""
+        return isinstance(self.get_base_layer(), nn.Embedding)
+
+    def parts(self, adapter_name: str) -> tuple[Factors, list[Term]]:
+        """An adapter's local factors and its terms, as the forward pass takes them."""
+        held = cast(Tensors, self.bslora_local[adapter_name])
+        like = held.get_parameter("A")
+        terms: list[Term] = []
+        for level, (transform, pair) in self.shared[adapter_name].items():
+            own = {name: cast(Tensors, self._own(level)[adapter_name]).get(name, like) for name in transform.own_names}
+            terms.append((transform, pair.factors(like), own))
+        return held.factors(like), terms
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the active adapters' updates; adapter_names: one name a row of the batch."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        result = self._base(x, *args, **kwargs)
+        if self.merged:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.bslora_local:
+                result = self._add(result, x, adapter_name)
+        return result
+
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        return result
+
+    def _add(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        local, terms = self.parts(adapter_name)
+        if self.is_embedding:
+            scale = getattr(self.get_base_layer(), "embed_scale", None)  # Gemma scales what it looks up
+            update = add_lookup(torch.zeros_like(result), x, local, terms)
+            return result + (update if scale is None else update * scale.to(update.dtype))
+        return add_update(result, x, local, terms)
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each row of the batch through the adapter that it names."""
+        if len(adapter_names) != len(x):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows")
+        if self.merged:
+            raise ValueError("Rows of a batch can't name their adapters while adapters are merged; unmerge first")
+        result = self._base(x, *args, **kwargs)
+        for adapter_name in dict.fromkeys(adapter_names):
+            if adapter_name == BASE or adapter_name not in self.bslora_local:
+                continue
+            rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+            result = result.index_copy(
+                0, torch.tensor(rows, device=result.device), self._add(result[rows], x[rows], adapter_name)
+            )
+        return result
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """An adapter's whole update in the layout of the base weight: (out, in), transposed for Conv1D and embeddings."""
+        delta = dense(*self.parts(adapter_name))
+        return delta.T if is_transposed(self.get_base_layer()) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the active (or named) adapters to the base weight; safe_merge: only if the result is finite."""
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        for adapter_name in adapter_names:
+            if adapter_name in self.bslora_local:
+                weight = self._changed(adapter_name, 1)
+                if safe_merge and not torch.isfinite(weight).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                    )
+                self.set_base_weight(weight)
+                self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out of the base weight again, exact up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            self.set_base_weight(self._changed(self.merged_adapters.pop(), -1))
+
+    def _changed(self, adapter_name: str, sign: int) -> Tensor:
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise ValueError(
+                f"A base layer quantised by {self.quantization_backend.backend_name} can't be merged into; load the base "
+                "in a float type"
+            )
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter_name)
+        changed: Tensor = (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
+        return changed
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's `convert_to_lora` works through `get_delta_weight`; `bslora-convert expand` is exact and needs no model."""
+        return True
+
+    def __repr__(self) -> str:
+        return "bslora." + super().__repr__()

@@ -1,0 +1,125 @@
+"""The tuner: puts compact adapters on a model's layers and keeps them apart."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from bslora_convert.base import check_fits
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
+from bslora_convert.peft.layer import BASE, BsloraLayer, Tensors
+
+
+class BsloraModel(BaseTuner):
+    """Compact adapters of one base model."""
+
+    prefix = f"{PEFT_TYPE.lower()}_"
+    tuner_layer_cls = BsloraLayer
+    target_module_mapping = {}  # noqa: RUF012  an adapter always says what it targets
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Checks that the adapter was made for this model and starts a new set of pairs.
+
+        :raises InputError: naming a module that is missing or has another shape.
+        """
+        self._layout: Layout = peft_config.layout()
+        self._owners = self._layout.owners()
+        self._pairs: dict[tuple[str, str], Tensors] = {}
+        check_fits(self._layout.modules, model, peft_config.base_model_name_or_path or CONFIG_NAME)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        return key in peft_config.modules
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Puts one module's part of an adapter on its layer, which is wrapped the first time."""
+        groups = self._layout.modules[current_key].groups
+        pairs = {level: self._pair(level, group) for level, group in groups.items()}
+        layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target)
+        layer.update_layer(
+            adapter_name,
+            self._layout.local_shapes(current_key),
+            {level: self._layout.own_shapes(current_key, level) for level in groups},
+            self._layout.transform,
+            pairs,
+            {level: pairs[level] for level, group in groups.items() if self._owners[level, group] == current_key},
+            peft_config.train,
+            peft_config.inference_mode,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _pair(self, level: str, group: str) -> Tensors:
+        """The shared pair of a group of the adapter that is being added, made when the first of its modules is met."""
+        if (level, group) not in self._pairs:
+            self._pairs[level, group] = Tensors(self._layout.pair_shapes(level, group))
+        return self._pairs[level, group]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What `save_pretrained` writes: in the dtype that the adapter is stored in wherever that loses nothing."""
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        stored = getattr(torch, config.dtype)
+        cast = {key: tensor.to(stored) for key, tensor in tensors.items()}
+        exact = all(torch.equal(cast[key].to(tensor.dtype), tensor) for key, tensor in tensors.items())
+        return cast if exact else tensors
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names=[…]`, a name a row, to every layer of the batch."""
+        names: Sequence[str] | None = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference; call model.eval() first")
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        layers = [m for m in self.modules() if isinstance(m, (BsloraLayer, AuxiliaryTrainingWrapper))]
+        handles = [
+            layer.register_forward_pre_hook(partial(_name_rows, adapter_names=repeated), with_kwargs=True)
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _name_rows(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
