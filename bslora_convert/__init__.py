@@ -1,6 +1,6 @@
 """Converts existing LoRA adapters into BSLoRA form, and says exactly what was kept.
 
-    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_into, load_lora, save_compact
+    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_into, load_lora, save_compact, verify
 
 Names are loaded when first used, so that importing the package costs nothing.
 """
@@ -12,6 +12,7 @@ from bslora_convert.version import __version__
 
 if TYPE_CHECKING:
     from bslora_convert.behaviour.attach import load_into
+    from bslora_convert.behaviour.verify import verify
     from bslora_convert.bslora.storage import load_compact, save_compact
     from bslora_convert.compression import compress
     from bslora_convert.expansion import expand
@@ -28,6 +29,7 @@ _HOMES = {
     "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
     "save_compact": "bslora_convert.bslora.storage",
+    "verify": "bslora_convert.behaviour.verify",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "load_into",
     "load_lora",
     "save_compact",
+    "verify",
 ]
 
 

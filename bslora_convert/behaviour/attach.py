@@ -21,7 +21,9 @@ from bslora_convert.errors import InputError
 class Attached:
     """An adapter on a model. `enabled` switches it; `remove` takes it off; as a context it is on only inside."""
 
-    def __init__(self, model: nn.Module, form: BsloraForm, carried: Mapping[str, Tensor], what: object) -> None:
+    def __init__(
+        self, model: nn.Module, form: BsloraForm, carried: Mapping[str, Tensor], what: object, enabled: bool = True
+    ) -> None:
         """Hooks a form's modules and holds the tensors that replace the model's own.
 
         :raises InputError: when the model is not the one that the adapter was made for.
@@ -34,7 +36,7 @@ class Attached:
             model.get_submodule(name).register_forward_hook(self._hook(form, name, model.get_submodule(name), moved))
             for name in form.modules
         ]
-        self.enabled = True
+        self.enabled = enabled
 
     @property
     def enabled(self) -> bool:
@@ -111,7 +113,7 @@ class _Moved:
 
 def _swap(model: nn.Module, name: str, tensor: Tensor, what: object) -> Callable[[], Any]:
     """A call that puts a whole weight of the adapter in the place of the model's and returns the call that puts it back."""
-    path, _, leaf = name.rpartition(".")
+    path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
     try:
         owner = model.get_submodule(path)
         old = owner.get_parameter(leaf)

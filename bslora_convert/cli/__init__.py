@@ -5,6 +5,7 @@ import click
 from bslora_convert.cli.compress import compress
 from bslora_convert.cli.expand import expand
 from bslora_convert.cli.inspect import inspect
+from bslora_convert.cli.verify import verify
 from bslora_convert.version import __version__
 
 
@@ -18,8 +19,9 @@ def main() -> None:
       bslora-convert inspect  LORA_DIR
       bslora-convert compress LORA_DIR OUT_DIR --transform ke
       bslora-convert expand   OUT_DIR  NEW_LORA_DIR
+      bslora-convert verify   OUT_DIR  --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
     """
 
 
-for verb in (compress, expand, inspect):
+for verb in (compress, expand, inspect, verify):
     main.add_command(verb)

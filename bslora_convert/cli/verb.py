@@ -40,6 +40,37 @@ class Output:
             with console.status(title) as status:
                 yield lambda step: status.update(f"{title}: {escape(step)}")
 
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Callable[[str, int, int], None]]:
+        """As `progress`, for work that counts: called with a step, how much of it is done and how much there is (0 = unknown)."""
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if self.verbose or self.quiet or self.as_json or not console.is_terminal:
+            with self.progress(title) as say:
+                steps: list[str] = []
+
+                def once(step: str, done: int, total: int) -> None:
+                    if step not in steps[-1:]:
+                        steps.append(step)
+                        say(step)
+
+                yield once
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as shown:
+            task = shown.add_task(title, total=None)
+
+            def show(step: str, done: int, total: int) -> None:
+                description = f"{title}: {step}"
+                if description != shown.tasks[0].description:
+                    shown.reset(task, total=total or None, description=description)
+                shown.update(task, completed=done)
+
+            yield show
+
     def result(self, value: Any, show: Callable[[Any], None]) -> None:
         """The verb's result on stdout: JSON, nothing, or for a reader."""
         if self.as_json:

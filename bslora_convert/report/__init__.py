@@ -9,10 +9,13 @@ from torch import Tensor
 
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.report import card, page
+from bslora_convert.report.page import with_functional
 
 FIDELITY_NAME = "fidelity.json"
 REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
+
+__all__ = ["CARD_NAME", "FIDELITY_NAME", "REPORT_NAME", "with_functional", "write"]
 
 
 def write(

@@ -10,6 +10,7 @@ from torch import Tensor
 from bslora_convert.bslora.form import kind_of, layer_of
 from bslora_convert.report import plots, verdict
 
+FUNCTIONAL_BEGIN, FUNCTIONAL_END = "<!-- functional -->", "<!-- /functional -->"
 OUTSIDE = "–"  # column of modules that stand in no numbered layer
 
 
@@ -65,6 +66,16 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
             worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
         )
     )
+
+
+def with_functional(page: str, functional: Mapping[str, Any]) -> str:
+    """A page of this kind with what `verify` found, in the place of what an earlier run found; other pages stay as they are."""
+    before, begin, rest = page.partition(FUNCTIONAL_BEGIN)
+    _, end, after = rest.partition(FUNCTIONAL_END)
+    if not begin or not end:
+        return page
+    shown = environment().get_template("functional.html").render(f=functional, verdict=verdict.behaviour(functional))
+    return f"{before}{begin}\n{shown}\n{end}{after}"
 
 
 def _error_grid(

@@ -34,3 +34,21 @@ def _against_svd(transform: str, error: float, svd: float) -> str:
     if error <= svd * (1 + TIE):
         return f"Sharing neither paid nor cost: plain SVD of the same size loses as much ({numbers})."
     return f"Sharing did not pay: plain SVD of the same size, one rank per module, loses less ({numbers})."
+
+
+def behaviour(functional: Mapping[str, Any]) -> list[str]:
+    """What `verify` found, for a reader."""
+    said = []
+    if functional["kl"] is not None:
+        said.append(
+            f"Of what the adapter changes in the base model's predictions, {functional['retention']:.2%} survived; it predicts "
+            f"the same next token as the reference {functional['agreement']:.1%} of the time."
+        )
+    for name, task in functional["tasks"].items():
+        low, high = task["difference_ci95"]
+        words = "no difference can be seen" if low <= 0 <= high else "lower" if high < 0 else "higher"
+        said.append(f"{name}: {task['compact']:.1%} against {task['reference']:.1%}, {words}.")
+    missed = [name for name, checked in functional["thresholds"].items() if not checked["passed"]]
+    if missed:
+        said.append(f"Missed: {', '.join(missed)}.")
+    return said

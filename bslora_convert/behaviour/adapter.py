@@ -1,0 +1,55 @@
+"""An adapter of either kind as a form, so that any two of one base can be compared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bslora_convert.bslora.form import BsloraForm, Module
+from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, load_compact
+from bslora_convert.errors import InputError
+from bslora_convert.lora import load_lora
+from bslora_convert.tensorfile import read_json, sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What runs: a form (a LoRA is one with local parts only), whole weights that travel along, and where it came from."""
+
+    path: Path
+    kind: str
+    form: BsloraForm
+    carried: Mapping[str, Tensor]
+    base_model: str | None
+    sha256: str
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Reads a compact directory or a plain LoRA one.
+
+    :raises InputError: when it is missing or damaged. :raises Refused: when it is a LoRA of a kind that can't be read faithfully.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    if (path / CONFIG_NAME).is_file() and read_json(path / CONFIG_NAME).get("peft_type") == PEFT_TYPE:
+        compact = load_compact(path)
+        name = compact.config.get("base_model_name_or_path")
+        return Adapter(path, "bslora", compact.form, compact.carried, name, sha256(path / WEIGHTS_NAME))
+    lora = load_lora(path)
+    modules = {name: Module(module.shape, module.factors(), {}, module.kind) for name, module in lora.modules.items()}
+    name = lora.config.raw.get("base_model_name_or_path")
+    return Adapter(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256(lora.weights))
+
+
+def check_pair(first: Adapter, second: Adapter) -> None:
+    """Refuses two adapters that say they were made for different base models.
+
+    :raises InputError: naming both.
+    """
+    if first.base_model and second.base_model and first.base_model != second.base_model:
+        raise InputError(
+            f"{first.path} was made for {first.base_model}, {second.path} for {second.base_model}: "
+            "two adapters can be compared on one base model only"
+        )

@@ -1,0 +1,119 @@
+"""How far the compact adapter's predictions are from the reference's, token by token, with teacher forcing.
+
+Over the n measured tokens, p the reference's distribution, q the compact's, b the bare base's, in nats:
+
+    kl        mean Σ_v p_v (log p_v − log q_v)        base_kl   mean Σ_v p_v (log p_v − log b_v)
+    retention 1 − kl / base_kl                        agreement share of tokens with argmax p = argmax q
+    hidden_error  ‖h_q − h_p‖ / ‖h_p − h_b‖           on the last hidden states, the base subtracted
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.behaviour.prompts import Batch, Example, batches, shared_prefix
+
+TOKENS_AT_ONCE = 256  # rows of logits that are turned into probabilities together
+
+
+@dataclass(slots=True)
+class Divergence:
+    """Sums over the measured tokens, and each row's own divergence."""
+
+    kl: list[Tensor] = field(default_factory=list)
+    base_kl: float = 0.0
+    agreed: int = 0
+    nll: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("base", "reference", "compact"), 0.0))
+    hidden_lost: float = 0.0
+    hidden_effect: float = 0.0
+    rows: list[tuple[Example, float, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Measured tokens."""
+        return sum(len(values) for values in self.kl)
+
+    def add(self, batch: Batch, hidden: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> None:
+        """Takes in one batch.
+
+        hidden, logits: (n, d) and (n, vocabulary) of `reference`, `base` and `compact` at the measured positions.
+        """
+        kl = torch.empty(len(batch.targets), dtype=torch.float64)
+        for start in range(0, len(kl), TOKENS_AT_ONCE):
+            here = slice(start, start + TOKENS_AT_ONCE)
+            logs = {name: values[here].float().log_softmax(-1) for name, values in logits.items()}
+            targets = batch.targets[here].to(logs["base"].device)
+            for name, values in logs.items():
+                self.nll[name] -= float(values.gather(1, targets[:, None]).double().sum())
+            p = logs["reference"].exp()
+            kl[here] = (p * (logs["reference"] - logs["compact"])).sum(-1).cpu()
+            self.base_kl += float((p * (logs["reference"] - logs["base"])).sum(-1).double().sum())
+            self.agreed += int((p.argmax(-1) == logs["compact"].argmax(-1)).sum())
+        self.kl.append(kl)
+        self.hidden_lost += _energy(hidden["compact"] - hidden["reference"])
+        self.hidden_effect += _energy(hidden["reference"] - hidden["base"])
+        for index, example in enumerate(batch.examples):
+            own = kl[batch.rows == index]
+            self.rows.append((example, float(own.mean()), len(own)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of `verify.json`."""
+        values = torch.cat(self.kl).numpy()
+        kl, base_kl = max(0.0, float(values.mean())), self.base_kl / self.tokens
+        nll = {name: value / self.tokens for name, value in self.nll.items()}
+        return {
+            "kl": kl,
+            "kl_p99": max(0.0, float(np.quantile(values, 0.99))),
+            "agreement": self.agreed / self.tokens,
+            "nll": nll,
+            "perplexity": {name: math.exp(min(value, 700.0)) for name, value in nll.items()},
+            "base_kl": base_kl,
+            "retention": 1 - kl / base_kl if base_kl > 0 else float(kl == 0),
+            "hidden_error": _ratio(self.hidden_lost, self.hidden_effect),
+        }
+
+
+def diverge(
+    base: BaseModel,
+    reference: Attached,
+    compact: Attached,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Divergence:
+    """Runs base, reference and compact over the examples, a batch at a time; no logits outlive their batch.
+
+    progress: called with the number of examples done.
+    """
+    found = Divergence()
+    states: dict[str, AbstractContextManager[Any]] = {"reference": reference, "base": nullcontext(), "compact": compact}
+    prefixes = {}
+    for name, state in states.items():
+        with state:
+            prefixes[name] = base.read_prefix(shared_prefix(examples))
+    done = 0
+    for batch in batches(examples, batch_size, base.pad):
+        hidden, logits = {}, {}
+        for name, state in states.items():
+            with state:
+                hidden[name], logits[name] = base.predictions(batch, prefixes[name])
+        found.add(batch, hidden, logits)
+        done += len(batch.examples)
+        progress(done)
+    return found
+
+
+def _energy(difference: Tensor) -> float:
+    return float(difference.double().square().sum())
+
+
+def _ratio(lost: float, effect: float) -> float:
+    return math.sqrt(lost / effect) if effect > 0 else float(lost > 0)

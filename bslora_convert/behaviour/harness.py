@@ -1,0 +1,112 @@
+"""Benchmark tasks through lm-evaluation-harness (extra `eval`), the same items for base, reference and compact.
+
+Scores of one item are paired, so the interval of the difference compact − reference comes from resampling items.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.errors import InputError, RecipeError
+
+TASKS = Path(__file__).parent / "tasks"
+RESAMPLES = 10_000
+PREFERRED = ("acc", "exact_match", "acc_norm")
+
+
+def evaluate(
+    base: BaseModel,
+    states: Mapping[str, AbstractContextManager[Any]],
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    batch_size: int,
+    include_path: Path | None,
+    task_data: Path | None,
+    chat_template: bool,
+    seed: int,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Scores by task: {"metric", "items", "base", "reference", "compact", "difference_ci95"}.
+
+    states: what is active on the model for `base`, `reference` and `compact`.
+
+    :raises RecipeError: when the extra is not installed or a task is unknown. :raises InputError: when a task can't be read.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise RecipeError("tasks need lm-evaluation-harness: pip install 'bslora-convert[eval]'") from None
+    folders = [str(TASKS), *([str(include_path)] if include_path else [])]
+    manager = TaskManager(include_path=folders, metadata={"data": str(task_data)} if task_data else None)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        shipped = ", ".join(sorted(f"local_{path.stem}" for path in TASKS.glob("*.yaml")))
+        raise RecipeError(
+            f"tasks: {', '.join(unknown)} unknown; shipped for local files: {shipped}; others by lm_eval's names"
+        )
+    model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size)
+    scores: dict[str, dict[str, np.ndarray]] = {task: {} for task in tasks}
+    metrics: dict[str, str] = {}
+    for name, state in states.items():
+        progress(f"tasks with {name}")
+        with state:
+            try:
+                found = simple_evaluate(
+                    model=model,
+                    tasks=list(tasks),
+                    limit=limit,
+                    task_manager=manager,
+                    bootstrap_iters=0,
+                    apply_chat_template=chat_template and bool(base.tokenizer.chat_template),
+                    metadata={"data": str(task_data)} if task_data else None,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                )
+            except (ValueError, OSError) as error:
+                raise InputError(f"tasks {', '.join(tasks)}: {error}") from None
+        for task in tasks:
+            samples = found["samples"].get(task)
+            if not samples:
+                raise RecipeError(f"tasks: {task} is a group or has no items; name single tasks")
+            metrics.setdefault(task, _metric(samples))
+            scores[task][name] = _scores(samples, metrics[task])
+    return {task: _summary(metrics[task], values, seed) for task, values in scores.items()}
+
+
+def paired_interval(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of first − second, items resampled together."""
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _metric(samples: Sequence[Mapping[str, Any]]) -> str:
+    named = samples[0]["metrics"]
+    return next((metric for metric in PREFERRED if metric in named), named[0])
+
+
+def _scores(samples: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
+    """Each item's score in the order of items; where a task filters answers in several ways, the first way counts."""
+    chosen = samples[0].get("filter")
+    items = sorted((s for s in samples if s.get("filter") == chosen), key=lambda sample: sample["doc_id"])
+    return np.array([float(sample[metric]) for sample in items])
+
+
+def _summary(metric: str, scores: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "items": len(scores["compact"]),
+        **{name: float(values.mean()) for name, values in scores.items()},
+        "difference_ci95": list(paired_interval(scores["compact"], scores["reference"], seed)),
+    }

@@ -1,0 +1,118 @@
+"""The base model with its tokenizer, read once and shared by everything that is measured on it."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bslora_convert.behaviour.prompts import Batch
+from bslora_convert.errors import InputError, RecipeError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A causal language model of transformers and its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model takes."""
+        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        return min(int(limit) for limit in limits if limit)
+
+    @property
+    def pad(self) -> int:
+        """The token that fills batches; masked, so that any will do."""
+        token = self.tokenizer.pad_token_id
+        return int(token if token is not None else self.tokenizer.eos_token_id or 0)
+
+    @torch.inference_mode()
+    def read_prefix(self, ids: tuple[int, ...]) -> Any:
+        """The cache of tokens that many prompts begin with, read once; None where there are none or it can't be repeated."""
+        if not ids:
+            return None
+        cache = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=True).past_key_values
+        return cache if hasattr(cache, "batch_repeat_interleave") else None
+
+    @torch.inference_mode()
+    def predictions(self, batch: Batch, prefix: Any = None) -> tuple[Tensor, Tensor]:
+        """Last hidden states (n, d) and logits (n, vocabulary) at the measured positions only; the rest is never formed.
+
+        prefix: from `read_prefix`, of tokens that every row of the batch begins with.
+        """
+        head = self.model.get_output_embeddings()
+        kept: list[Tensor] = []
+        known, cache = 0, None
+        if prefix is not None:
+            known, cache = prefix.get_seq_length(), copy.deepcopy(prefix)
+            cache.batch_repeat_interleave(len(batch.ids))
+
+        def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            kept.append(inputs[0][batch.predicts[:, known:].to(inputs[0].device)])
+            return (kept[0][None],)
+
+        handle = head.register_forward_pre_hook(select)
+        try:
+            output = self.model(
+                input_ids=batch.ids[:, known:].to(self.device),
+                attention_mask=batch.mask.to(self.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        finally:
+            handle.remove()
+        return kept[0], output.logits[0]
+
+
+def load_base(name: str | Path, device: str = "auto", dtype: str = "auto") -> BaseModel:
+    """Loads a directory or a hub's name; dtype auto = float32 on a CPU, the model's own on a GPU.
+
+    :raises InputError: when there is no such model, or it is not a causal language model with a tokenizer.
+    :raises RecipeError: for a device or dtype that can't be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
+    place = pick_device(device)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise InputError(f"{name}: no config.json; the directory of a transformers model is expected")
+    wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted if wanted == "auto" else getattr(torch, wanted)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"base model {name}: can't be loaded ({reason})") from None
+    if model.get_output_embeddings() is None:
+        raise InputError(f"base model {name}: no output embeddings; a causal language model is expected")
+    return BaseModel(str(name), model.to(place).eval().requires_grad_(False), tokenizer, place)
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; auto = the GPU where there is one.
+
+    :raises RecipeError: when it can't be had.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device is {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device is {name}: no CUDA device is available here; use --device cpu")
+    return device

@@ -1,0 +1,98 @@
+"""`verify`: behaviour on prompts and benchmark tasks, against the adapter that a compact one came from."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bslora_convert.cli.verb import Output, verb
+from bslora_convert.errors import ThresholdMissed
+
+
+@click.command()
+@click.argument("compact_dir", type=click.Path(path_type=Path))
+@click.option("--reference", type=click.Path(path_type=Path), required=True, help="The LoRA that it came from.")
+@click.option("--base-model", required=True, help="Directory of the base model, or its name on the hub.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")
+@click.option("--tasks", help="Names of lm-evaluation-harness, by commas (extra eval); local_* read --task-data.")
+@click.option("--include-path", type=click.Path(path_type=Path), help="Directory of more task files (YAML).")
+@click.option(
+    "--task-data", type=click.Path(path_type=Path), help="Directory of local JSON that the local_* tasks read."
+)
+@click.option("--limit", type=int, help="First N prompts, or items of each task.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows at once.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Length of generations; 0 = none.")
+@click.option("--max-length", type=int, help="Longest row in tokens.  [default: the model's context]")
+@click.option("--chat-template/--no-chat-template", default=True, show_default=True, help="Prompts as a user's turn.")
+@click.option("--max-kl", type=float, help="Threshold: KL to the reference in nats a token.")
+@click.option("--min-agreement", type=float, help="Threshold: share of tokens with the same first choice.")
+@click.option("--min-retention", type=float, help="Threshold: share of the adapter's effect that survived.")
+@click.option("--max-accuracy-drop", type=float, help="Threshold: largest drop of a task's score.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where the result goes.  [default: COMPACT_DIR/verify.json]"
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto (float32 on a CPU), float32, bfloat16 or float16."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the intervals and of few-shot examples.")
+@verb
+def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any) -> None:
+    """Measures how a compact adapter behaves against the LoRA that it came from.
+
+    Exit code 1 when a threshold is missed. COMPACT_DIR may be a plain LoRA, so that any two adapters can be compared.
+
+    \b
+    Example:
+      bslora-convert verify ./my-lora-compact --reference ./my-lora --base-model ./base --prompts held-out.jsonl
+      bslora-convert verify ./my-lora-compact --reference ./my-lora --base-model ./base --prompts held-out.jsonl \\
+        --max-kl 0.01 --min-retention 0.98
+    """
+    from bslora_convert.behaviour.verify import verify as run
+
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    with output.bar("verify") as progress:
+        record = run(compact_dir, tasks=names, progress=progress, **options)
+    output.notes(record["notes"])
+    output.result(record, lambda console: _show(console, record))
+    if not record["passed"]:
+        missed = [
+            f"{name} {checked['limit']:g} (measured {checked['value']:.4g})"
+            for name, checked in record["thresholds"].items()
+            if not checked["passed"]
+        ]
+        raise ThresholdMissed(f"missed: {', '.join(missed)}")
+
+
+def _show(console: Any, record: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from bslora_convert.report.verdict import behaviour
+
+    if record["kl"] is not None:
+        table = Table(
+            title=f"{record['prompts']['rows']} prompts, {record['prompts']['tokens']:,} tokens", title_justify="left"
+        )
+        table.add_column("")
+        for column in ("base", "reference", "compact"):
+            table.add_column(column, justify="right")
+        table.add_row("KL to the reference", f"{record['base_kl']:.5f}", "0", f"{record['kl']:.5f}")
+        for title, key in (("NLL of the completion", "nll"), ("perplexity", "perplexity")):
+            table.add_row(title, *(f"{record[key][name]:.4f}" for name in ("base", "reference", "compact")))
+        console.print(table)
+        say = f"KL at the 99th percentile {record['kl_p99']:.4f}"
+        say += f", hidden states off by {record['hidden_error']:.1%} of the effect"
+        if record["generation"]:
+            generation = record["generation"]
+            say += f", {generation['rows']} greedy texts: {generation['exact_match']:.0%} equal, ROUGE-L {generation['rouge_l']:.3f}"
+        console.print(say, highlight=False)
+    if record["tasks"]:
+        table = Table("task", "metric", title_justify="left")
+        for column in ("items", "base", "reference", "compact", "compact − reference, 95 %"):
+            table.add_column(column, justify="right")
+        for name, task in record["tasks"].items():
+            low, high = task["difference_ci95"]
+            scores = [f"{task[key]:.4f}" for key in ("base", "reference", "compact")]
+            table.add_row(name, task["metric"], str(task["items"]), *scores, f"{low:+.4f} to {high:+.4f}")
+        console.print(table)
+    console.print(" ".join(behaviour(record)), style="bold", highlight=False, markup=False)
