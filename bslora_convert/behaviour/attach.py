@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bslora_convert.base import check_fits
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm
-from bslora_convert.bslora.forward import Term, add_lookup, add_update
+from bslora_convert.bslora.forward import add_lookup, add_update
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import InputError
@@ -69,15 +69,14 @@ class Attached:
         weight = next(layer.parameters())
         to = partial(moved, device=weight.device)
         local = to(module.local)
-        terms: list[Term] = []
-        for level, path in module.paths.items():
-            assert form.transform is not None  # a path exists only beside a transform
-            own = {key: moved.tensor(tensor, weight.device) for key, tensor in path.own.items()}
-            terms.append((form.transform, to(form.pair(level, path.group)), own))
+        uses = [
+            (to(form.pair(level, path.group)), {key: moved.tensor(t, weight.device) for key, t in path.own.items()})
+            for level, path in module.paths.items()
+        ]
         add = add_lookup if module.kind == "embedding" else add_update
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return add(output, inputs[0], local, terms) if self._enabled else output
+            return add(output, inputs[0], local, form.transform, uses) if self._enabled else output
 
         return hook
 

@@ -3,8 +3,10 @@
 Scores of one item are paired, so the interval of the difference compact − reference comes from resampling items.
 """
 
+import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def evaluate(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise RecipeError("tasks need lm-evaluation-harness: pip install 'bslora-convert[eval]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [str(TASKS), *([str(include_path)] if include_path else [])]
     manager = TaskManager(include_path=folders, metadata={"data": str(task_data)} if task_data else None)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
@@ -56,7 +59,7 @@ def evaluate(
     metrics: dict[str, str] = {}
     for name, state in states.items():
         progress(f"tasks with {name}")
-        with state:
+        with state, redirect_stdout(sys.stderr):
             try:
                 found = simple_evaluate(
                     model=model,

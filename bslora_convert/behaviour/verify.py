@@ -107,8 +107,8 @@ def verify(
     """Compares two adapters of one base model and returns what `verify.json` holds.
 
     compact: a compact directory, or a plain LoRA. reference: a LoRA, or a compact directory. prompts: a JSONL file, see
-    `behaviour/prompts.py`. tasks: names of lm-evaluation-harness. out: where `verify.json` goes, the compact directory without it;
-    the directory's fidelity.json and report.html gain the result too.
+    `behaviour/prompts.py`. tasks: names of lm-evaluation-harness. out: where `verify.json` goes; without it, into the
+    compact directory. Its fidelity.json and report.html gain the result too.
 
     :raises InputError: when a file is missing or damaged, or the three don't belong together.
     :raises RecipeError: for an option that is not allowed. A missed threshold is no error: see `passed`.
@@ -285,7 +285,7 @@ def _generations(
 def _generate(
     base: BaseModel, rows: Sequence[Row], settings: Settings, step: str, progress: Progress, tokens: int
 ) -> list[str]:
-    # Twice the batch: a step of generation holds one position a row.
+    # Four times the batch: a step of generation holds one position a row.
     return generate(
         base,
         rows,

@@ -1,5 +1,6 @@
 """A matrix held as the product of two thin factors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ class Factors:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Factors":
         """Both factors in another dtype or on another device."""
         return Factors(self.b.to(device=device, dtype=dtype), self.a.to(device=device, dtype=dtype))
+
+
+Use = tuple[Factors, Mapping[str, Tensor]]  # a shared pair, and what one module keeps of its own beside it
 
 
 def add(first: Factors, *others: Factors) -> Factors:

@@ -5,46 +5,47 @@
 Rows are tokens: x (n, in), y (n, out).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.factors import Factors, Use
 from bslora_convert.bslora.transforms import Transform
 
-Term = tuple[Transform, Factors, Mapping[str, Tensor]]  # a shared pair as one module uses it
 
+def add_update(y: Tensor, x: Tensor, local: Factors, transform: Transform | None, uses: Sequence[Use]) -> Tensor:
+    """Adds a linear layer's update, y + ΔW x, in the dtype of the factors, and returns it in y's.
 
-def add_update(y: Tensor, x: Tensor, local: Factors, terms: Iterable[Term] = ()) -> Tensor:
-    """Adds a linear layer's update: y + ΔW x, in the dtype of the factors, returned in y's.
-
-    y (…, out): the base layer's output. x (…, in): its input.
+    y (…, out): the base layer's output; its memory is used again where no gradient is asked for. x (…, in): the layer's input.
     """
     dtype = local.a.dtype
     rows = x.flatten(0, -2).to(dtype)
     result = y.flatten(0, -2).to(dtype)
+    if torch.is_grad_enabled():
+        result = result.clone()
     if local.rank:
-        result = torch.addmm(result, rows @ local.a.T, local.b.T)
-    for transform, pair, own in terms:
-        result = transform.add(result, rows, pair, own)
-    return result.to(y.dtype).reshape(y.shape)
+        result.addmm_(rows @ local.a.T, local.b.T)
+    if transform is not None and uses:
+        result = transform.add_(result, rows, uses)
+    return result.to(y.dtype).view(y.shape)
 
 
-def add_lookup(y: Tensor, ids: Tensor, local: Factors, terms: Iterable[Term] = ()) -> Tensor:
-    """Adds an embedding's update: y + (columns `ids` of ΔW), local a (r, vocabulary), b (dim, r); y (…, dim), ids (…)."""
-    shape = local.shape
-    parts = [local, *(transform.factors(pair, own, shape) for transform, pair, own in terms)]
+def add_lookup(y: Tensor, ids: Tensor, local: Factors, transform: Transform | None, uses: Sequence[Use]) -> Tensor:
+    """Adds an embedding's update, y + (columns `ids` of ΔW): local a (r, vocabulary), b (dim, r); y (…, dim), ids (…)."""
     result = y.to(local.a.dtype)
-    for part in parts:
+    for part in (local, *_terms(local, transform, uses)):
         result = result + torch.nn.functional.embedding(ids, part.a.T) @ part.b.T
     return result.to(y.dtype)
 
 
-def dense(local: Factors, terms: Iterable[Term] = ()) -> Tensor:
+def dense(local: Factors, transform: Transform | None, uses: Sequence[Use]) -> Tensor:
     """ΔW itself (out, in), in the dtype of the factors."""
     total = local.b @ local.a
-    for transform, pair, own in terms:
-        part = transform.factors(pair, own, local.shape)
+    for part in _terms(local, transform, uses):
         total = torch.addmm(total, part.b, part.a)
     return total
+
+
+def _terms(local: Factors, transform: Transform | None, uses: Sequence[Use]) -> list[Factors]:
+    return [transform.factors(pair, own, local.shape) for pair, own in uses] if transform is not None else []

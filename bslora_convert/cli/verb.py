@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def run(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
+        if quiet or as_json or not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, as our own, are for terminals
         signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run cleans up like an interrupted one
         try:
             function(Output(as_json, quiet, verbose), *args, **options)

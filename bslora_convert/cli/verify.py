@@ -84,7 +84,8 @@ def _show(console: Any, record: dict[str, Any]) -> None:
         say += f", hidden states off by {record['hidden_error']:.1%} of the effect"
         if record["generation"]:
             generation = record["generation"]
-            say += f", {generation['rows']} greedy texts: {generation['exact_match']:.0%} equal, ROUGE-L {generation['rouge_l']:.3f}"
+            say += f", {generation['rows']} greedy texts: {generation['exact_match']:.0%} equal"
+            say += f", ROUGE-L {generation['rouge_l']:.3f}"
         console.print(say, highlight=False)
     if record["tasks"]:
         table = Table("task", "metric", title_justify="left")

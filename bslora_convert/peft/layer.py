@@ -14,9 +14,9 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from bslora_convert.base import is_transposed
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.factors import Factors, Shape, Use
 from bslora_convert.bslora.form import LEVELS
-from bslora_convert.bslora.forward import Term, add_lookup, add_update, dense
+from bslora_convert.bslora.forward import add_lookup, add_update, dense
 from bslora_convert.bslora.transforms import Transform
 
 LOCAL = ("bslora_local",)
@@ -33,14 +33,16 @@ class Tensors(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
-    def get(self, name: str, like: Tensor) -> Tensor:
-        """A parameter on another tensor's device; a shared pair may live on its owner's."""
-        tensor = self.get_parameter(name)
-        return tensor if tensor.device == like.device else tensor.to(like.device)
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The parameters on a device; a shared pair may live on its owner's."""
+        return {
+            name: p if p.device == device else p.to(device) for name, p in self._parameters.items() if p is not None
+        }
 
-    def factors(self, like: Tensor) -> Factors:
+    def factors(self, device: torch.device) -> Factors:
         """A and B as a product."""
-        return Factors(self.get("B", like), self.get("A", like))
+        tensors = self.on(device)
+        return Factors(tensors["B"], tensors["A"])
 
 
 class BsloraLayer(nn.Module, BaseTunerLayer):
@@ -56,8 +58,8 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
-        # Not modules, so that only the owner registers a pair: adapter -> level -> (transform, pair).
-        self.shared: dict[str, dict[str, tuple[Transform, Tensors]]] = {}
+        # adapter -> (local, transform, (pair, kernels or gates) by level); a dict, so that only its owner registers a pair
+        self.shared: dict[str, tuple[Tensors, Transform | None, list[tuple[Tensors, Tensors | None]]]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(base_layer)
@@ -78,40 +80,39 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         local: shapes of its local factors. own: shapes of its kernels or gates by level. shared: the pair that it uses by level.
         owned: the pairs among them that this layer registers. train: the parts that get gradients.
         """
-        self.bslora_local[adapter_name] = Tensors(local)
-        for level, shapes in own.items():
-            if shapes:
-                self._own(level)[adapter_name] = Tensors(shapes)
+        self.bslora_local[adapter_name] = held = Tensors(local)
+        uses: list[tuple[Tensors, Tensors | None]] = []
+        for level, pair in shared.items():
+            kept = Tensors(own[level]) if own[level] else None
+            if kept is not None:
+                self._tensors(f"{level}_own")[adapter_name] = kept
+            uses.append((pair, kept))
         for level, pair in owned.items():
-            self._held(level)[adapter_name] = pair
-        self.shared[adapter_name] = {level: (transform, pair) for level, pair in shared.items() if transform}
+            self._tensors(level)[adapter_name] = pair
+        self.shared[adapter_name] = held, transform, uses
         frozen = {"all": (), "local": SHARED, "shared": LOCAL}[train]
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _held(self, level: str) -> nn.ModuleDict:
-        """The pairs of a level that this layer owns, by adapter."""
-        return cast(nn.ModuleDict, self.get_submodule(f"bslora_{level}"))
-
-    def _own(self, level: str) -> nn.ModuleDict:
-        """The kernels or gates of a level, by adapter."""
-        return cast(nn.ModuleDict, self.get_submodule(f"bslora_{level}_own"))
+    def _tensors(self, part: str) -> nn.ModuleDict:
+        """What is registered of one part, by adapter."""
+        return cast(nn.ModuleDict, self.get_submodule(f"bslora_{part}"))
 
     @property
     def is_embedding(self) -> bool:
         """Whether the base layer looks rows up."""
         return isinstance(self.get_base_layer(), nn.Embedding)
 
-    def parts(self, adapter_name: str) -> tuple[Factors, list[Term]]:
-        """An adapter's local factors and its terms, as the forward pass takes them."""
-        held = cast(Tensors, self.bslora_local[adapter_name])
-        like = held.get_parameter("A")
-        terms: list[Term] = []
-        for level, (transform, pair) in self.shared[adapter_name].items():
-            own = {name: cast(Tensors, self._own(level)[adapter_name]).get(name, like) for name in transform.own_names}
-            terms.append((transform, pair.factors(like), own))
-        return held.factors(like), terms
+    def parts(self, adapter_name: str) -> tuple[Factors, Transform | None, list[Use]]:
+        """An adapter's local factors, its transform and its uses of shared pairs, as the forward pass takes them."""
+        local, transform, uses = self.shared[adapter_name]
+        device = next(iter(local._parameters.values())).device  # type: ignore[union-attr]  # A and B
+        return (
+            local.factors(device),
+            transform,
+            [(pair.factors(device), own.on(device) if own is not None else {}) for pair, own in uses],
+        )
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' updates; adapter_names: one name a row of the batch."""
@@ -136,12 +137,11 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _add(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        local, terms = self.parts(adapter_name)
         if self.is_embedding:
             scale = getattr(self.get_base_layer(), "embed_scale", None)  # Gemma scales what it looks up
-            update = add_lookup(torch.zeros_like(result), x, local, terms)
+            update = add_lookup(torch.zeros_like(result), x, *self.parts(adapter_name))
             return result + (update if scale is None else update * scale.to(update.dtype))
-        return add_update(result, x, local, terms)
+        return add_update(result, x, *self.parts(adapter_name))
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each row of the batch through the adapter that it names."""

@@ -34,14 +34,20 @@ def test_every_term_is_what_its_factors_say(
     pair = Factors(random(pair_out, pair_rank), random(pair_rank, pair_in))
     own = {key: random(*shape) for key, shape in transform.own_shapes((out, width), kernel_rank).items()}
     local = Factors(random(out, rank), random(rank, width))
-    term = transform.factors(pair, own, (out, width))
-    expected = local.b @ local.a + term.b @ term.a
+    second = Factors(random(pair_out, 1), random(1, pair_in))
+    kept = {key: random(*shape) for key, shape in transform.own_shapes((out, width), 1).items()}
+    expected = local.b @ local.a
+    for used in ((pair, own), (second, kept)):
+        term = transform.factors(*used, (out, width))
+        expected = expected + term.b @ term.a
     x, y = random(2, rows, width), random(2, rows, out)
-    terms = [(transform, pair, own)]
-    torch.testing.assert_close(dense(local, terms), expected)
-    torch.testing.assert_close(add_update(y, x, local, terms), y + x @ expected.T)
+    uses = [(pair, own), (second, kept)]
+    torch.testing.assert_close(dense(local, transform, uses), expected)
+    torch.testing.assert_close(add_update(y, x, local, transform, uses), y + x @ expected.T)
+    with torch.no_grad():
+        torch.testing.assert_close(add_update(y.clone(), x, local, transform, uses), y + x @ expected.T)
     ids = torch.randint(width, (2, rows))
-    torch.testing.assert_close(add_lookup(y, ids, local, terms), y + expected.T[ids])
+    torch.testing.assert_close(add_lookup(y, ids, local, transform, uses), y + expected.T[ids])
 
 
 def test_a_transposed_input_and_a_cut_output() -> None:
@@ -49,7 +55,7 @@ def test_a_transposed_input_and_a_cut_output() -> None:
     transform, pair = Kronecker(3), Factors(random(3, 2), random(2, 3))
     own = {"A": random(2, 2), "B": random(3, 2)}
     term = transform.factors(pair, own, (7, 4))
-    torch.testing.assert_close(transform.add(y, x, pair, own), y + x @ (term.b @ term.a).T)
+    torch.testing.assert_close(transform.add_(y.clone(), x, [(pair, own)]), y + x @ (term.b @ term.a).T)
 
 
 @pytest.mark.parametrize("transform", [Kronecker(3), Slice(6, 9), Gate(5)])
@@ -59,7 +65,7 @@ def test_gradients_are_those_of_the_expanded_product(transform: Transform) -> No
     own = {key: random(*shape).requires_grad_() for key, shape in transform.own_shapes((6, 9), 2).items()}
     x, y, weight = random(4, 9).requires_grad_(), random(4, 6), random(4, 6)
     inputs = [x, pair.b, pair.a, *own.values()]
-    structured = torch.autograd.grad((transform.add(y, x, pair, own) * weight).sum(), inputs)
+    structured = torch.autograd.grad((transform.add_(y.clone(), x, [(pair, own)]) * weight).sum(), inputs)
     term = transform.factors(pair, own, (6, 9))
     expanded = torch.autograd.grad(((y + x @ (term.b @ term.a).T) * weight).sum(), inputs)
     for first, second in zip(structured, expanded, strict=True):
@@ -69,7 +75,7 @@ def test_gradients_are_those_of_the_expanded_product(transform: Transform) -> No
 def test_the_result_has_the_type_of_the_base_output() -> None:
     local = Factors(torch.randn(6, 2), torch.randn(2, 9))
     y, x = torch.randn(3, 6).bfloat16(), torch.randn(3, 9).bfloat16()
-    result = add_update(y, x, local)
+    result = add_update(y, x, local, None, [])
     assert result.dtype == torch.bfloat16
     # Added in the factors' float32 and rounded once.
     assert torch.equal(result, (y.float() + (x.float() @ local.a.T) @ local.b.T).bfloat16())

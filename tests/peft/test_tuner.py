@@ -165,15 +165,12 @@ def test_adapters_on_one_model_never_touch_each_other(three: dict[str, Path], lo
     for name in (*three, *reversed(three)):
         model.set_adapter(name)
         close(logits(model), alone[name])
-    pairs: dict[tuple[str, str], set[int]] = {}
+    pairs: dict[str, set[int]] = {}
     for layer in layers(model):
-        for adapter, levels in layer.shared.items():
-            for level, (_, pair) in levels.items():
-                pairs.setdefault((adapter, level), set()).add(id(pair))
-    assert {adapter: len(pairs[adapter, "inter"]) for adapter in three} == dict.fromkeys(three, 1)
-    assert len(pairs["first", "intra"]) == 4
-    everything = [pair for ids in pairs.values() for pair in ids]
-    assert len(everything) == len(set(everything))
+        for adapter, (_, _, uses) in layer.shared.items():
+            pairs.setdefault(adapter, set()).update(id(pair) for pair, _ in uses)
+    assert {adapter: len(ids) for adapter, ids in pairs.items()} == {"first": 5, "second": 5, "third": 5, "fourth": 3}
+    assert len(set().union(*pairs.values())) == 18
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base()))
     model.base_model.set_adapter(["first", "third"])  # two at once add up

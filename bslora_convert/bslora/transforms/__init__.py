@@ -1,11 +1,11 @@
 """How a shared factor takes a module's shape: three transforms behind one small protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.factors import Factors, Shape, Use
 from bslora_convert.bslora.transforms.gate import Gate
 from bslora_convert.bslora.transforms.kronecker import Kronecker
 from bslora_convert.bslora.transforms.slice import Slice
@@ -35,8 +35,8 @@ class Transform(Protocol):
     def factors(self, pair: Factors, own: Mapping[str, Tensor], shape: Shape) -> Factors:
         """A module's term of a shared path, as factors of the module's shape."""
 
-    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
-        """Adds the term of a shared path, applied to the rows of x (n, in) and never expanded, to y (n, out)."""
+    def add_(self, y: Tensor, x: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Adds the terms of shared paths, applied to the rows of x (n, in) and never expanded, to y (n, out) in place."""
 
 
 TRANSFORMS = {"ss": Slice, "gt": Gate, "ke": Kronecker}

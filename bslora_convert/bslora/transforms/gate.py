@@ -10,14 +10,13 @@ shared pair contributes only c. The best GT fit of a matrix with r_local is ther
 r_local + 2, to the last digit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.factors import Factors, Shape, Use
 
 DEFAULT_SIZE = 1024
 
@@ -55,7 +54,9 @@ class Gate:
         c = (own["output_down"] @ pair.b) @ (pair.a @ own["input_up"])
         return Factors(own["output_up"] @ c, own["input_down"])
 
-    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
-        """Adds the term, applied to the rows of x (n, in), to y (n, out): rank one."""
-        term = self.factors(pair, own, (y.shape[1], x.shape[1]))
-        return torch.addmm(y, x @ term.a.T, term.b.T)
+    def add_(self, y: Tensor, x: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Adds the terms, applied to the rows of x (n, in), to y (n, out) in place: rank one each."""
+        for pair, own in uses:
+            term = self.factors(pair, own, (y.shape[1], x.shape[1]))
+            y.addmm_(x @ term.a.T, term.b.T)
+        return y

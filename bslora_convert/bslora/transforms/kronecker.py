@@ -16,14 +16,14 @@ released), `1_r` p = 1, k = r, and `2_r` p = 2, k = r.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.factors import Factors, Shape, Use
 
 DEFAULT_SIZE = 256
 SMALLEST_DIVISOR = 32  # below this, kernels cost more than an uneven edge loses
@@ -124,24 +124,35 @@ class Kronecker:
         """The module's term: (K_B ⊗ B_s, K_A ⊗ A_s), cut at the edges, rank k·p."""
         return Factors(self.spread(pair.b, shape[0], own["B"]), self.spread(pair.a.T, shape[1], own["A"].T).T)
 
-    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
-        """Adds the term, applied to the rows of x (n, in), to y (n, out); neither Kronecker product is ever built.
+    def add_(self, y: Tensor, x: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Adds the terms, applied to the rows of x (n, in), to y (n, out) in place; no Kronecker product is ever built.
 
-        Each block of x meets A_s, the kernels mix the p numbers that are left of it, and B_s writes each block of y:
-        (n, in/s, s) -> (n, in/s, p) -> (n, k, p) -> (n, out/s, p) -> (n, out/s, s).
+        Each block of x meets every A_s at once, the kernels mix the few numbers that are left of it, and the B_s write each block
+        of y: (n, in/s, s) -> (n, in/s, Σp) -> p of them at a time (n, k, p) -> (n, out/s, p) -> Σp together (n, out/s, s).
         """
-        n, (down, across) = x.shape[0], (own["B"].shape[0], own["A"].shape[1])
-        blocks = self.padded(x, across).view(n, across, self.size)
-        mixed = _mix(own["B"], _mix(own["A"], blocks @ pair.a.T))
+        n, (down, across) = x.shape[0], self.grid((y.shape[1], x.shape[1]))
+        blocks = self.padded(x, across).view(n * across, self.size)
+        ranks = sum(pair.rank for pair, _ in uses)
+        seen = (blocks @ _joined([pair.a for pair, _ in uses], 0).T).view(n, across, ranks)
+        mixed, at = [], 0
+        for pair, own in uses:
+            mixed.append(_mix(own["B"], _mix(own["A"], seen[:, :, at : at + pair.rank])))
+            at += pair.rank
+        writes = _joined([pair.b for pair, _ in uses], 1).T
+        wanted = _joined(mixed, 2).reshape(n * down, writes.shape[0])
         if down * self.size == y.shape[1] and y.is_contiguous():
-            flat = mixed.reshape(n * down, mixed.shape[2])
-            return torch.addmm(y.view(n * down, self.size), flat, pair.b.T).view(y.shape)
-        return y + (mixed @ pair.b.T).reshape(n, down * self.size)[:, : y.shape[1]]
+            y.view(n * down, self.size).addmm_(wanted, writes)
+            return y
+        return y.add_((wanted @ writes).view(n, down * self.size)[:, : y.shape[1]])
 
     def padded(self, x: Tensor, grid: int) -> Tensor:
         """Columns of x with zeros up to whole blocks; x itself where nothing is missing."""
         missing = grid * self.size - x.shape[1]
         return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _mix(kernel: Tensor, z: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ The window sits in the centre (the authors' code), at the top left (equation 3 o
 bottom right. A module keeps nothing of its own; where the methods take a kernel, as KE's do, it is a single one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.factors import Factors, Shape, Use
 
 WINDOWS = ("center", "top-left", "bottom-right")
 
@@ -81,7 +81,9 @@ class Slice:
         unused = pair.b.new_ones((1, 1))
         return Factors(self.spread(pair.b, shape[0], unused), self.spread(pair.a.T, shape[1], unused).T)
 
-    def add(self, y: Tensor, x: Tensor, pair: Factors, own: Mapping[str, Tensor]) -> Tensor:
-        """Adds the term, applied to the rows of x (n, in), to y (n, out): both windows are views."""
-        window = self.factors(pair, own, (y.shape[1], x.shape[1]))
-        return torch.addmm(y, x @ window.a.T, window.b.T)
+    def add_(self, y: Tensor, x: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Adds the terms, applied to the rows of x (n, in), to y (n, out) in place: both windows are views."""
+        for pair, own in uses:
+            window = self.factors(pair, own, (y.shape[1], x.shape[1]))
+            y.addmm_(x @ window.a.T, window.b.T)
+        return y
