@@ -1,0 +1,312 @@
+"""`verify` on a real model: against dense computation, against itself, and against what doesn't belong together."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bslora_convert import Recipe, compress, expand, load_compact, verify
+from bslora_convert.behaviour.generation import rouge_l
+from bslora_convert.behaviour.harness import paired_interval
+from bslora_convert.behaviour.model import load_base
+from bslora_convert.behaviour.prompts import encode, read_prompts
+from bslora_convert.cli import main
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.lora import load_lora
+from tests.conftest import FIXTURES
+from tests.planting import random_products, write_lora
+
+TINY = FIXTURES / "tiny"
+BASE, LORA, PROMPTS = TINY / "base", TINY / "gsm8k", TINY / "gsm8k-heldout.jsonl"
+CONTRACT = {
+    "schema_version", "base_model", "prompts", "kl", "kl_p99", "agreement", "nll", "base_kl", "retention", "hidden_error",
+    "generation", "tasks", "thresholds", "passed",
+}  # fmt: skip
+
+
+@pytest.fixture
+def compact(tmp_path: Path) -> Path:
+    compress(LORA, tmp_path / "compact", Recipe(transform="ke", budget=0.5, shared_size=32))
+    return tmp_path / "compact"
+
+
+def merged(model: Any, deltas: dict[str, torch.Tensor]) -> Any:
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            model.get_submodule(name).weight += delta
+    return model
+
+
+@torch.no_grad()
+def test_every_measure_is_what_a_dense_computation_says(compact: Path) -> None:
+    record = verify(compact, LORA, BASE, prompts=PROMPTS, limit=12, batch_size=5, max_new_tokens=0)
+    base = load_base(BASE)
+    reference = merged(
+        base.model, {n: m.b.double() @ m.a.double() * m.scaling for n, m in load_lora(LORA).modules.items()}
+    )
+    form = load_compact(compact).form
+    small = merged(base.model, {n: form.delta(n).b.double() @ form.delta(n).a.double() for n in form.modules})
+    plain = merged(base.model, {})
+    kl: list[torch.Tensor] = []
+    base_kl, agreed, nll, lost, effect = 0.0, 0, dict.fromkeys(("base", "reference", "compact"), 0.0), 0.0, 0.0
+    for row in read_prompts(PROMPTS, 12):
+        example = encode(row, base.tokenizer, base.context, True)
+        ids, start = torch.tensor([example.ids]), example.start
+        outputs = {
+            name: model(input_ids=ids, output_hidden_states=True)
+            for name, model in (("base", plain), ("reference", reference), ("compact", small))
+        }
+        logs = {name: output.logits[0, start - 1 : -1].log_softmax(-1) for name, output in outputs.items()}
+        hidden = {name: output.hidden_states[-1][0, start - 1 : -1] for name, output in outputs.items()}
+        p = logs["reference"].exp()
+        kl.append((p * (logs["reference"] - logs["compact"])).sum(-1))
+        base_kl += float((p * (logs["reference"] - logs["base"])).sum())
+        agreed += int((p.argmax(-1) == logs["compact"].argmax(-1)).sum())
+        for name in nll:
+            nll[name] -= float(logs[name].gather(1, ids[0, start:, None]).sum())
+        lost += float((hidden["compact"] - hidden["reference"]).square().sum())
+        effect += float((hidden["reference"] - hidden["base"]).square().sum())
+    values = torch.cat(kl).numpy()
+    n = len(values)
+    assert record["prompts"]["tokens"] == n
+    expected = {
+        "kl": values.mean(), "kl_p99": np.quantile(values, 0.99), "base_kl": base_kl / n, "agreement": agreed / n,
+        "retention": 1 - values.mean() / (base_kl / n), "hidden_error": (lost / effect) ** 0.5,
+    }  # fmt: skip
+    for key, value in expected.items():
+        assert record[key] == pytest.approx(float(value), rel=1e-4, abs=1e-6), key
+    for name, value in nll.items():
+        assert record["nll"][name] == pytest.approx(value / n, rel=1e-5)
+
+
+def test_an_adapter_against_itself_and_against_its_expansion(compact: Path, tmp_path: Path) -> None:
+    same = verify(LORA, LORA, BASE, prompts=PROMPTS, limit=8, max_new_tokens=8)
+    assert same["kl"] < 1e-6
+    assert (same["agreement"], same["retention"], same["hidden_error"]) == (1.0, 1.0, 0.0)
+    assert same["generation"] == {"rows": 8, "exact_match": 1.0, "rouge_l": 1.0}
+    expand(compact, tmp_path / "lora", dtype="float32")
+    other = verify(compact, tmp_path / "lora", BASE, prompts=PROMPTS, limit=8, max_new_tokens=0)
+    assert other["kl"] < 1e-6
+    assert other["agreement"] == 1.0
+    assert other["retention"] > 0.99999
+
+
+def test_the_result_does_not_depend_on_the_batches(compact: Path) -> None:
+    first, second = (
+        verify(compact, LORA, BASE, prompts=PROMPTS, limit=9, batch_size=size, max_new_tokens=0) for size in (1, 9)
+    )
+    for key in ("kl", "kl_p99", "base_kl", "hidden_error"):
+        assert first[key] == pytest.approx(second[key], rel=1e-4)
+    assert [row["line"] for row in first["worst"]] == [row["line"] for row in second["worst"]]
+
+
+def test_the_result_is_kept_where_the_contract_says(compact: Path, tmp_path: Path) -> None:
+    before = json.loads((compact / "fidelity.json").read_text())
+    page = (compact / "report.html").read_text()
+    assert "How it behaves" not in page
+    for _ in range(2):  # again replaces what was found first
+        record = verify(compact, LORA, BASE, prompts=PROMPTS, limit=4, max_new_tokens=6)
+    assert set(record) >= CONTRACT
+    assert json.loads((compact / "verify.json").read_text()) == record
+    after = json.loads((compact / "fidelity.json").read_text())
+    assert after == {**before, "functional": record}
+    shown = (compact / "report.html").read_text()
+    assert shown.count("How it behaves") == 1
+    assert shown.replace(
+        shown[shown.index("<!-- functional -->") : shown.index("<!-- /functional -->")], ""
+    ) in page.replace("<!-- functional -->\n", "")
+    assert f"{record['retention']:.2%}" in shown
+    # A plain LoRA's directory is left as it is; with --out the result goes there.
+    files = sorted(path.name for path in LORA.iterdir())
+    verify(LORA, LORA, BASE, prompts=PROMPTS, limit=2, max_new_tokens=0, out=tmp_path / "elsewhere.json")
+    assert sorted(path.name for path in LORA.iterdir()) == files
+    assert json.loads((tmp_path / "elsewhere.json").read_text())["kl"] < 1e-6
+    # Another reference than the source says nothing about the conversion.
+    products = {n: m.factors() for n, m in load_lora(LORA).modules.items()}
+    other = write_lora(tmp_path / "other", products, base_model_name_or_path="fixtures/tiny/base")
+    noted = verify(compact, other, BASE, prompts=PROMPTS, limit=2, max_new_tokens=0)
+    assert any("is not what the adapter was made from" in note for note in noted["notes"])
+    assert json.loads((compact / "fidelity.json").read_text()) == after
+
+
+def test_worst_prompts_can_be_read_side_by_side(compact: Path) -> None:
+    record = verify(compact, LORA, BASE, prompts=PROMPTS, limit=20, max_new_tokens=5)
+    divergences = [row["kl"] for row in record["worst"]]
+    assert len(divergences) == 6
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[0] > record["kl"]
+    for row in record["worst"]:
+        assert row["prompt"].startswith("Question:")
+        assert isinstance(row["reference"], str)
+        assert isinstance(row["compact"], str)
+    assert record["generation"]["rows"] == 12
+
+
+def test_rows_without_a_completion_are_completed_by_the_reference(compact: Path, tmp_path: Path) -> None:
+    prompts = [{"prompt": json.loads(line)["prompt"]} for line in PROMPTS.read_text().splitlines()[:3]]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    record = verify(compact, LORA, BASE, prompts=path, max_new_tokens=7)
+    assert record["prompts"]["completions_written"] == 3
+    assert 0 < record["prompts"]["tokens"] <= 3 * 9
+    assert any("the reference wrote it" in note for note in record["notes"])
+
+
+def test_long_rows_are_cut_counted_and_reported(compact: Path) -> None:
+    record = verify(compact, LORA, BASE, prompts=PROMPTS, limit=5, max_new_tokens=0, max_length=24)
+    assert record["prompts"]["cut"] == 5
+    assert any("5 of 5 rows are longer than 24 tokens" in note for note in record["notes"])
+
+
+def test_saved_heads_and_tables_run_too(tmp_path: Path) -> None:
+    """A carried weight is in place only while its adapter is active."""
+    source = load_lora(LORA)
+    head = torch.randn(1024, 128) / 10
+    products = {name: module.factors() for name, module in source.modules.items()}
+    write_lora(
+        tmp_path / "lora", products, extra={"base_model.model.lm_head.weight": head}, modules_to_save=["lm_head"],
+        base_model_name_or_path=str(BASE),
+    )  # fmt: skip
+    compress(tmp_path / "lora", tmp_path / "compact", Recipe(transform="none", budget=1.0))
+    record = verify(tmp_path / "compact", tmp_path / "lora", BASE, prompts=PROMPTS, limit=3, max_new_tokens=0)
+    assert record["kl"] < 1e-5
+    assert record["base_kl"] > 0.1
+    bare = write_lora(tmp_path / "bare", products, base_model_name_or_path=str(BASE))
+    assert verify(bare, tmp_path / "lora", BASE, prompts=PROMPTS, limit=3, max_new_tokens=0)["kl"] > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- what doesn't belong together
+
+
+def refused(words: str, kind: type[Exception] = InputError, **changes: Any) -> None:
+    options: dict[str, Any] = {"compact": LORA, "reference": LORA, "base_model": BASE, "prompts": PROMPTS} | changes
+    with pytest.raises(kind, match=words):
+        verify(**options)
+
+
+def test_wrong_pairs_are_refused(tmp_path: Path) -> None:
+    products = {n: m.factors() for n, m in load_lora(LORA).modules.items()}
+    other = write_lora(tmp_path / "other", products, base_model_name_or_path="another/model")
+    refused("was made for fixtures/tiny/base, .* for another/model", compact=LORA, reference=other)
+    narrow = write_lora(tmp_path / "narrow", random_products(layers=2), base_model_name_or_path="fixtures/tiny/base")
+    refused("128 x 256 in the base model, 64 x 128 in the adapter", compact=narrow, reference=narrow)
+    deep = write_lora(tmp_path / "deep", {n.replace("layers.1", "layers.7"): p for n, p in products.items()},
+                      base_model_name_or_path="fixtures/tiny/base")  # fmt: skip
+    refused(r"the base model has no model\.layers\.7", reference=deep)
+    refused("no such file", reference=tmp_path / "nowhere")
+    refused("can't be loaded", base_model=tmp_path / "no-model")
+    refused("no config.json", base_model=tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    refused("holds no prompts", prompts=tmp_path / "empty.jsonl")
+    (tmp_path / "blank.jsonl").write_text('{"prompt": " "}\n')
+    refused("line 1: the row has no text", prompts=tmp_path / "blank.jsonl")
+    refused("nothing to measure", RecipeError, prompts=None)
+    refused("limit is 0", RecipeError, limit=0)
+    refused("max_new_tokens is -1", RecipeError, max_new_tokens=-1)
+    refused("dtype is 'int8'", RecipeError, dtype="int8")
+    refused("max_accuracy_drop needs tasks", RecipeError, max_accuracy_drop=0.1, limit=2, max_new_tokens=0)
+    carried = write_lora(tmp_path / "carried", products, extra={"base_model.model.score.weight": torch.ones(2, 2)},
+                         base_model_name_or_path="fixtures/tiny/base")  # fmt: skip
+    refused("it carries score.weight, which is no weight of the base model", compact=carried, limit=2)
+
+
+def test_thresholds_are_a_gate(compact: Path) -> None:
+    def run(*options: str) -> Any:
+        words = ["verify", str(compact), "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS)]
+        return CliRunner().invoke(main, [*words, "--limit", "3", "--max-new-tokens", "0", *options])
+
+    good = run("--json", "--max-kl", "50", "--min-retention", "0.01")
+    assert good.exit_code == 0, good.output
+    record = json.loads(good.stdout)
+    assert record["passed"] is True
+    assert record["thresholds"]["max_kl"] == {"limit": 50.0, "value": record["kl"], "passed": True}
+    bad = run("--json", "--max-kl", "1e-9", "--min-agreement", "0.01")
+    assert bad.exit_code == 1
+    assert json.loads(bad.stdout)["passed"] is False
+    assert "max_kl 1e-09 (measured" in bad.stderr
+    assert json.loads((compact / "verify.json").read_text())["passed"] is False
+    shown = run()
+    assert shown.exit_code == 0
+    assert "survived" in shown.stdout
+    assert run("--limit", "0").exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------------- tasks and texts
+
+
+def test_tasks_run_offline_through_the_harness(compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = ["boolq", "piqa", "social_i_qa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "gsm8k", "svamp"]
+    record = verify(
+        compact, LORA, BASE, tasks=[f"local_{name}" for name in names], task_data=FIXTURES / "tasks", limit=2,
+        max_accuracy_drop=1.0,
+    )  # fmt: skip
+    assert record["kl"] is None
+    assert record["passed"]
+    for name in names:
+        task = record["tasks"][f"local_{name}"]
+        assert task["items"] == 2
+        assert task["metric"] == ("exact_match" if name in ("gsm8k", "svamp") else "acc")
+        low, high = task["difference_ci95"]
+        assert -1 <= low <= task["compact"] - task["reference"] <= high <= 1
+    assert "survived" not in (compact / "report.html").read_text()
+    with pytest.raises(RecipeError, match="no_such_task unknown; shipped for local files: local_arc_challenge"):
+        verify(compact, LORA, BASE, tasks=["no_such_task"])
+    with pytest.raises(InputError, match="--task-data"):
+        verify(compact, LORA, BASE, tasks=["local_boolq"])
+
+
+def test_the_interval_of_a_paired_difference() -> None:
+    generator = np.random.default_rng(3)
+    first = generator.random(400) < 0.5
+    assert paired_interval(first, first) == (0.0, 0.0)
+    second = np.where(generator.random(400) < 0.9, first, ~first)  # pairs agree nine times of ten
+    low, high = paired_interval(first, second)
+    difference = first.astype(float) - second
+    spread = difference.std() / 20
+    assert low == pytest.approx(difference.mean() - 1.96 * spread, abs=0.006)
+    assert high == pytest.approx(difference.mean() + 1.96 * spread, abs=0.006)
+    assert paired_interval(first, second) == (low, high)
+
+
+def test_rouge_l_by_hand() -> None:
+    assert rouge_l("the cat sat on the mat", "the cat on a mat") == pytest.approx(2 * 4 / 11)
+    assert rouge_l("", "") == 1.0
+    assert rouge_l("a", "") == 0.0
+
+
+@given(words=st.lists(st.sampled_from("abc"), max_size=8), others=st.lists(st.sampled_from("abc"), max_size=8))
+def test_rouge_l_is_a_likeness(words: list[str], others: list[str]) -> None:
+    first, second = " ".join(words), " ".join(others)
+    assert rouge_l(first, second) == rouge_l(second, first)
+    assert 0 <= rouge_l(first, second) <= 1
+    assert rouge_l(first, first) == 1
+
+
+# ---------------------------------------------------------------------------------------------- the real base model
+
+
+@pytest.mark.real_base
+def test_the_real_adapter_on_its_base_model(smollm2: Path, real_adapter: Path, tmp_path: Path) -> None:
+    same = verify(
+        real_adapter, real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=3, max_new_tokens=0
+    )
+    assert same["kl"] < 1e-6
+    assert (same["agreement"], same["retention"]) == (1.0, 1.0)
+    compress(real_adapter, tmp_path / "small", Recipe(transform="none", ranks=(2, 0, 0), local_ranks="uniform"))
+    record = verify(
+        tmp_path / "small", real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=12, max_new_tokens=16
+    )
+    assert 0.005 < record["kl"] < 0.03
+    assert 0.4 < record["base_kl"] < 0.9
+    assert record["retention"] > 0.95
+    assert record["nll"]["reference"] < record["nll"]["compact"] < record["nll"]["base"]
