@@ -7,6 +7,7 @@ configuration, and a model can be prepared for it, before a single number is rea
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from bslora_convert.bslora.factors import Shape
@@ -35,7 +36,7 @@ class Group:
     kernel_rank: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """The whole adapter; `shared[level][group]`."""
 
@@ -99,6 +100,7 @@ class Layout:
     def _says(self, setting: str) -> bool:
         return setting == "rank" or "A" in (self.transform.own_names if self.transform else ())
 
+    @cached_property
     def owners(self) -> dict[tuple[str, str], str]:
         """The module that owns each group's pair, by (level, group)."""
         owners: dict[tuple[str, str], str] = {}
@@ -107,36 +109,28 @@ class Layout:
                 owners.setdefault((level, group), name)
         return owners
 
-    def pair_shapes(self, level: str, group: str) -> dict[str, Shape]:
-        """Shapes of a group's pair: A (p, columns), B (rows, p)."""
-        assert self.transform is not None  # a group exists only beside a transform
-        rows, columns = self.transform.pair_sizes
-        rank = self.shared[level][group].rank
-        return {"A": (rank, columns), "B": (rows, rank)}
-
-    def own_shapes(self, name: str, level: str) -> dict[str, Shape]:
-        """Shapes of what a module keeps for itself on a level: kernels or gates."""
-        assert self.transform is not None
+    def held_by(self, name: str) -> dict[str, Shape]:
+        """Shapes of what stands under a module: local_A (r, in), local_B (out, r), kernels or gates, and the pairs it owns."""
         entry = self.modules[name]
-        return self.transform.own_shapes(entry.shape, self.shared[level][entry.groups[level]].kernel_rank)
-
-    def local_shapes(self, name: str) -> dict[str, Shape]:
-        """Shapes of a module's local factors: A (r, in), B (out, r)."""
-        entry = self.modules[name]
-        return {"A": (entry.rank, entry.shape[1]), "B": (entry.shape[0], entry.rank)}
+        shapes: dict[str, Shape] = {
+            "local_A": (entry.rank, entry.shape[1]),
+            "local_B": (entry.shape[0], entry.rank),
+        }
+        for level, group in entry.groups.items():
+            assert self.transform is not None  # a group exists only beside a transform
+            shared = self.shared[level][group]
+            if self.owners[level, group] == name:
+                rows, columns = self.transform.pair_sizes
+                shapes |= {f"{level}_A": (shared.rank, columns), f"{level}_B": (rows, shared.rank)}
+            own = self.transform.own_shapes(entry.shape, shared.kernel_rank)
+            shapes |= {f"{level}_own_{key}": shape for key, shape in own.items()}
+        return shapes
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Every stored tensor's key, without PEFT's prefix, and its shape."""
-        owners = self.owners()
-        for name, entry in self.modules.items():
-            parts = {"local": self.local_shapes(name)}
-            for level, group in entry.groups.items():
-                parts[f"{level}_own"] = self.own_shapes(name, level)
-                if owners[level, group] == name:
-                    parts[level] = self.pair_shapes(level, group)
-            for part, shapes in parts.items():
-                for tensor, shape in shapes.items():
-                    yield f"{name}.bslora_{part}.{tensor}", shape
+        for name in self.modules:
+            for tensor, shape in self.held_by(name).items():
+                yield f"{name}.bslora_{tensor}", shape
 
 
 def transform_to_dict(transform: Transform | None) -> dict[str, Any]:

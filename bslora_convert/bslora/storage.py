@@ -2,10 +2,10 @@
 
 `adapter_model.safetensors`, keys below `base_model.model.<module>.`:
 
-    bslora_local.A  (r, in)      bslora_local.B  (out, r)         every module
-    bslora_intra.A  (p, s_in)    bslora_intra.B  (s_out, p)       only under the module that owns the pair, the first of its group
-    bslora_inter.A               bslora_inter.B
-    bslora_intra_own.<name>      bslora_inter_own.<name>          kernels (A, B) or gates of each module that shares
+    bslora_local_A  (r, in)      bslora_local_B  (out, r)         every module
+    bslora_intra_A  (p, s_in)    bslora_intra_B  (s_out, p)       only under the module that owns the pair, the first of its group
+    bslora_inter_A               bslora_inter_B
+    bslora_intra_own_<name>      bslora_inter_own_<name>          kernels (A, B) or gates of each module that shares
 
 `adapter_config.json` is a PEFT configuration with peft_type BSLORA that holds the layout: `transform`, `shared` (the rank of each
 group's pair) and `modules` (shape, local rank, kind where it isn't a linear layer, groups). Every tensor's shape follows from
@@ -124,8 +124,8 @@ def named_tensors(form: BsloraForm) -> dict[str, Tensor]:
     for name, module in form.modules.items():
         tensors |= _pair(f"{name}.bslora_local", module.local)
         for level, path in module.paths.items():
-            tensors |= {f"{name}.bslora_{level}_own.{own}": tensor for own, tensor in path.own.items()}
-    for (level, group), owner in Layout.of(form).owners().items():
+            tensors |= {f"{name}.bslora_{level}_own_{own}": tensor for own, tensor in path.own.items()}
+    for (level, group), owner in Layout.of(form).owners.items():
         tensors |= _pair(f"{owner}.bslora_{level}", form.pair(level, group))
     return tensors
 
@@ -134,14 +134,14 @@ def assemble(layout: Layout, tensors: Mapping[str, Tensor]) -> BsloraForm:
     """The form of a layout with these tensors, by key without PEFT's prefix."""
 
     def pair(prefix: str) -> Factors:
-        return Factors(tensors[f"{prefix}.B"], tensors[f"{prefix}.A"])
+        return Factors(tensors[f"{prefix}_B"], tensors[f"{prefix}_A"])
 
     def path(name: str, level: str, group: str) -> Path:
-        own = layout.own_shapes(name, level)
-        return Path(group, {key: tensors[f"{name}.bslora_{level}_own.{key}"] for key in own})
+        assert layout.transform is not None  # a group exists only beside a transform
+        return Path(group, {key: tensors[f"{name}.bslora_{level}_own_{key}"] for key in layout.transform.own_names})
 
     shared: dict[str, dict[str, Factors]] = {}
-    for (level, group), owner in layout.owners().items():
+    for (level, group), owner in layout.owners.items():
         shared.setdefault(level, {})[group] = pair(f"{owner}.bslora_{level}")
     modules = {
         name: Module(
@@ -156,7 +156,7 @@ def assemble(layout: Layout, tensors: Mapping[str, Tensor]) -> BsloraForm:
 
 
 def _pair(prefix: str, factors: Factors) -> dict[str, Tensor]:
-    return {f"{prefix}.A": factors.a, f"{prefix}.B": factors.b}
+    return {f"{prefix}_A": factors.a, f"{prefix}_B": factors.b}
 
 
 def _take(path: FilePath, tensors: dict[str, Tensor], key: str, shape: Shape) -> Tensor:

@@ -6,6 +6,7 @@ it and referred to by the others, so that it is in memory once, in a state dict 
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,49 +18,40 @@ from bslora_convert.base import is_transposed
 from bslora_convert.bslora.factors import Factors, Shape, Use
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.forward import add_lookup, add_update, dense
-from bslora_convert.bslora.transforms import Transform
+from bslora_convert.bslora.transforms import TRANSFORMS, Transform
 
-LOCAL = ("bslora_local",)
-SHARED = tuple(f"bslora_{level}{own}" for level in LEVELS for own in ("", "_own"))
+LOCAL = ("bslora_local_A", "bslora_local_B")
+SHARED = tuple(
+    f"bslora_{level}_{name}"
+    for level in LEVELS
+    for name in ("A", "B", *(f"own_{own}" for kind in TRANSFORMS.values() for own in cast(Any, kind).own_names))
+)
 BASE = "__base__"  # PEFT's name for a row of a mixed batch that takes no adapter
 
 
-class Tensors(nn.Module):
-    """Named parameters, zero until they are loaded."""
+@dataclass(slots=True)
+class Owner:
+    """Where a shared pair is registered; the layer is known once it has been met."""
 
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        """shapes: by name of the parameter."""
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-
-    def on(self, device: torch.device) -> dict[str, Tensor]:
-        """The parameters on a device; a shared pair may live on its owner's."""
-        return {
-            name: p if p.device == device else p.to(device) for name, p in self._parameters.items() if p is not None
-        }
-
-    def factors(self, device: torch.device) -> Factors:
-        """A and B as a product."""
-        tensors = self.on(device)
-        return Factors(tensors["B"], tensors["A"])
+    layer: "BsloraLayer | None" = None
 
 
 class BsloraLayer(nn.Module, BaseTunerLayer):
-    """A linear layer, transformers' Conv1D or an embedding, quantised or not, and its compact adapters by name."""
+    """A linear layer, transformers' Conv1D or an embedding, quantised or not, and its compact adapters by name.
 
-    adapter_layer_names = LOCAL + SHARED
+    One ParameterDict, by adapter, for each tensor of the format (`bslora_local_A`, `bslora_inter_own_B`, …), made when the first
+    adapter needs it: a hundred adapters cost their numbers and little more.
+    """
+
     other_param_names = ("shared",)
-    bslora_local: nn.ModuleDict
 
     def __init__(self, base_layer: nn.Module) -> None:
         """base_layer: the layer that is adapted; it stays as it is."""
         super().__init__()
         self.base_layer = base_layer
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
-        # adapter -> (local, transform, (pair, kernels or gates) by level); a dict, so that only its owner registers a pair
-        self.shared: dict[str, tuple[Tensors, Transform | None, list[tuple[Tensors, Tensors | None]]]] = {}
+        self.adapter_layer_names: tuple[str, ...] = ()
+        # adapter -> transform and, by level, where its pair is registered; a dict, so that only the owner registers a pair
+        self.shared: dict[str, tuple[Transform | None, dict[str, Owner]]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(base_layer)
@@ -67,52 +59,61 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        local: Mapping[str, Shape],
-        own: Mapping[str, Mapping[str, Shape]],
         transform: Transform | None,
-        shared: Mapping[str, Tensors],
-        owned: Mapping[str, Tensors],
+        tensors: Mapping[str, Shape],
+        owners: Mapping[str, Owner],
         train: str,
         inference_mode: bool,
     ) -> None:
         """Adds an adapter.
 
-        local: shapes of its local factors. own: shapes of its kernels or gates by level. shared: the pair that it uses by level.
-        owned: the pairs among them that this layer registers. train: the parts that get gradients.
+        tensors: shapes of what is registered here, by name (`local_A`, `intra_own_B`, the pairs that this layer owns).
+        owners: by level, who registers the pair that it uses. train: the parts that get gradients.
         """
-        self.bslora_local[adapter_name] = held = Tensors(local)
-        uses: list[tuple[Tensors, Tensors | None]] = []
-        for level, pair in shared.items():
-            kept = Tensors(own[level]) if own[level] else None
-            if kept is not None:
-                self._tensors(f"{level}_own")[adapter_name] = kept
-            uses.append((pair, kept))
-        for level, pair in owned.items():
-            self._tensors(level)[adapter_name] = pair
-        self.shared[adapter_name] = held, transform, uses
+        for name, shape in tensors.items():
+            self._held(name)[adapter_name] = nn.Parameter(torch.zeros(shape))
+        self.shared[adapter_name] = transform, dict(owners)
         frozen = {"all": (), "local": SHARED, "shared": LOCAL}[train]
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _tensors(self, part: str) -> nn.ModuleDict:
-        """What is registered of one part, by adapter."""
-        return cast(nn.ModuleDict, self.get_submodule(f"bslora_{part}"))
+    def _held(self, name: str) -> nn.ParameterDict:
+        """One tensor of the format by adapter."""
+        attribute = f"bslora_{name}"
+        if attribute not in self._modules:
+            self.register_module(attribute, nn.ParameterDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+        return cast(nn.ParameterDict, self._modules[attribute])
+
+    def pair(self, level: str, adapter_name: str) -> Factors:
+        """The shared pair of an adapter that is registered here."""
+        return Factors(
+            self._modules[f"bslora_{level}_B"][adapter_name],  # type: ignore[index]
+            self._modules[f"bslora_{level}_A"][adapter_name],  # type: ignore[index]
+        )
+
+    def parts(self, adapter_name: str) -> tuple[Factors, Transform | None, list[Use]]:
+        """An adapter's local factors, its transform and its uses of shared pairs, as the forward pass takes them."""
+        local = self.pair("local", adapter_name)
+        transform, owners = self.shared[adapter_name]
+        uses: list[Use] = []
+        for level, owner in owners.items():
+            assert owner.layer is not None and transform is not None  # every owner is a module of the model
+            pair = owner.layer.pair(level, adapter_name)
+            if pair.a.device != local.a.device:  # a pair lives where its owner does
+                pair = pair.to(device=local.a.device)
+            own = {
+                name: self._modules[f"bslora_{level}_own_{name}"][adapter_name]  # type: ignore[index]
+                for name in transform.own_names
+            }
+            uses.append((pair, own))
+        return local, transform, uses
 
     @property
     def is_embedding(self) -> bool:
         """Whether the base layer looks rows up."""
         return isinstance(self.get_base_layer(), nn.Embedding)
-
-    def parts(self, adapter_name: str) -> tuple[Factors, Transform | None, list[Use]]:
-        """An adapter's local factors, its transform and its uses of shared pairs, as the forward pass takes them."""
-        local, transform, uses = self.shared[adapter_name]
-        device = next(iter(local._parameters.values())).device  # type: ignore[union-attr]  # A and B
-        return (
-            local.factors(device),
-            transform,
-            [(pair.factors(device), own.on(device) if own is not None else {}) for pair, own in uses],
-        )
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' updates; adapter_names: one name a row of the batch."""
@@ -126,7 +127,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return result
         for adapter_name in self.active_adapters:
-            if adapter_name in self.bslora_local:
+            if adapter_name in self.shared:
                 result = self._add(result, x, adapter_name)
         return result
 
@@ -151,7 +152,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
             raise ValueError("Rows of a batch can't name their adapters while adapters are merged; unmerge first")
         result = self._base(x, *args, **kwargs)
         for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name == BASE or adapter_name not in self.bslora_local:
+            if adapter_name == BASE or adapter_name not in self.shared:
                 continue
             rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
             result = result.index_copy(
@@ -168,7 +169,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         """Adds the active (or named) adapters to the base weight; safe_merge: only if the result is finite."""
         adapter_names = check_adapters_to_merge(self, adapter_names)
         for adapter_name in adapter_names:
-            if adapter_name in self.bslora_local:
+            if adapter_name in self.shared:
                 weight = self._changed(adapter_name, 1)
                 if safe_merge and not torch.isfinite(weight).all():
                     raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bslora_convert.base import check_fits
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
-from bslora_convert.peft.layer import BASE, BsloraLayer, Tensors
+from bslora_convert.peft.layer import BASE, BsloraLayer, Owner
 
 
 class BsloraModel(BaseTuner):
@@ -24,13 +24,12 @@ class BsloraModel(BaseTuner):
     target_module_mapping = {}  # noqa: RUF012  an adapter always says what it targets
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Checks that the adapter was made for this model and starts a new set of pairs.
+        """Checks that the adapter was made for this model and starts a new set of owners.
 
         :raises InputError: naming a module that is missing or has another shape.
         """
         self._layout: Layout = peft_config.layout()
-        self._owners = self._layout.owners()
-        self._pairs: dict[tuple[str, str], Tensors] = {}
+        self._owners: dict[tuple[str, str], Owner] = {}
         check_fits(self._layout.modules, model, peft_config.base_model_name_or_path or CONFIG_NAME)
 
     @staticmethod
@@ -51,16 +50,17 @@ class BsloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Puts one module's part of an adapter on its layer, which is wrapped the first time."""
-        groups = self._layout.modules[current_key].groups
-        pairs = {level: self._pair(level, group) for level, group in groups.items()}
         layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target)
+        owners = {}
+        for level, group in self._layout.modules[current_key].groups.items():
+            owners[level] = self._owners.setdefault((level, group), Owner())
+            if self._layout.owners[level, group] == current_key:
+                owners[level].layer = layer
         layer.update_layer(
             adapter_name,
-            self._layout.local_shapes(current_key),
-            {level: self._layout.own_shapes(current_key, level) for level in groups},
             self._layout.transform,
-            pairs,
-            {level: pairs[level] for level, group in groups.items() if self._owners[level, group] == current_key},
+            self._layout.held_by(current_key),
+            owners,
             peft_config.train,
             peft_config.inference_mode,
         )
@@ -68,12 +68,6 @@ class BsloraModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-
-    def _pair(self, level: str, group: str) -> Tensors:
-        """The shared pair of a group of the adapter that is being added, made when the first of its modules is met."""
-        if (level, group) not in self._pairs:
-            self._pairs[level, group] = Tensors(self._layout.pair_shapes(level, group))
-        return self._pairs[level, group]
 
     @classmethod
     def _get_adapter_state_dict(

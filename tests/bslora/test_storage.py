@@ -71,7 +71,7 @@ def test_each_shared_tensor_is_stored_once(tmp_path: Path, name: str) -> None:
     for level, groups in form.shared.items():
         for pair in groups.values():
             assert sum(torch.equal(pair.b, tensor) for tensor in stored.values()) == 1
-        assert sum(key.endswith(f".bslora_{level}.B") for key in stored) == len(groups)
+        assert sum(key.endswith(f".bslora_{level}_B") for key in stored) == len(groups)
 
 
 def test_views_transposes_and_aliases_keep_their_numbers(tmp_path: Path) -> None:
@@ -120,22 +120,22 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
         }
     prefix = "base_model.model.model.layers.0."
     assert {key.removeprefix(prefix): value for key, value in header.items()} == {
-        "q.bslora_local.A": ("BF16", [1, 12]),
-        "q.bslora_local.B": ("BF16", [8, 1]),
-        "q.bslora_intra.A": ("BF16", [1, 4]),
-        "q.bslora_intra.B": ("BF16", [4, 1]),
-        "q.bslora_inter.A": ("BF16", [2, 4]),
-        "q.bslora_inter.B": ("BF16", [4, 2]),
-        "q.bslora_intra_own.A": ("BF16", [1, 3]),
-        "q.bslora_intra_own.B": ("BF16", [2, 1]),
-        "q.bslora_inter_own.A": ("BF16", [1, 3]),
-        "q.bslora_inter_own.B": ("BF16", [2, 1]),
-        "v.bslora_local.A": ("BF16", [1, 12]),
-        "v.bslora_local.B": ("BF16", [4, 1]),
-        "v.bslora_intra_own.A": ("BF16", [1, 3]),
-        "v.bslora_intra_own.B": ("BF16", [1, 1]),
-        "v.bslora_inter_own.A": ("BF16", [1, 3]),
-        "v.bslora_inter_own.B": ("BF16", [1, 1]),
+        "q.bslora_local_A": ("BF16", [1, 12]),
+        "q.bslora_local_B": ("BF16", [8, 1]),
+        "q.bslora_intra_A": ("BF16", [1, 4]),
+        "q.bslora_intra_B": ("BF16", [4, 1]),
+        "q.bslora_inter_A": ("BF16", [2, 4]),
+        "q.bslora_inter_B": ("BF16", [4, 2]),
+        "q.bslora_intra_own_A": ("BF16", [1, 3]),
+        "q.bslora_intra_own_B": ("BF16", [2, 1]),
+        "q.bslora_inter_own_A": ("BF16", [1, 3]),
+        "q.bslora_inter_own_B": ("BF16", [2, 1]),
+        "v.bslora_local_A": ("BF16", [1, 12]),
+        "v.bslora_local_B": ("BF16", [4, 1]),
+        "v.bslora_intra_own_A": ("BF16", [1, 3]),
+        "v.bslora_intra_own_B": ("BF16", [1, 1]),
+        "v.bslora_inter_own_A": ("BF16", [1, 3]),
+        "v.bslora_inter_own_B": ("BF16", [1, 1]),
     }
     assert json.loads((directory / CONFIG).read_text()) == {
         "peft_type": "BSLORA",
@@ -209,26 +209,26 @@ Q = "base_model.model.model.layers.0.q.bslora_"
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({Q + "local.A": None}, ("local.A is missing",)),
-        ({Q + "inter.B": None}, ("inter.B is missing",)),
-        ({Q + "intra_own.A": None}, ("intra_own.A is missing",)),
-        ({Q + "local.C": torch.zeros(1)}, ("local.C", "belongs to no module")),
-        ({Q.replace("layers.0", "layers.9") + "local.A": torch.zeros(1)}, ("layers.9", "belongs to no module")),
-        ({Q + "local.A": torch.zeros(2, 13)}, ("local.A", "(2, 12) is expected")),
-        ({Q + "local.B": torch.zeros(8, 3)}, ("local.B", "(8, 2) is expected")),
-        ({Q + "inter.A": torch.zeros(3, 5)}, ("inter.A", "(3, 4) is expected")),
-        ({Q + "inter.A": torch.zeros(12)}, ("inter.A", "(3, 4) is expected")),
-        ({Q + "intra_own.A": torch.zeros(1, 4)}, ("intra_own.A", "(1, 3)")),
-        ({Q + "intra_own.A": torch.zeros(3)}, ("intra_own.A",)),
-        ({Q + "intra_own.B": torch.zeros(2, 2)}, ("intra_own.B", "(2, 1)")),
-        ({Q + "local.A": torch.full((2, 12), float("nan"))}, ("local.A", "NaN")),
-        ({Q + "inter.B": torch.full((4, 3), float("inf"))}, ("inter.B", "infinite")),
-        ({Q + "intra_own.B": torch.full((2, 1), float("-inf"))}, ("intra_own.B", "infinite")),
-        ({Q + "inter_own.C": torch.zeros(1, 1)}, ("inter_own.C", "belongs to no module")),
-        ({Q.replace("0.q", "0.v") + "inter.A": torch.zeros(3, 4)}, ("0.v.bslora_inter.A", "belongs to no module")),
-        ({Q + "inter_own.A": torch.zeros(3, 3), Q + "inter_own.B": torch.zeros(2, 3)}, ("inter_own.A", "(1, 3)")),
-        ({Q + "local.A": torch.zeros(2, 12, dtype=torch.int32)}, ("local.A", "int32")),
-        ({Q + "local.A": torch.zeros(2, 12, dtype=torch.float16)}, ("several dtypes",)),
+        ({Q + "local_A": None}, ("local_A is missing",)),
+        ({Q + "inter_B": None}, ("inter_B is missing",)),
+        ({Q + "intra_own_A": None}, ("intra_own_A is missing",)),
+        ({Q + "local_C": torch.zeros(1)}, ("local_C", "belongs to no module")),
+        ({Q.replace("layers.0", "layers.9") + "local_A": torch.zeros(1)}, ("layers.9", "belongs to no module")),
+        ({Q + "local_A": torch.zeros(2, 13)}, ("local_A", "(2, 12) is expected")),
+        ({Q + "local_B": torch.zeros(8, 3)}, ("local_B", "(8, 2) is expected")),
+        ({Q + "inter_A": torch.zeros(3, 5)}, ("inter_A", "(3, 4) is expected")),
+        ({Q + "inter_A": torch.zeros(12)}, ("inter_A", "(3, 4) is expected")),
+        ({Q + "intra_own_A": torch.zeros(1, 4)}, ("intra_own_A", "(1, 3)")),
+        ({Q + "intra_own_A": torch.zeros(3)}, ("intra_own_A",)),
+        ({Q + "intra_own_B": torch.zeros(2, 2)}, ("intra_own_B", "(2, 1)")),
+        ({Q + "local_A": torch.full((2, 12), float("nan"))}, ("local_A", "NaN")),
+        ({Q + "inter_B": torch.full((4, 3), float("inf"))}, ("inter_B", "infinite")),
+        ({Q + "intra_own_B": torch.full((2, 1), float("-inf"))}, ("intra_own_B", "infinite")),
+        ({Q + "inter_own_C": torch.zeros(1, 1)}, ("inter_own_C", "belongs to no module")),
+        ({Q.replace("0.q", "0.v") + "inter_A": torch.zeros(3, 4)}, ("0.v.bslora_inter_A", "belongs to no module")),
+        ({Q + "inter_own_A": torch.zeros(3, 3), Q + "inter_own_B": torch.zeros(2, 3)}, ("inter_own_A", "(1, 3)")),
+        ({Q + "local_A": torch.zeros(2, 12, dtype=torch.int32)}, ("local_A", "int32")),
+        ({Q + "local_A": torch.zeros(2, 12, dtype=torch.float16)}, ("several dtypes",)),
         ({"model.layers.0.q.x": torch.zeros(1)}, ("every key starts with",)),
     ],
 )
