@@ -1,6 +1,7 @@
 """The base model with its tokenizer, read once and shared by everything that is measured on it."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,10 @@ class BaseModel:
         cache = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=True).past_key_values
         return cache if hasattr(cache, "batch_repeat_interleave") else None
 
-    @torch.inference_mode()
-    def predictions(self, batch: Batch, prefix: Any = None) -> tuple[Tensor, Tensor]:
+    def predictions(self, batch: Batch, prefix: Any = None, gradients: bool = False) -> tuple[Tensor, Tensor]:
         """Last hidden states (n, d) and logits (n, vocabulary) at the measured positions only; the rest is never formed.
 
-        prefix: from `read_prefix`, of tokens that every row of the batch begins with.
+        prefix: from `read_prefix`, of tokens that every row of the batch begins with. gradients: for training.
         """
         head = self.model.get_output_embeddings()
         kept: list[Tensor] = []
@@ -61,13 +61,15 @@ class BaseModel:
             return (kept[0][None],)
 
         handle = head.register_forward_pre_hook(select)
+        state = nullcontext() if gradients else torch.inference_mode()
         try:
-            output = self.model(
-                input_ids=batch.ids[:, known:].to(self.device),
-                attention_mask=batch.mask.to(self.device),
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
+            with state:
+                output = self.model(
+                    input_ids=batch.ids[:, known:].to(self.device),
+                    attention_mask=batch.mask.to(self.device),
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
         finally:
             handle.remove()
         return kept[0], output.logits[0]

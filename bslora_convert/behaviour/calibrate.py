@@ -1,0 +1,115 @@
+"""One streaming pass over prompts: second moments of what each module's factors see, never a d×d matrix.
+
+inputs   E[(Ax)(Ax)ᵀ]     x the module's inputs, over all tokens, the original adapter active
+outputs  E[(Bᵀg)(Bᵀg)ᵀ]   g the gradient of the completions' negative log-likelihood at the module's output
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.behaviour.prompts import Batch, Example, batches
+from bslora_convert.bslora.factors import Factors
+from bslora_convert.fit.calibrated import Moments
+
+METRICS = ("input", "two-sided")
+
+
+def collect(
+    base: BaseModel,
+    reference: Attached,
+    factors: Mapping[str, Factors],
+    examples: Sequence[Example],
+    batch_size: int,
+    metric: str = "input",
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Moments]:
+    """Moments of each module's factors b (out, q), a (q, in), with the reference active on the base.
+
+    metric: `input`, or `two-sided` with a backward pass for the outputs.
+    """
+    sums = {name: _Sum(part, base.device) for name, part in factors.items()}
+    done = 0
+    with reference:
+        for batch in batches(examples, batch_size, base.pad):
+            with _watching(base.model, sums, batch.mask.bool(), metric == "two-sided"):
+                if metric == "two-sided":
+                    _backward(base, batch)
+                else:
+                    base.predictions(batch)
+            done += len(batch.examples)
+            progress(done)
+    return {name: total.moments(metric) for name, total in sums.items()}
+
+
+class _Sum:
+    """Moments of one module as they grow."""
+
+    def __init__(self, factors: Factors, device: torch.device) -> None:
+        q = factors.rank
+        self.factors = factors.to(torch.float32, device)
+        self.inputs = torch.zeros((q, q), dtype=torch.float64, device=device)
+        self.outputs = torch.zeros((q, q), dtype=torch.float64, device=device)
+        self.count = 0
+
+    def see_input(self, x: Tensor) -> None:
+        """Takes in x (n, in), or an embedding's token ids (n,)."""
+        z = (self.factors.a.T[x] if x.ndim == 1 else x.float() @ self.factors.a.T).double()
+        self.inputs.addmm_(z.T, z)
+        self.count += len(z)
+
+    def see_gradient(self, g: Tensor) -> None:
+        """Takes in g (n, out)."""
+        z = (g.float() @ self.factors.b).double()
+        self.outputs.addmm_(z.T, z)
+
+    def moments(self, metric: str) -> Moments:
+        """The means, on the CPU."""
+        count = max(self.count, 1)
+        outputs = (self.outputs / count).cpu() if metric == "two-sided" else None
+        return Moments((self.inputs / count).cpu(), outputs)
+
+
+@contextmanager
+def _watching(model: nn.Module, sums: Mapping[str, _Sum], mask: Tensor, gradients: bool) -> Iterator[None]:
+    """Every module's inputs (and the gradients at its output) go into its sum, padding left out."""
+
+    def rows(tensor: Tensor, lead: int) -> Tensor:
+        shape = tensor.shape[: tensor.ndim - lead]
+        if shape == mask.shape:
+            return tensor[mask.to(tensor.device)]
+        return tensor.flatten(0, tensor.ndim - lead - 1)  # experts see their tokens without padding
+
+    def hook(total: _Sum) -> Callable[..., None]:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            total.see_input(rows(x, int(x.is_floating_point())))
+            if gradients:
+                output.register_hook(lambda g: total.see_gradient(rows(g, 1)))
+
+        return see
+
+    with ExitStack() as stack:
+        for name, total in sums.items():
+            stack.callback(model.get_submodule(name).register_forward_hook(hook(total)).remove)
+        yield
+
+
+def _backward(base: BaseModel, batch: Batch) -> None:
+    """Gradients of the completions' negative log-likelihood at every module; no parameter gets any."""
+    embeddings = base.model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        with torch.enable_grad():
+            _, logits = base.predictions(batch, gradients=True)
+            loss: Any = torch.nn.functional.cross_entropy(
+                logits.float(), batch.targets.to(logits.device), reduction="sum"
+            )
+            loss.backward()
+    finally:
+        handle.remove()

@@ -1,0 +1,450 @@
+"""Distillation: a compact adapter is trained to predict what the original predicts, on one base model in memory.
+
+    loss = T² · mean over completion tokens of KL(softmax(l_original / T) ‖ softmax(l_compact / T))  [ + w · hidden term ]
+
+    hidden term   ‖h_compact − h_original‖² / ‖h_original‖² on the last hidden states
+
+The compact adapter's own tensors are the parameters, in float32; both adapters hang on the base through hooks and take turns.
+The state with the lowest KL on held-out rows is kept, the starting state included, so that it never ends worse than it began:
+states are measured as they would be stored, rounded to the storage dtype.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.behaviour.prompts import Batch, Example, batches, shared_prefix
+from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.storage import assemble, named_tensors
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.tensorfile import read_json, read_tensors
+
+TRAINED = ("local", "shared", "all")
+CHECKPOINT, STATE = "state.safetensors", "state.json"
+TOKENS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How to distil.
+
+    Of `max_steps`, `epochs` and `max_minutes`, whichever comes first ends it; so do `patience` evaluations without a better state.
+
+    :raises RecipeError: naming the field, its value and what is allowed.
+    """
+
+    train: str = "local"
+    max_steps: int | None = None
+    epochs: float = 1.0
+    max_minutes: float | None = None
+    learning_rate: float = 5e-4
+    warmup: float = 0.1
+    batch_size: int = 8
+    accumulate: int = 1
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    clip: float = 1.0
+    max_length: int | None = None
+    heldout: float = 0.1
+    max_heldout: int = 32
+    evaluate_every: int = 10
+    patience: int = 8
+    chat_template: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED:
+            raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
+        least = {
+            "max_steps": 0, "epochs": 0, "max_minutes": 0, "learning_rate": 0, "temperature": 0, "clip": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > bound):
+                raise RecipeError(f"{name} is {value}: a number above {bound} is allowed")
+        for name in ("batch_size", "accumulate", "max_length", "max_heldout", "evaluate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
+        for name in ("warmup", "heldout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is allowed")
+        if self.hidden_weight < 0:
+            raise RecipeError(f"hidden_weight is {self.hidden_weight}: zero or more is allowed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name."""
+        return asdict(self)
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step (from 0): linear warm-up, then half a cosine down to a tenth of a hundredth."""
+        rising = max(1, round(self.warmup * steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        share = (step - rising) / max(1, steps - rising)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """What distillation gives: the form to store, the row of every step, and what it says of itself."""
+
+    form: BsloraForm
+    log: tuple[Mapping[str, Any], ...]
+    record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def split_heldout(examples: Sequence[Example], training: Training) -> tuple[list[Example], list[Example]]:
+    """(for training, held out): a share of the rows drawn with the seed.
+
+    :raises InputError: when too few rows are left on either side.
+    """
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(training.seed)).tolist()
+    count = min(training.max_heldout, max(1, round(training.heldout * len(examples)))) if training.heldout else 0
+    if len(examples) - count < 1 or count < 1:
+        raise InputError(
+            f"{len(examples)} rows can't be split into some for training and some held out; give more rows"
+        )
+    held = sorted(order[:count])
+    taken = set(held)
+    return [example for i, example in enumerate(examples) if i not in taken], [examples[i] for i in held]
+
+
+def heldout_kl(
+    base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
+) -> float:
+    """Mean KL(reference ‖ compact) over the measured tokens of some examples."""
+    prefix = shared_prefix(examples)
+    with reference:
+        known = base.read_prefix(prefix)
+    with compact:
+        other_known = base.read_prefix(prefix)
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in batches(examples, size, base.pad):
+            with reference:
+                _, logits = base.predictions(batch, known)
+            with compact:
+                _, other = base.predictions(batch, other_known)
+            total += float(_kl(logits, other, 1.0).double().sum())
+            tokens += len(batch.targets)
+    return total / tokens
+
+
+def distill(
+    base: BaseModel,
+    reference: Attached,
+    form: BsloraForm,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    training: Training,
+    *,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    began: float | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Distilled:
+    """Trains a form against the reference on these examples; see the module's docstring.
+
+    checkpoints: a directory that takes the state after every evaluation; resume: go on from there where there is one.
+    began: `time.perf_counter()` at the beginning of the whole command, from which `max_minutes` counts.
+
+    :raises InputError: when checkpoints are of another run or damaged.
+    """
+    run = _Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter())
+    if resume and checkpoints is not None and (checkpoints / STATE).is_file():
+        run.load()
+    elif checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return run.finish(progress)
+
+
+class _Run:
+    """One training run: parameters, optimiser, the best state so far."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        reference: Attached,
+        form: BsloraForm,
+        examples: Sequence[Example],
+        heldout: Sequence[Example],
+        training: Training,
+        checkpoints: Path | None,
+        began: float,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.base, self.reference, self.training = base, reference, training
+        self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
+        self.layout = Layout.of(form)
+        self.stored = next(form.tensors()).dtype
+        start = {name: tensor.float().to(base.device) for name, tensor in named_tensors(form).items()}
+        self.student = _Student(base, start, self.layout, training.train)
+        self.accelerator = Accelerator(cpu=base.device.type == "cpu")
+        optimizer = torch.optim.AdamW(self.student.parameters(), lr=training.learning_rate, weight_decay=0.0)
+        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        self.best = {name: tensor.clone() for name, tensor in start.items()}
+        self.step, self.stale, self.kept_step = 0, 0, 0
+        self.before = self.lowest = math.nan
+        self.log: list[dict[str, Any]] = []
+        self.tokens, self.seconds = 0, 0.0
+        self.notes: list[str] = []
+        self.steps = self._planned()
+
+    def _planned(self) -> int:
+        """Optimiser steps that the run takes at most."""
+        per_epoch = max(1, math.ceil(len(self.examples) / (self.training.batch_size * self.training.accumulate)))
+        planned = max(1, round(self.training.epochs * per_epoch))
+        return min(planned, self.training.max_steps) if self.training.max_steps else planned
+
+    def finish(self, progress: Callable[[str, int, int], None]) -> Distilled:
+        """Trains to the end and returns the best state."""
+        if math.isnan(self.before):
+            progress("measuring the start", 0, 0)
+            self.before = self.lowest = self._heldout()
+        order = self._order()
+        for _ in range(self.step * self.training.accumulate):
+            next(order)
+        while self.step < self.steps and not self._out_of_time() and self.stale < self.training.patience:
+            row = self._one_step(order)
+            if row is None:
+                self.notes.append(f"the loss was not finite at step {self.step + 1}; the best state before it is kept")
+                break
+            self.step += 1
+            if self.step % self.training.evaluate_every == 0 or self.step == self.steps:
+                row["heldout_kl"] = self._evaluate()
+            self.log.append(row)
+            if "heldout_kl" in row and self.checkpoints is not None:
+                self.save()
+            progress(self._said(row), self.step, self.steps)
+        if self.step and self.log and "heldout_kl" not in self.log[-1]:
+            self.log[-1]["heldout_kl"] = self._evaluate()
+        return self._result()
+
+    def _said(self, row: Mapping[str, Any]) -> str:
+        return f"loss {row['loss']:.4f}, held-out KL {self.lowest:.5f}, {row['tokens_per_second']:.0f} tokens/s"
+
+    def _out_of_time(self) -> bool:
+        minutes = self.training.max_minutes
+        if minutes is None:
+            return False
+        # A last evaluation has to fit in as well; it costs about as much as a few steps.
+        spent = time.perf_counter() - self.began + self.seconds_per_evaluation
+        return spent > 60 * minutes
+
+    @property
+    def seconds_per_evaluation(self) -> float:
+        """What the last evaluation took."""
+        return getattr(self, "_evaluation", 0.0)
+
+    def _order(self) -> Iterator[Batch]:
+        """Batches, epoch after epoch, each in its own order; the same for the same seed."""
+        epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed(self.training.seed + epoch)
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            for start in range(0, len(order), self.training.batch_size):
+                part = [self.examples[i] for i in order[start : start + self.training.batch_size]]
+                yield next(batches(part, len(part), self.base.pad))
+            epoch += 1
+
+    def _one_step(self, order: Iterator[Batch]) -> dict[str, Any] | None:
+        """One optimiser step; None when the loss or the gradient is not finite."""
+        began, tokens, losses = time.perf_counter(), 0, []
+        rate = self.training.rate_at(self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = [next(order) for _ in range(self.training.accumulate)]
+        measured = sum(len(batch.targets) for batch in parts)
+        for batch in parts:
+            with torch.no_grad(), self.reference:
+                hidden, logits = self.base.predictions(batch)
+            loss = self.model(batch, hidden, logits, self.training) / measured
+            self.accelerator.backward(loss)
+            losses.append(float(loss.detach()))
+            tokens += int(batch.mask.sum())
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.training.clip)
+        if not math.isfinite(sum(losses)) or not math.isfinite(float(norm)):
+            self.optimizer.zero_grad()
+            return None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        return {
+            "step": self.step + 1, "loss": sum(losses), "learning_rate": rate, "gradient_norm": float(norm),
+            "tokens_per_second": tokens / seconds,
+        }  # fmt: skip
+
+    def _heldout(self) -> float:
+        began = time.perf_counter()
+        with torch.no_grad(), self.student.rounded(self.stored):
+            kl = heldout_kl(self.base, self.reference, self.student.attached, self.heldout, self.training.batch_size)
+        self._evaluation = time.perf_counter() - began
+        return kl
+
+    def _evaluate(self) -> float:
+        """Held-out KL of the present state, which becomes the best one where it is lower."""
+        kl = self._heldout()
+        if kl < self.lowest:
+            self.lowest, self.kept_step, self.stale = kl, self.step, 0
+            self.best = {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
+        else:
+            self.stale += 1
+        return kl
+
+    def _result(self) -> Distilled:
+        form = assemble(self.layout, {name: tensor.cpu() for name, tensor in self.best.items()}).to(self.stored)
+        self.student.attached.remove()
+        record = {
+            "steps": self.step,
+            "kept_step": self.kept_step,
+            "heldout_kl_before": self.before,
+            "heldout_kl_after": self.lowest,
+            "heldout_rows": len(self.heldout),
+            "training_rows": len(self.examples),
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "peak_bytes": peak_bytes(self.base.device),
+            "trained": self.training.train,
+            "trained_parameters": sum(p.numel() for p in self.student.parameters()),
+            "device": self.base.device.type,
+            "dtype": str(self.base.model.dtype).removeprefix("torch."),
+            "options": self.training.to_dict(),
+        }
+        if self.kept_step == 0:
+            self.notes.append("no state was better on the held-out rows than the starting one, which is kept")
+        return Distilled(form, tuple(self.log), record, tuple(self.notes))
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Everything that the rest of the run depends on, complete or not at all."""
+        assert self.checkpoints is not None
+        partial = self.checkpoints.with_name(f".{self.checkpoints.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {f"now.{name}": tensor for name, tensor in self.student.tensors.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.student.trained.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / CHECKPOINT)
+        state = {key: getattr(self, key) for key in self._scalars()}
+        (partial / STATE).write_text(json.dumps({"options": self.training.to_dict(), **state}))
+        old = self.checkpoints.with_name(f".{self.checkpoints.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.checkpoints.exists():
+            self.checkpoints.rename(old)
+        partial.rename(self.checkpoints)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @staticmethod
+    def _scalars() -> tuple[str, ...]:
+        return ("step", "stale", "kept_step", "before", "lowest", "log", "tokens", "seconds")
+
+    def load(self) -> None:
+        """Goes on from a checkpoint of the same run.
+
+        :raises InputError: when it is damaged or its options are others.
+        """
+        assert self.checkpoints is not None
+        state = read_json(self.checkpoints / STATE)
+        free = ("max_steps", "epochs", "max_minutes", "patience")
+        for name, value in self.training.to_dict().items():
+            if name not in free and state.get("options", {}).get(name) != value:
+                raise InputError(
+                    f"{self.checkpoints / STATE}: was trained with {name} {state.get('options', {}).get(name)!r}, now {value!r}; "
+                    "give the same options or leave --resume out"
+                )
+        tensors = read_tensors(self.checkpoints / CHECKPOINT)
+        try:
+            with torch.no_grad():
+                for name, tensor in self.student.tensors.items():
+                    tensor.copy_(tensors[f"now.{name}"])
+                    self.best[name].copy_(tensors[f"best.{name}"])
+                for name, parameter in self.student.trained.items():
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(state["step"])),
+                        **{key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
+                    }
+            for key in self._scalars():
+                setattr(self, key, state[key])
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{self.checkpoints}: not a checkpoint of this adapter ({error})") from None
+
+
+class _Student(nn.Module):
+    """The compact adapter on the base as a module whose parameters are what is trained."""
+
+    def __init__(self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str) -> None:
+        super().__init__()
+        self.base = (base,)  # in a tuple: the frozen base is none of the module's parameters
+        chosen = [name for name in tensors if train == "all" or ("bslora_local" in name) == (train == "local")]
+        if not any(tensors[name].numel() for name in chosen):
+            raise RecipeError(f"train is {train!r}, but the adapter has no such part; use local or all")
+        self.parameters_by_place = nn.ParameterList([nn.Parameter(tensors[name]) for name in chosen])
+        self.trained = dict(zip(chosen, self.parameters_by_place, strict=True))
+        self.tensors: dict[str, Tensor] = {**tensors, **self.trained}
+        self.attached = Attached(base.model, assemble(layout, self.tensors), {}, "the compact adapter", enabled=False)
+
+    def forward(self, batch: Batch, hidden: Tensor, logits: Tensor, training: Training) -> Tensor:
+        """Summed loss of a batch; hidden, logits: the reference's."""
+        with self.attached:
+            own_hidden, own = self.base[0].predictions(batch, gradients=True)
+        loss = training.temperature**2 * _kl(logits, own, training.temperature).sum()
+        if training.hidden_weight:
+            lost = (own_hidden.float() - hidden.float()).square().sum() / hidden.float().square().sum()
+            loss = loss + training.hidden_weight * len(batch.targets) * lost
+        return loss
+
+    def rounded(self, dtype: torch.dtype) -> "_Rounded":
+        """A context in which the adapter holds what would be stored."""
+        return _Rounded(self.tensors, dtype)
+
+
+class _Rounded:
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = tensors, dtype
+        self.exact: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        for name, tensor in self.tensors.items():
+            self.exact[name] = tensor.detach().clone()
+            tensor.data.copy_(tensor.detach().to(self.dtype))
+
+    def __exit__(self, *_: object) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.data.copy_(self.exact[name])
+
+
+def _kl(logits: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """KL of each row at a temperature, in float32: (n, v), (n, v) -> (n,)."""
+    rows = []
+    for p, q in zip(logits.split(TOKENS_AT_ONCE), other.split(TOKENS_AT_ONCE), strict=True):
+        log_p = (p.float() / temperature).log_softmax(-1)
+        log_q = (q.float() / temperature).log_softmax(-1)
+        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(rows)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that the process (on a GPU: its allocator) has held so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
