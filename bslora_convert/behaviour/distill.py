@@ -40,7 +40,8 @@ TOKENS_AT_ONCE = 256
 class Training:
     """How to distil.
 
-    Of `max_steps`, `epochs` and `max_minutes`, whichever comes first ends it; so do `patience` evaluations without a better state.
+    Whichever of `max_steps`, `epochs` and `max_minutes` comes first ends it; so do `patience` evaluations without a better
+    state.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -192,7 +193,10 @@ class _Run:
         self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
         self.layout = Layout.of(form)
         self.stored = next(form.tensors()).dtype
-        start = {name: tensor.float().to(base.device) for name, tensor in named_tensors(form).items()}
+        start = {
+            name: tensor.detach().to(base.device, torch.float32, copy=True)
+            for name, tensor in named_tensors(form).items()
+        }
         self.student = _Student(base, start, self.layout, training.train)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=training.learning_rate, weight_decay=0.0)
