@@ -12,10 +12,12 @@ from bslora_convert.version import __version__
 
 if TYPE_CHECKING:
     from bslora_convert.behaviour.attach import load_into
+    from bslora_convert.behaviour.training import Training
     from bslora_convert.behaviour.verify import verify
     from bslora_convert.bslora.storage import load_compact, save_compact
     from bslora_convert.compression import compress
     from bslora_convert.expansion import expand
+    from bslora_convert.finetuning import finetune
     from bslora_convert.inspection import inspect
     from bslora_convert.lora import load_lora
     from bslora_convert.recipe import Recipe
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "bslora_convert.recipe",
     "compress": "bslora_convert.compression",
+    "Training": "bslora_convert.behaviour.training",
     "expand": "bslora_convert.expansion",
+    "finetune": "bslora_convert.finetuning",
     "inspect": "bslora_convert.inspection",
     "load_compact": "bslora_convert.bslora.storage",
     "load_into": "bslora_convert.behaviour.attach",
@@ -34,9 +38,11 @@ _HOMES = {
 
 __all__ = [
     "Recipe",
+    "Training",
     "__version__",
     "compress",
     "expand",
+    "finetune",
     "inspect",
     "load_compact",
     "load_into",

@@ -1,6 +1,6 @@
 """The main job: a LoRA directory in, a compact directory with a report that was measured on what was written.
 
-read -> fit -> cast -> write beside -> read back -> measure -> report -> rename into place
+read -> fit -> cast -> (calibrate, distil on the base) -> write beside -> read back -> measure -> report -> rename into place
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bslora_convert import fidelity
+from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
-from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from bslora_convert.fit.convert import (
     Fit,
@@ -28,16 +28,15 @@ from bslora_convert.fit.convert import (
 )
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.landing import check_output, landing
-from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora import load_lora
 from bslora_convert.recipe import Recipe
-from bslora_convert.tensorfile import dtype_name, sha256
-from bslora_convert.tokenizer import copy_tokenizer
-from bslora_convert.version import __version__
+from bslora_convert.result import Extras, write_result
+from bslora_convert.tensorfile import sha256
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
 
-Progress = Callable[[str], None]
+Progress = Callable[[str, int, int], None]  # step, done, total (0 = unknown)
 
 
 def compress(
@@ -45,24 +44,25 @@ def compress(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    training: Training | None = None,
     overwrite: bool = False,
     report_html: bool = True,
-    progress: Progress = lambda _: None,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
 
-    :raises InputError: when the source is missing or damaged.
+    training: how to distil where the recipe says `finetune`.
+
+    :raises InputError: when the source, a prompt file or the base model is missing or damaged, or they don't belong together.
     :raises Refused: when the source is valid but can't be converted faithfully.
     :raises RecipeError: when the recipe can't be met (a budget below the transform's least form).
     :raises ThresholdMissed: when `max_error` can't be met.
     :raises OutputError: when the output place can't be used; nothing is left behind.
     """
-    from bslora_convert import report
-
     recipe, out = recipe or Recipe(), Path(out)
     check_output(out, overwrite)
     began = time.perf_counter()
-    progress("reading")
+    progress("reading", 0, 0)
     adapter = load_lora(source)
     _check_paths(adapter.weights, out)
     # Hashing runs beside the fit: both leave the interpreter lock.
@@ -73,44 +73,60 @@ def compress(
         measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
         _check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        fit = _fit(measured, recipe, dtype, progress)
-        fit = replace(fit, form=_cast(fit.form, dtype))  # the float32 form is let go
+        fit = _fit(measured, recipe, dtype, lambda step: progress(step, 0, 0))
+        form = _cast(fit.form, dtype)
+        notes = (*adapter.notes, *fit.notes)
+        del fit  # the float32 form is let go
+    extras = Extras()
+    if recipe.base_model is not None:
+        form, extras = _improve(form, source, measured, recipe, training or Training(seed=recipe.seed), began, progress)
+    with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
-        progress("writing")
-        with landing(out, overwrite) as place:
-            save_compact(fit.form, place, adapter.config.raw, adapter.carried)
-            copy_tokenizer(adapter.weights.parent, place)
-            progress("measuring what was written")
-            compact = load_compact(place)
-            weight = fidelity.compare(measured, compact.form)
-            if recipe.max_error is not None and weight.relative_error > recipe.max_error:
-                raise ThresholdMissed(
-                    f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
-                    f"can hold (reached {weight.relative_error:.4g}); use --dtype float32"
-                )
-            record = {
-                "schema_version": fidelity.SCHEMA_VERSION,
-                "tool_version": __version__,
-                "source": _source_record(adapter, digest.result(), dtype_name(adapter.dtype)),
-                "recipe": recipe.to_dict(),
-                "compact": _compact_record(compact, place, adapter, fit),
-                "weight": weight.to_dict(),
-                "baselines": fidelity.svd_baselines(measured, compact.form.parameters),
-                "functional": None,
-                "notes": [*adapter.notes, *fit.notes],
-            }
-            written = time.perf_counter()
-            record["seconds"] = {
-                "read": read - began,
-                "fit": fitted - read,
-                "write": written - fitted,
-                "total": written - began,
-            }
-            report.write(place, record, measured.spectra, compact, html=report_html)
+        record = write_result(
+            place, form, adapter, measured, digest.result(), recipe.to_dict(), replace(extras, notes=(*notes, *extras.notes)),
+            {"read": read - began, "fit": fitted - read}, html=report_html,
+            progress=lambda step: progress(step, 0, 0),
+        )  # fmt: skip
+        error = record["weight"]["relative_error"]
+        if recipe.max_error is not None and recipe.base_model is None and error > recipe.max_error:
+            raise ThresholdMissed(
+                f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
+                f"can hold (reached {error:.4g}); use --dtype float32"
+            )
     return record
 
 
-def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Progress) -> Fit:
+def _improve(
+    form: BsloraForm,
+    source: str | Path,
+    measured: Source,
+    recipe: Recipe,
+    training: Training,
+    began: float,
+    progress: Progress,
+) -> tuple[BsloraForm, Extras]:
+    """Calibration and distillation, as the recipe asks."""
+    from bslora_convert.behaviour.improvement import Prompts, open_workshop
+
+    assert recipe.base_model is not None  # the caller sees to it
+    workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
+    extras = Extras()
+    if recipe.calibration is not None:
+        prompts = Prompts(Path(recipe.calibration), max_length=training.max_length, batch_size=training.batch_size)
+        uniform = recipe.local_ranks == "uniform"
+        form, calibration, notes = workshop.calibrate(
+            form, measured.deltas, prompts, recipe.metric, uniform, recipe.seed
+        )
+        extras = replace(extras, calibration=calibration, notes=tuple(notes))
+    if recipe.finetune is not None:
+        prompts = Prompts(Path(recipe.finetune), max_length=training.max_length, batch_size=training.batch_size)
+        done = workshop.distill(form, prompts, training, began=began)
+        form = done.form
+        extras = replace(extras, training=done.record, log=done.log, notes=(*extras.notes, *done.notes))
+    return form, extras
+
+
+def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
     options = Options(
         transform=recipe.transform,
         shared_size=recipe.shared_size,
@@ -130,7 +146,7 @@ def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Progress)
 
 
 def _fit_to_written_error(
-    source: Source, options: Options, error: float, dtype: torch.dtype, progress: Progress
+    source: Source, options: Options, error: float, dtype: torch.dtype, progress: Callable[[str], None]
 ) -> Fit:
     """A fit whose error after rounding to the storage dtype is still at most `error`."""
     aim = error
@@ -184,42 +200,3 @@ def _check_paths(weights: Path, out: Path) -> None:
     source, target = weights.resolve().parent, out.resolve()
     if target == source or target in source.parents:
         raise InputError(f"{out}: the output would replace the source {source}")
-
-
-def _source_record(adapter: LoraAdapter, digest: str, dtype: str) -> dict[str, Any]:
-    ranks: dict[str, int] = {}
-    for module in adapter.modules.values():
-        ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
-    return {
-        "path": str(adapter.path),
-        "sha256": digest,
-        "bytes": adapter.weights.stat().st_size,
-        "parameters": adapter.parameters,
-        "modules": len(adapter.modules),
-        "ranks": ranks,
-        "dtype": dtype,
-    }
-
-
-def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter, fit: Fit) -> dict[str, Any]:
-    form = compact.form
-    locals_ = {name: module.local.rank for name, module in form.modules.items()}
-    same = len(set(locals_.values())) == 1
-    size = (place / WEIGHTS_NAME).stat().st_size
-    return {
-        "transform": form.transform.name if form.transform else "none",
-        "ranks": {
-            "local": next(iter(locals_.values())) if same else locals_,
-            "intra": form.shared_rank("intra"),
-            "inter": form.shared_rank("inter"),
-        },
-        "shared_size": max(form.transform.pair_sizes) if form.transform else None,
-        "bytes": size,
-        "parameters": form.parameters,
-        "parameters_by_part": form.parts_parameters(),
-        "parameter_ratio": form.parameters / adapter.parameters,
-        "byte_ratio": size / adapter.weights.stat().st_size,
-        "expanded_rank": max(form.expanded_rank(name) for name in form.modules),
-        "unique_tensors": sum(1 for _ in form.tensors()),
-        "dtype": dtype_name(compact.dtype),
-    }

@@ -11,6 +11,7 @@ WINDOW_NAMES = ("center", "top-left", "bottom-right")
 KERNEL_NAMES = ("r_1", "1_r", "2_r")
 LOCAL_RANKS = ("uniform", "adaptive")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+METRICS = ("input", "two-sided")
 DEFAULT_BUDGET = 0.4459  # the paper's share of LoRA's parameters, the mean over its models and transforms
 LARGEST_RANK = 4096
 
@@ -20,6 +21,7 @@ class Recipe:
     """How to convert one adapter.
 
     Exactly one of `budget`, `ranks` and `max_error` decides the size; `budget` is 0.4459 where none is given.
+    `calibration` and `finetune` are prompt files; they need `base_model`.
     `local_ranks` is adaptive for a budget or an error, uniform for ranks given by hand, unless it is set.
 
     :raises RecipeError: naming the field, its value and what is allowed.
@@ -35,6 +37,10 @@ class Recipe:
     kernel: str = "r_1"
     local_ranks: str | None = None
     dtype: str = "auto"
+    base_model: str | None = None
+    calibration: str | None = None
+    metric: str = "input"
+    finetune: str | None = None
     device: str = "auto"
     seed: int = 0
 
@@ -44,6 +50,7 @@ class Recipe:
             ("slice", WINDOW_NAMES),
             ("kernel", KERNEL_NAMES),
             ("dtype", DTYPES),
+            ("metric", METRICS),
         ):
             _choice(field, getattr(self, field), allowed)
         if self.local_ranks is not None:
@@ -55,6 +62,11 @@ class Recipe:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
         self._check_numbers()
         self._check_device()
+        prompts = [name for name in ("calibration", "finetune") if getattr(self, name) is not None]
+        if prompts and self.base_model is None:
+            raise RecipeError(f"{prompts[0]} needs the base model: give base_model (--base-model)")
+        if self.base_model is not None and not prompts:
+            raise RecipeError("base_model is used by calibration and finetune only: give one of them a prompt file")
         if self.local_ranks is None:
             object.__setattr__(self, "local_ranks", "uniform" if self.ranks else "adaptive")
         if self.min_shared is None:

@@ -17,8 +17,6 @@ from bslora_convert.behaviour.prompts import Batch, Example, batches
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit.calibrated import Moments
 
-METRICS = ("input", "two-sided")
-
 
 def collect(
     base: BaseModel,

@@ -1,12 +1,12 @@
 """Greedy generations, and how alike two texts are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from bslora_convert.behaviour.model import BaseModel
-from bslora_convert.behaviour.prompts import Row, encode_prompt
+from bslora_convert.behaviour.prompts import Row, encode_prompt, with_completion
 
 
 @torch.inference_mode()
@@ -41,6 +41,27 @@ def generate(
             texts[index] = base.tokenizer.decode(written[place, width:], skip_special_tokens=True)
         progress(start + len(part))
     return texts
+
+
+def complete(
+    base: BaseModel,
+    rows: Sequence[Row],
+    known: Mapping[str, str],
+    max_new_tokens: int,
+    batch_size: int,
+    chat_template: bool,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows with a completion each, and every completion that was written, by line; `known` ones are not written again."""
+    missing = [row for row in rows if row.completion is None and str(row.line) not in known]
+    texts = generate(
+        base, missing, max_new_tokens, batch_size, chat_template,
+        lambda done: progress("writing completions", done, len(missing)),
+    )  # fmt: skip
+    written = {**known, **{str(row.line): text for row, text in zip(missing, texts, strict=True)}}
+    return [
+        row if row.completion is not None else with_completion(row, written[str(row.line)]) for row in rows
+    ], written
 
 
 def _greedy(base: BaseModel, max_new_tokens: int) -> Any:

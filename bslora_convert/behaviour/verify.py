@@ -11,9 +11,9 @@ from typing import Any
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge
-from bslora_convert.behaviour.generation import generate, rouge_l
+from bslora_convert.behaviour.generation import complete, generate, rouge_l
 from bslora_convert.behaviour.model import BaseModel, load_base
-from bslora_convert.behaviour.prompts import Row, encode, read_prompts, with_completion
+from bslora_convert.behaviour.prompts import Row, encode, read_prompts
 from bslora_convert.errors import OutputError, RecipeError
 from bslora_convert.tensorfile import read_json, sha256
 
@@ -203,21 +203,14 @@ def _on_prompts(
     pair: _Pair, rows: Sequence[Row], settings: Settings, progress: Progress, notes: list[str]
 ) -> dict[str, Any]:
     base = pair.base
-    without = [index for index, row in enumerate(rows) if row.completion is None]
+    without = sum(row.completion is None for row in rows)
     written = list(rows)
     if without:
-        notes.append(f"{len(without)} rows had no completion; the reference wrote it, greedily")
+        notes.append(f"{without} rows had no completion; the reference wrote it, greedily")
         with pair.reference:
-            texts = _generate(
-                base,
-                [rows[i] for i in without],
-                settings,
-                "writing completions",
-                progress,
-                settings.max_new_tokens or 64,
+            written, _ = complete(
+                base, rows, {}, settings.max_new_tokens or 64, 4 * settings.batch_size, settings.chat_template, progress
             )
-        for index, text in zip(without, texts, strict=True):
-            written[index] = with_completion(rows[index], text)
     context = min(base.context, settings.max_length or base.context)
     examples = [encode(row, base.tokenizer, context, settings.chat_template) for row in written]
     cut = sum(example.cut for example in examples)
@@ -233,7 +226,7 @@ def _on_prompts(
             "tokens": found.tokens,
             "sha256": "",
             "cut": cut,
-            "completions_written": len(without),
+            "completions_written": without,
         },
         **found.to_dict(),
         **_generations(pair, found, written, settings, progress),
@@ -254,9 +247,7 @@ def _generations(
     texts: dict[str, dict[int, str]] = {}
     for name, state in (("reference", pair.reference), ("compact", pair.compact)):
         with state:
-            written = _generate(
-                pair.base, list(shown.values()), settings, f"generating with {name}", progress, settings.max_new_tokens
-            )
+            written = _generate(pair.base, list(shown.values()), settings, f"generating with {name}", progress)
         texts[name] = dict(zip(shown, written, strict=True))
     pairs = [(texts["reference"][row.line].strip(), texts["compact"][row.line].strip()) for row in sample]
     return {
@@ -282,18 +273,12 @@ def _generations(
     }
 
 
-def _generate(
-    base: BaseModel, rows: Sequence[Row], settings: Settings, step: str, progress: Progress, tokens: int
-) -> list[str]:
+def _generate(base: BaseModel, rows: Sequence[Row], settings: Settings, step: str, progress: Progress) -> list[str]:
     # Four times the batch: a step of generation holds one position a row.
     return generate(
-        base,
-        rows,
-        tokens,
-        2 * settings.batch_size,
-        settings.chat_template,
+        base, rows, settings.max_new_tokens, 4 * settings.batch_size, settings.chat_template,
         lambda done: progress(step, done, len(rows)),
-    )
+    )  # fmt: skip
 
 
 def _save(record: dict[str, Any], compact: Adapter, reference: Adapter, out: Path | None) -> None:

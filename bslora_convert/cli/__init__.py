@@ -4,6 +4,7 @@ import click
 
 from bslora_convert.cli.compress import compress
 from bslora_convert.cli.expand import expand
+from bslora_convert.cli.finetune import finetune
 from bslora_convert.cli.inspect import inspect
 from bslora_convert.cli.verify import verify
 from bslora_convert.version import __version__
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for verb in (compress, expand, inspect, verify):
+for verb in (compress, expand, finetune, inspect, verify):
     main.add_command(verb)

@@ -5,11 +5,13 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.finetune import TRAINING_OPTIONS, training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import (
     DTYPES,
     KERNEL_NAMES,
     LOCAL_RANKS,
+    METRICS,
     TRANSFORM_NAMES,
     WINDOW_NAMES,
     Recipe,
@@ -75,6 +77,18 @@ def recipe_options(function: Any) -> Any:
                 show_default=True,
                 help="Storage; auto = as the source.",
             ),
+            click.option("--base-model", help="Directory or hub name of the base model, for the next two."),
+            click.option(
+                "--calibration", help="JSONL prompts: fit in the metric of the base model's activations on them."
+            ),
+            click.option(
+                "--metric",
+                type=click.Choice(METRICS),
+                default="input",
+                show_default=True,
+                help="Of --calibration: what modules are fed, or that and the loss's gradient at their outputs.",
+            ),
+            click.option("--finetune", help="JSONL prompts: distil against the original after the fit."),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes."),
         )
@@ -87,6 +101,7 @@ def recipe_options(function: Any) -> Any:
 @click.argument("lora_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @recipe_options
+@training_options
 @click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
 @click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
 @verb
@@ -99,12 +114,25 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     Example:
       bslora-convert compress ./my-lora ./my-lora-compact --transform ke
       bslora-convert compress ./my-lora ./small --transform auto --budget 0.25
+      bslora-convert compress ./my-lora ./tuned --transform none --budget 0.125 --base-model ./base \\
+        --finetune train.jsonl --max-minutes 10
     """
+    settings = {name: options.pop(name) for name in TRAINING_OPTIONS}
     recipe = Recipe(**options)
+    from bslora_convert.behaviour.training import Training
     from bslora_convert.compression import compress as run
 
-    with output.progress("compress") as progress:
-        record = run(lora_dir, out_dir, recipe, overwrite=overwrite, report_html=report_html, progress=progress)
+    training = Training(**settings, seed=recipe.seed)
+    with output.bar("compress") as progress:
+        record = run(
+            lora_dir,
+            out_dir,
+            recipe,
+            training=training,
+            overwrite=overwrite,
+            report_html=report_html,
+            progress=progress,
+        )
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
 

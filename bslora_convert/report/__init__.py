@@ -1,7 +1,7 @@
 """What a conversion says about itself: fidelity.json, report.html and the model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from bslora_convert.report.page import with_functional
 FIDELITY_NAME = "fidelity.json"
 REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
+TRAINING_NAME = "training.jsonl"
 
-__all__ = ["CARD_NAME", "FIDELITY_NAME", "REPORT_NAME", "with_functional", "write"]
+__all__ = ["CARD_NAME", "FIDELITY_NAME", "REPORT_NAME", "TRAINING_NAME", "with_functional", "write"]
 
 
 def write(
@@ -25,9 +26,12 @@ def write(
     compact: CompactAdapter,
     *,
     html: bool = True,
+    log: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes the record, the page (unless off) and the card into a directory."""
+    """Writes the record, the page (unless off) and the card into a directory; the steps of a training, if any, beside them."""
+    if log:
+        (place / TRAINING_NAME).write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
     (place / FIDELITY_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if html:
-        (place / REPORT_NAME).write_text(page.render(record, spectra), encoding="utf-8")
+        (place / REPORT_NAME).write_text(page.render(record, spectra, log), encoding="utf-8")
     (place / CARD_NAME).write_text(card.render(record, compact.config), encoding="utf-8")

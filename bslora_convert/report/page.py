@@ -1,6 +1,6 @@
 """report.html: one self-contained page, the answer in its first screen."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -39,10 +39,10 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
+def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], log: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of one conversion.
 
-    spectra: σ² of every module of the source.
+    spectra: σ² of every module of the source. log: the steps of a training.
     """
     modules = record["weight"]["modules"]
     layers = {module["name"]: layer_of(module["name"]) for module in modules}
@@ -56,12 +56,22 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
         figures["where the numbers go"] = plots.budget_split(
             record["compact"]["parameters_by_part"], record["weight"]["components"]
         )
+    improved = []
+    if record.get("calibration"):
+        improved += verdict.calibrated(record["calibration"])
+    if record.get("training"):
+        improved += verdict.trained(record["training"])
+    if log:
+        start = (0, record["training"]["heldout_kl_before"])
+        heldout = [start, *((row["step"], row["heldout_kl"]) for row in log if "heldout_kl" in row)]
+        figures["distillation"] = plots.training([row["step"] for row in log], [row["loss"] for row in log], heldout)
     return (
         environment()
         .get_template("report.html")
         .render(
             record=record,
             verdict=verdict.sentences(record),
+            improved=improved,
             figures={title: plots.data_uri(figure) for title, figure in figures.items()},
             worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
         )

@@ -89,6 +89,21 @@ def budget_split(parameters: Mapping[str, int], components: Mapping[str, float])
     return figure
 
 
+def training(steps: Sequence[int], losses: Sequence[float], heldout: Sequence[tuple[int, float]]) -> Figure:
+    """Loss of each step and KL on the held-out rows, both in nats a token."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, color="#9aa5b1", linewidth=0.9, label="loss")
+        axes.plot(*zip(*heldout, strict=True), "o-", color=PART_COLOURS["local"], markersize=3.5, label="held-out KL")
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats a token")
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def baselines(errors: Mapping[str, float]) -> Figure:
     """Relative error of the result and of plain SVD of the same size."""
     names = list(errors)

@@ -52,3 +52,26 @@ def behaviour(functional: Mapping[str, Any]) -> list[str]:
     if missed:
         said.append(f"Missed: {', '.join(missed)}.")
     return said
+
+
+def calibrated(calibration: Mapping[str, Any]) -> list[str]:
+    """What calibration found."""
+    kl = calibration["heldout_kl"]
+    words = "is kept" if calibration["kept"] == "calibrated" else "is no better, so the data-free fit is kept"
+    return [
+        f"Fitted in the metric of {calibration['rows']} prompts, the KL on {calibration['heldout_rows']} held-out ones is "
+        f"{kl['calibrated']:.5f} instead of {kl['data_free']:.5f}: it {words}."
+    ]
+
+
+def trained(training: Mapping[str, Any]) -> list[str]:
+    """What distillation did."""
+    before, after = training["heldout_kl_before"], training["heldout_kl_after"]
+    if training["kept_step"] == 0:
+        return [
+            f"{training['steps']} steps of distillation found nothing better than the start (held-out KL {before:.5f})."
+        ]
+    return [
+        f"Distillation took the KL on held-out prompts from {before:.5f} to {after:.5f} "
+        f"({after / before:.1%} of it) in {training['kept_step']} steps ({training['trained']} part trained)."
+    ]

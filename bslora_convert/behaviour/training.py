@@ -1,0 +1,71 @@
+"""Every option of a distillation, checked once."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bslora_convert.errors import RecipeError
+
+TRAINED = ("local", "shared", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How to distil.
+
+    Whichever of `max_steps`, `epochs` and `max_minutes` comes first ends it; so do `patience` evaluations without a better
+    state.
+
+    :raises RecipeError: naming the field, its value and what is allowed.
+    """
+
+    train: str = "local"
+    max_steps: int | None = None
+    epochs: float = 1.0
+    max_minutes: float | None = None
+    learning_rate: float = 5e-4
+    warmup: float = 0.1
+    batch_size: int = 8
+    accumulate: int = 1
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    clip: float = 1.0
+    max_length: int | None = None
+    heldout: float = 0.1
+    max_heldout: int = 32
+    evaluate_every: int = 10
+    patience: int = 8
+    chat_template: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED:
+            raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
+        least = {
+            "max_steps": 0, "epochs": 0, "max_minutes": 0, "learning_rate": 0, "temperature": 0, "clip": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > bound):
+                raise RecipeError(f"{name} is {value}: a number above {bound} is allowed")
+        for name in ("batch_size", "accumulate", "max_length", "max_heldout", "evaluate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
+        for name in ("warmup", "heldout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is allowed")
+        if self.hidden_weight < 0:
+            raise RecipeError(f"hidden_weight is {self.hidden_weight}: zero or more is allowed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name."""
+        return asdict(self)
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step (from 0): linear warm-up, then half a cosine down to a tenth of a hundredth."""
+        rising = max(1, round(self.warmup * steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        share = (step - rising) / max(1, steps - rising)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))

@@ -1,0 +1,102 @@
+"""`finetune`: a compact directory distilled against the LoRA that it came from, into a new compact directory.
+
+read both -> base model -> distil -> write beside -> read back -> measure against the LoRA -> report -> rename into place
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.behaviour.training import Training
+from bslora_convert.bslora.storage import WEIGHTS_NAME, load_compact
+from bslora_convert.errors import InputError
+from bslora_convert.fit.convert import measure
+from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.landing import check_output, landing
+from bslora_convert.lora import load_lora
+from bslora_convert.result import Extras, write_result
+from bslora_convert.tensorfile import read_json, sha256
+
+Progress = Callable[[str, int, int], None]
+
+
+def finetune(
+    compact: str | Path,
+    out: str | Path,
+    reference: str | Path,
+    base_model: str,
+    prompts: str | Path,
+    training: Training | None = None,
+    *,
+    heldout: str | Path | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 128,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    report_html: bool = True,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Distils a compact adapter on one base model and returns what the new directory's `fidelity.json` holds.
+
+    prompts: JSONL rows; the reference writes missing completions, greedily, at most `max_new_tokens` each, once for all runs.
+    heldout: a file of rows for choosing the state that is kept, instead of a share of `prompts`.
+    While it runs, the state after every evaluation lies in `.OUT.training` beside `out`; `resume` goes on from there.
+
+    :raises InputError: when something is missing or damaged, or the adapters and the base don't belong together.
+    :raises RecipeError: for an option that is not allowed.
+    :raises OutputError: when the output place can't be used; nothing is left behind but the checkpoints.
+    """
+    from bslora_convert.behaviour.adapter import read_adapter
+    from bslora_convert.behaviour.improvement import Prompts, open_workshop
+
+    training, out, compact = training or Training(), Path(out), Path(compact)
+    check_output(out, overwrite)
+    began = time.perf_counter()
+    progress("reading", 0, 0)
+    student = load_compact(compact)
+    source = load_lora(reference)
+    if set(student.form.modules) != set(source.modules):
+        raise InputError(f"{compact} and {reference} don't change the same modules; give the LoRA that it came from")
+    with modules_over_cores():
+        measured = measure(source.modules, {name: module.kind for name, module in source.modules.items()})
+    read = time.perf_counter()
+    workshop = open_workshop(reference, base_model, device, dtype, progress, read_adapter(compact))
+    checkpoints = out.absolute().parent / f".{out.name}.training"
+    done = workshop.distill(
+        student.form,
+        Prompts(Path(prompts), limit, training.max_length, max_new_tokens, training.chat_template, training.batch_size),
+        training,
+        heldout=Path(heldout) if heldout is not None else None,
+        checkpoints=checkpoints / "state",
+        resume=resume,
+        began=began,
+    )
+    known = _known(compact)
+    extras = Extras(known.get("calibration"), done.record, done.log, (*known.get("notes", ()), *done.notes))
+    record_of = {
+        **known.get("recipe", {}),
+        "finetune": str(prompts),
+        "base_model": str(base_model),
+    }
+    with modules_over_cores(), landing(out, overwrite) as place:
+        trained = time.perf_counter()
+        record = write_result(
+            place, done.form, replace(source, carried=student.carried), measured, sha256(source.weights), record_of, extras,
+            {"read": read - began, "fit": trained - read}, html=report_html,
+            progress=lambda step: progress(step, 0, 0),
+        )  # fmt: skip
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return record
+
+
+def _known(compact: Path) -> dict[str, Any]:
+    """What the compact directory says of itself; nothing where it has no record."""
+    from bslora_convert.report import FIDELITY_NAME
+
+    path = compact / FIDELITY_NAME
+    return read_json(path) if path.is_file() and (compact / WEIGHTS_NAME).is_file() else {}

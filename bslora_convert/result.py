@@ -1,0 +1,109 @@
+"""A compact directory as it lands: written, read back, measured, and described by what was measured."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bslora_convert import fidelity
+from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
+from bslora_convert.fit.source import Source
+from bslora_convert.lora import LoraAdapter
+from bslora_convert.tensorfile import dtype_name
+from bslora_convert.tokenizer import copy_tokenizer
+from bslora_convert.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What the base model contributed: the records of calibration and training, the training's steps, notes."""
+
+    calibration: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
+    log: Sequence[Mapping[str, Any]] = ()
+    notes: tuple[str, ...] = ()
+
+
+def write_result(
+    place: Path,
+    form: BsloraForm,
+    adapter: LoraAdapter,
+    measured: Source,
+    digest: str,
+    recipe: Mapping[str, Any],
+    extras: Extras,
+    seconds: Mapping[str, float],
+    *,
+    html: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes everything of a compact directory into `place` and returns its record.
+
+    form: in the storage dtype. adapter, measured, digest: the source, its deltas and the hash of its weights.
+    """
+    from bslora_convert import report
+
+    began = time.perf_counter()
+    progress("writing")
+    save_compact(form, place, adapter.config.raw, adapter.carried)
+    copy_tokenizer(adapter.weights.parent, place)
+    progress("measuring what was written")
+    compact = load_compact(place)
+    record = {
+        "schema_version": fidelity.SCHEMA_VERSION,
+        "tool_version": __version__,
+        "source": _source_record(adapter, digest, dtype_name(adapter.dtype)),
+        "recipe": dict(recipe),
+        "compact": _compact_record(compact, place, adapter),
+        "weight": fidelity.compare(measured, compact.form).to_dict(),
+        "baselines": fidelity.svd_baselines(measured, compact.form.parameters),
+        "functional": None,
+        **({"calibration": dict(extras.calibration)} if extras.calibration else {}),
+        **({"training": dict(extras.training)} if extras.training else {}),
+        "notes": list(extras.notes),
+    }
+    spent = {**seconds, "write": time.perf_counter() - began}
+    record["seconds"] = {**spent, "total": sum(spent.values())}
+    report.write(place, record, measured.spectra, compact, html=html, log=extras.log)
+    return record
+
+
+def _source_record(adapter: LoraAdapter, digest: str, dtype: str) -> dict[str, Any]:
+    ranks: dict[str, int] = {}
+    for module in adapter.modules.values():
+        ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
+    return {
+        "path": str(adapter.path),
+        "sha256": digest,
+        "bytes": adapter.weights.stat().st_size,
+        "parameters": adapter.parameters,
+        "modules": len(adapter.modules),
+        "ranks": ranks,
+        "dtype": dtype,
+    }
+
+
+def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter) -> dict[str, Any]:
+    form = compact.form
+    locals_ = {name: module.local.rank for name, module in form.modules.items()}
+    same = len(set(locals_.values())) == 1
+    size = (place / WEIGHTS_NAME).stat().st_size
+    return {
+        "transform": form.transform.name if form.transform else "none",
+        "ranks": {
+            "local": next(iter(locals_.values())) if same else locals_,
+            "intra": form.shared_rank("intra"),
+            "inter": form.shared_rank("inter"),
+        },
+        "shared_size": max(form.transform.pair_sizes) if form.transform else None,
+        "bytes": size,
+        "parameters": form.parameters,
+        "parameters_by_part": form.parts_parameters(),
+        "parameter_ratio": form.parameters / adapter.parameters,
+        "byte_ratio": size / adapter.weights.stat().st_size,
+        "expanded_rank": max(form.expanded_rank(name) for name in form.modules),
+        "unique_tensors": sum(1 for _ in form.tensors()),
+        "dtype": dtype_name(compact.dtype),
+    }
