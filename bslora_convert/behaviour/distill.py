@@ -34,6 +34,7 @@ from bslora_convert.tensorfile import read_json, read_tensors
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
 TOKENS_AT_ONCE = 256
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +283,8 @@ class _Run:
         tensors = {f"now.{name}": tensor for name, tensor in self.student.tensors.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.student.trained.items():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+            state = self.optimizer.state[parameter]  # empty for a module that no token has reached
+            tensors |= {f"{key}.{name}": state[key] for key in MOMENTS if key in state}
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / CHECKPOINT)
         state = {key: getattr(self, key) for key in self._scalars()}
         (partial / STATE).write_text(json.dumps({"options": self.training.to_dict(), **state}))
@@ -319,10 +320,11 @@ class _Run:
                     tensor.copy_(tensors[f"now.{name}"])
                     self.best[name].copy_(tensors[f"best.{name}"])
                 for name, parameter in self.student.trained.items():
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(state["step"])),
-                        **{key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
-                    }
+                    if f"{MOMENTS[0]}.{name}" in tensors:
+                        self.optimizer.state[parameter] = {
+                            "step": torch.tensor(float(state["step"])),
+                            **{key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS},
+                        }
             for key in self._scalars():
                 setattr(self, key, state[key])
         except (KeyError, RuntimeError) as error:
@@ -335,8 +337,12 @@ class _Student(nn.Module):
     def __init__(self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str) -> None:
         super().__init__()
         self.base = (base,)  # in a tuple: the frozen base is none of the module's parameters
-        chosen = [name for name in tensors if train == "all" or ("bslora_local" in name) == (train == "local")]
-        if not any(tensors[name].numel() for name in chosen):
+        chosen = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.numel() and (train == "all" or ("bslora_local" in name) == (train == "local"))
+        ]
+        if not chosen:
             raise RecipeError(f"train is {train!r}, but the adapter has no such part; use local or all")
         self.parameters_by_place = nn.ParameterList([nn.Parameter(tensors[name]) for name in chosen])
         self.trained = dict(zip(chosen, self.parameters_by_place, strict=True))

@@ -1,0 +1,353 @@
+"""Calibration and distillation on the tiny model: the moments are the inputs', training helps, stops, resumes and never hurts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from bslora_convert import Recipe, Training, compress, finetune, load_compact
+from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.calibrate import collect
+from bslora_convert.behaviour.distill import distill, heldout_kl, split_heldout
+from bslora_convert.behaviour.improvement import Prompts, Workshop, open_workshop
+from bslora_convert.behaviour.prompts import Example
+from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.storage import named_tensors
+from bslora_convert.cli import main
+from bslora_convert.errors import InputError, RecipeError
+from tests.conftest import FIXTURES
+
+TINY = FIXTURES / "tiny"
+BASE, LORA, PROMPTS = TINY / "base", TINY / "banking77", TINY / "banking77-heldout.jsonl"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Workshop:
+    return open_workshop(LORA, str(BASE))
+
+
+@pytest.fixture(scope="module")
+def examples(workshop: Workshop) -> list[Example]:
+    return workshop.examples(Prompts(PROMPTS))[0]
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compact") / "ke"
+    compress(LORA, out, Recipe(transform="ke", budget=0.2, shared_size=32))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize("metric", ["input", "two-sided"])
+def test_moments_are_those_of_the_modules_inputs_and_gradients(
+    workshop: Workshop, examples: list[Example], metric: str
+) -> None:
+    some, name = examples[:5], "model.layers.1.mlp.up_proj"
+    factors = {name: workshop.adapter.form.modules[name].local}
+    found = collect(workshop.base, workshop.reference, factors, some, 3, metric)[name]
+    layer = workshop.base.model.get_submodule(name)
+    inputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for example in some:  # one by one, without padding
+
+        def watch(_: Any, args: Any, output: torch.Tensor) -> None:
+            inputs.append(args[0][0].double())
+            output.requires_grad_()
+            output.register_hook(lambda g: gradients.append(g[0].double()))
+
+        handle = layer.register_forward_hook(watch)
+        with workshop.reference:
+            logits = workshop.base.model(input_ids=torch.tensor([example.ids])).logits[0]
+        handle.remove()
+        wanted = torch.tensor(example.ids[example.start :])
+        torch.nn.functional.cross_entropy(logits[example.start - 1 : -1], wanted, reduction="sum").backward()
+    x, g = torch.cat(inputs), torch.cat(gradients)
+    z = x @ factors[name].a.double().T
+    torch.testing.assert_close(found.inputs, z.T @ z / len(z), rtol=1e-4, atol=1e-5)
+    if metric == "input":
+        assert found.outputs is None
+    else:
+        assert found.outputs is not None
+        w = g @ factors[name].b.double()
+        torch.testing.assert_close(found.outputs, w.T @ w / len(w), rtol=1e-3, atol=1e-8)
+    assert all(parameter.grad is None for parameter in workshop.base.model.parameters())
+
+
+@pytest.mark.parametrize("transform", ["none", "ke"])
+def test_calibration_is_measured_and_the_better_fit_kept(tmp_path: Path, transform: str) -> None:
+    recipe = Recipe(
+        transform=transform, budget=0.25, base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided",
+        shared_size=32 if transform == "ke" else None,
+    )  # fmt: skip
+    record = compress(LORA, tmp_path / "out", recipe)
+    calibration = record["calibration"]
+    kl = calibration["heldout_kl"]
+    assert calibration["kept"] == min(kl, key=lambda name: kl[name]) == "calibrated"
+    assert (calibration["rows"], calibration["heldout_rows"]) == (58, 6)
+    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None))
+    assert record["compact"]["parameters"] <= plain["compact"]["parameters"]
+    assert record["weight"]["relative_error"] >= plain["weight"]["relative_error"]
+    assert "metric of 58 prompts" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "fidelity.json").read_text()) == record
+    again = compress(LORA, tmp_path / "again", recipe)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
+    assert again["calibration"] == calibration
+
+
+def test_a_calibration_that_does_not_help_is_dropped(
+    workshop: Workshop, compact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bslora_convert.behaviour import improvement
+
+    form = load_compact(compact).form
+    deltas = {name: _Delta(module.local) for name, module in workshop.adapter.form.modules.items()}
+    worse = form.to(torch.float32)
+    for tensor in worse.tensors():
+        tensor.zero_()
+    monkeypatch.setattr(improvement, "refit_locals", lambda *_: worse)
+    kept, record, notes = workshop.calibrate(form, deltas, Prompts(PROMPTS), "input", False, 0)  # type: ignore[arg-type]
+    assert kept is form
+    assert record["kept"] == "data_free"
+    assert any("the data-free one is kept" in note for note in notes)
+
+
+class _Delta:
+    def __init__(self, held: Factors) -> None:
+        self.held = held
+
+    def factors(self) -> Factors:
+        return self.held
+
+
+# ---------------------------------------------------------------------------------------------- distillation
+
+
+def test_distillation_lowers_the_heldout_kl_threefold(
+    workshop: Workshop, examples: list[Example], tmp_path: Path
+) -> None:
+    compress(LORA, tmp_path / "ke", Recipe(transform="ke", budget=0.6, shared_size=32))
+    form = load_compact(tmp_path / "ke").form
+    before = {name: tensor.clone() for name, tensor in named_tensors(form).items()}
+    training = Training(train="local", epochs=20, learning_rate=3e-3, evaluate_every=20)
+    part, held = split_heldout(examples, training)
+    done = distill(workshop.base, workshop.reference, form, part, held, training)
+    assert done.record["heldout_kl_after"] * 3 <= done.record["heldout_kl_before"]
+    # What the record says is what the stored form does.
+    attached = Attached(workshop.base.model, done.form, {}, "distilled", enabled=False)
+    assert heldout_kl(workshop.base, workshop.reference, attached, held, 8) == pytest.approx(
+        done.record["heldout_kl_after"], rel=1e-6
+    )
+    attached.remove()
+    after = named_tensors(done.form)
+    for name, tensor in before.items():
+        assert not tensor.numel() or torch.equal(after[name], tensor) == ("bslora_local" not in name), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(form).items())
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("train", "moved"), [("shared", False), ("all", True)])
+def test_what_is_trained_is_what_was_asked_for(
+    workshop: Workshop, examples: list[Example], compact: Path, train: str, moved: bool
+) -> None:
+    form = load_compact(compact).form
+    before = named_tensors(form)
+    training = Training(train=train, max_steps=4, learning_rate=5e-3, evaluate_every=1)
+    after = named_tensors(distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], training).form)
+    for name, tensor in before.items():
+        changed = not torch.equal(after[name], tensor)
+        assert not tensor.numel() or changed == ("bslora_local" not in name or moved), name
+
+
+def test_it_never_ends_worse_than_it_began(workshop: Workshop, examples: list[Example], compact: Path) -> None:
+    form = load_compact(compact).form
+    wild = Training(max_steps=6, learning_rate=3.0, clip=1e9, evaluate_every=2, warmup=0.0)
+    done = distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], wild)
+    assert done.record["kept_step"] == 0
+    assert done.record["heldout_kl_after"] == done.record["heldout_kl_before"]
+    assert any("the starting one, which is kept" in note for note in done.notes)
+    for name, tensor in named_tensors(form).items():
+        assert torch.equal(named_tensors(done.form)[name], tensor)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_best_state(
+    workshop: Workshop, examples: list[Example], compact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bslora_convert.behaviour import distill as module
+
+    whole, calls = module._Student.forward, []
+
+    def breaks(student: Any, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return whole(student, *args) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(module._Student, "forward", breaks)
+    training = Training(max_steps=20, learning_rate=5e-3, evaluate_every=2)
+    done = distill(workshop.base, workshop.reference, load_compact(compact).form, examples[8:], examples[:8], training)
+    assert done.record["steps"] == 4
+    assert done.record["kept_step"] == 4
+    assert any("not finite at step 5" in note for note in done.notes)
+    assert all(tensor.isfinite().all() for tensor in done.form.tensors())
+
+
+def test_the_objective_and_accumulation(workshop: Workshop, examples: list[Example], compact: Path) -> None:
+    """A batch of eight is two of four accumulated; temperature and hidden term enter as the docstring says."""
+    form = load_compact(compact).form
+    losses = []
+    for size, accumulate in ((8, 1), (4, 2)):
+        training = Training(max_steps=2, batch_size=size, accumulate=accumulate, evaluate_every=2, temperature=2.0)
+        done = distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], training)
+        losses.append([row["loss"] for row in done.log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    base = Training(max_steps=1, evaluate_every=1)
+    plain, hidden = (
+        distill(
+            workshop.base, workshop.reference, form, examples[8:], examples[:8], replace(base, hidden_weight=weight)
+        ).log[0]["loss"]
+        for weight in (0.0, 10.0)
+    )
+    assert hidden > plain
+
+
+def test_the_same_seed_gives_the_same_bytes(compact: Path, tmp_path: Path) -> None:
+    training = Training(max_steps=4, epochs=2, learning_rate=5e-3, evaluate_every=2, seed=3)
+    for name in ("first", "second"):
+        finetune(compact, tmp_path / name, LORA, str(BASE), PROMPTS, training, limit=24)
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "first" / "training.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    record = json.loads((tmp_path / "first" / "fidelity.json").read_text())
+    assert set(record["training"]) >= {
+        "steps", "kept_step", "heldout_kl_before", "heldout_kl_after", "tokens_per_second", "peak_bytes", "trained"
+    }  # fmt: skip
+    assert "Distillation" in (tmp_path / "first" / "report.html").read_text()
+    assert not list(tmp_path.glob(".*training*"))
+    assert (
+        record["compact"]["parameters"] == json.loads((compact / "fidelity.json").read_text())["compact"]["parameters"]
+    )
+
+
+def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_path: Path) -> None:
+    def command(name: str, *more: str) -> list[str]:
+        return [
+            sys.executable, "-m", "bslora_convert", "finetune", str(compact), str(tmp_path / name), "--reference", str(LORA),
+            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "16", "--epochs", "9", "--evaluate-every", "2",
+            "--learning-rate", "0.005", "--train", "all", "-q", *more,
+        ]  # fmt: skip
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FIXTURES.parent)}
+    subprocess.run(command("whole"), check=True, env=environment)
+    process = subprocess.Popen(command("killed"), env=environment)
+    state = tmp_path / ".killed.training" / "state" / "state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    assert 2 <= json.loads(state.read_text())["step"] < 16
+    other = subprocess.run(
+        [*command("killed", "--resume"), "--temperature", "2"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert other.returncode == 2
+    assert "trained with temperature 1.0, now 2.0" in other.stderr
+    subprocess.run(command("killed", "--resume"), check=True, env=environment)
+    whole, resumed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "killed"))
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "training.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert logs[0] == logs[1]
+    assert not (tmp_path / ".killed.training").exists()
+
+
+def test_the_reference_writes_missing_completions_once(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": json.loads(line)["prompt"]} for line in PROMPTS.read_text().splitlines()[:3]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache = tmp_path / "cache.json"
+    first, notes = workshop.examples(Prompts(path, max_new_tokens=5), cache)
+    assert any("3 rows of prompts.jsonl had no completion" in note for note in notes)
+    known = json.loads(cache.read_text())
+    assert set(known["completions"]) == {"1", "2", "3"}
+    known["completions"]["2"] = " from the cache"
+    cache.write_text(json.dumps(known))
+    second, _ = workshop.examples(Prompts(path, max_new_tokens=5), cache)
+    assert (second[0].ids, second[2].ids) == (first[0].ids, first[2].ids)
+    assert "from the cache" in workshop.base.tokenizer.decode(second[1].ids)
+    third, _ = workshop.examples(Prompts(path, max_new_tokens=6), cache)  # another question, another answer
+    assert "from the cache" not in workshop.base.tokenizer.decode(third[1].ids)
+
+
+def test_time_and_patience_end_it(workshop: Workshop, examples: list[Example], compact: Path) -> None:
+    form = load_compact(compact).form
+    rows = (examples[8:], examples[:8])
+    short = distill(workshop.base, workshop.reference, form, *rows, Training(max_minutes=1e-9, epochs=50))
+    assert short.record["steps"] == 0
+    began = time.perf_counter() - 3600  # the hour that the rest of the command took counts
+    late = distill(workshop.base, workshop.reference, form, *rows, Training(max_minutes=59, epochs=50), began=began)
+    assert late.record["steps"] == 0
+    stuck = Training(learning_rate=1e-12, evaluate_every=1, patience=2, epochs=50)
+    assert distill(workshop.base, workshop.reference, form, *rows, stuck).record["steps"] <= 4
+
+
+def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Example]) -> None:
+    for fields, words in (
+        ({"train": "some"}, "train is 'some'"), ({"max_steps": 0}, "max_steps is 0"), ({"epochs": -1.0}, "epochs is -1"),
+        ({"learning_rate": float("nan")}, "learning_rate"), ({"batch_size": 0}, "batch_size is 0"),
+        ({"heldout": 1.0}, "heldout is 1"),
+        ({"hidden_weight": -1.0}, "hidden_weight"), ({"temperature": 0.0}, "temperature is 0"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=words):
+            Training(**fields)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="calibration needs the base model"):
+        Recipe(calibration="rows.jsonl")
+    with pytest.raises(RecipeError, match="base_model is used by calibration and finetune only"):
+        Recipe(base_model="base")
+    with pytest.raises(InputError, match="can't be split"):
+        split_heldout(examples[:1], Training())
+    with pytest.raises(InputError, match=r"don't change the same modules|was made for"):
+        other = tmp_path / "none"
+        compress(TINY / "gsm8k", other, Recipe(transform="none", budget=0.3))
+        config = json.loads((other / "adapter_config.json").read_text())
+        name = next(iter(config["modules"]))
+        config["modules"] = {name: config["modules"][name]}
+        (other / "adapter_config.json").write_text(json.dumps(config))
+        from safetensors.torch import save_file
+
+        kept = {k: v for k, v in load_file(other / WEIGHTS).items() if f".{name}." in k}
+        save_file(kept, other / WEIGHTS)
+        finetune(other, tmp_path / "out", LORA, str(BASE), PROMPTS)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(main, ["finetune", str(compact), str(compact), "--reference", str(LORA), "--base-model", str(BASE),
+                                     "--prompts", str(PROMPTS)])  # fmt: skip
+    assert done.exit_code == 2
+    assert "not empty" in done.stderr
+
+
+def test_shared_needs_something_shared(workshop: Workshop, examples: list[Example], tmp_path: Path) -> None:
+    compress(LORA, tmp_path / "none", Recipe(transform="none", budget=0.3))
+    form = load_compact(tmp_path / "none").form
+    with pytest.raises(RecipeError, match="has no such part"):
+        distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], Training(train="shared"))
