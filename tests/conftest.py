@@ -32,3 +32,10 @@ def smollm2() -> Path:
     with FileLock(out.parent / ".smollm2.lock"):
         subprocess.run([sys.executable, FIXTURES / "make_smollm2.py", out], check=True, capture_output=True)
     return out
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

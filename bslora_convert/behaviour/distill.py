@@ -20,20 +20,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.memory import enable_checkpointing, peak_bytes
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches, shared_prefix
+from bslora_convert.behaviour.student import Student, kl_rows
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.errors import InputError
 from bslora_convert.tensorfile import read_json, read_tensors
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
-TOKENS_AT_ONCE = 256
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -79,7 +79,7 @@ def heldout_kl(
                 _, logits = base.predictions(batch, known)
             with compact:
                 _, other = base.predictions(batch, other_known)
-            total += float(_kl(logits, other, 1.0).double().sum())
+            total += float(kl_rows(logits, other).double().sum())
             tokens += len(batch.targets)
     return total / tokens
 
@@ -136,7 +136,7 @@ class _Run:
             name: tensor.detach().to(base.device, torch.float32, copy=True)
             for name, tensor in named_tensors(form).items()
         }
-        self.student = _Student(base, start, self.layout, training.train)
+        self.student = Student(base, start, self.layout, training.train)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu")
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=training.learning_rate, weight_decay=0.0)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
@@ -147,6 +147,9 @@ class _Run:
         self.tokens, self.seconds = 0, 0.0
         self.notes: list[str] = []
         self.steps = self._planned()
+        longest = max(len(example.ids) for example in examples)
+        if enable_checkpointing(base.model, min(len(examples), training.batch_size), longest, base.device):
+            self.notes.append("activations are recomputed in the backward pass: they would not fit in the free memory")
 
     def _planned(self) -> int:
         """Optimiser steps that the run takes at most."""
@@ -216,8 +219,9 @@ class _Run:
         for batch in parts:
             with torch.no_grad(), self.reference:
                 hidden, logits = self.base.predictions(batch)
-            loss = self.model(batch, hidden, logits, self.training) / measured
-            self.accelerator.backward(loss)
+            with self.student.attached:
+                loss = self.model(batch, hidden, logits, self.training) / measured
+                self.accelerator.backward(loss)
             losses.append(float(loss.detach()))
             tokens += int(batch.mask.sum())
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.training.clip)
@@ -329,70 +333,3 @@ class _Run:
                 setattr(self, key, state[key])
         except (KeyError, RuntimeError) as error:
             raise InputError(f"{self.checkpoints}: not a checkpoint of this adapter ({error})") from None
-
-
-class _Student(nn.Module):
-    """The compact adapter on the base as a module whose parameters are what is trained."""
-
-    def __init__(self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str) -> None:
-        super().__init__()
-        self.base = (base,)  # in a tuple: the frozen base is none of the module's parameters
-        chosen = [
-            name
-            for name, tensor in tensors.items()
-            if tensor.numel() and (train == "all" or ("bslora_local" in name) == (train == "local"))
-        ]
-        if not chosen:
-            raise RecipeError(f"train is {train!r}, but the adapter has no such part; use local or all")
-        self.parameters_by_place = nn.ParameterList([nn.Parameter(tensors[name]) for name in chosen])
-        self.trained = dict(zip(chosen, self.parameters_by_place, strict=True))
-        self.tensors: dict[str, Tensor] = {**tensors, **self.trained}
-        self.attached = Attached(base.model, assemble(layout, self.tensors), {}, "the compact adapter", enabled=False)
-
-    def forward(self, batch: Batch, hidden: Tensor, logits: Tensor, training: Training) -> Tensor:
-        """Summed loss of a batch; hidden, logits: the reference's."""
-        with self.attached:
-            own_hidden, own = self.base[0].predictions(batch, gradients=True)
-        loss = training.temperature**2 * _kl(logits, own, training.temperature).sum()
-        if training.hidden_weight:
-            lost = (own_hidden.float() - hidden.float()).square().sum() / hidden.float().square().sum()
-            loss = loss + training.hidden_weight * len(batch.targets) * lost
-        return loss
-
-    def rounded(self, dtype: torch.dtype) -> "_Rounded":
-        """A context in which the adapter holds what would be stored."""
-        return _Rounded(self.tensors, dtype)
-
-
-class _Rounded:
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self.tensors, self.dtype = tensors, dtype
-        self.exact: dict[str, Tensor] = {}
-
-    def __enter__(self) -> None:
-        for name, tensor in self.tensors.items():
-            self.exact[name] = tensor.detach().clone()
-            tensor.data.copy_(tensor.detach().to(self.dtype))
-
-    def __exit__(self, *_: object) -> None:
-        for name, tensor in self.tensors.items():
-            tensor.data.copy_(self.exact[name])
-
-
-def _kl(logits: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """KL of each row at a temperature, in float32: (n, v), (n, v) -> (n,)."""
-    rows = []
-    for p, q in zip(logits.split(TOKENS_AT_ONCE), other.split(TOKENS_AT_ONCE), strict=True):
-        log_p = (p.float() / temperature).log_softmax(-1)
-        log_q = (q.float() / temperature).log_softmax(-1)
-        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(rows)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that the process (on a GPU: its allocator) has held so far."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

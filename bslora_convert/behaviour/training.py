@@ -6,6 +6,10 @@ from typing import Any
 
 from bslora_convert.errors import RecipeError
 
+OPTIONS = (
+    "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",
+    "hidden_weight", "max_length", "evaluate_every", "patience",
+)  # fmt: skip
 TRAINED = ("local", "shared", "all")
 
 
@@ -61,6 +65,16 @@ class Training:
     def to_dict(self) -> dict[str, Any]:
         """Every option by name."""
         return asdict(self)
+
+    def arguments(self) -> list[str]:
+        """The command-line options that say the same, those at their default left out."""
+        plain = Training()
+        return [
+            word
+            for name, value in self.to_dict().items()
+            if name in OPTIONS and value != getattr(plain, name)
+            for word in (f"--{name.replace('_', '-')}", f"{value}")
+        ]
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step (from 0): linear warm-up, then half a cosine down to a tenth of a hundredth."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from bslora_convert.cli.finetune import TRAINING_OPTIONS, training_options
+from bslora_convert.behaviour.training import OPTIONS, Training
+from bslora_convert.cli.finetune import show_training, training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import (
     DTYPES,
@@ -117,9 +118,8 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
       bslora-convert compress ./my-lora ./tuned --transform none --budget 0.125 --base-model ./base \\
         --finetune train.jsonl --max-minutes 10
     """
-    settings = {name: options.pop(name) for name in TRAINING_OPTIONS}
+    settings = {name: options.pop(name) for name in OPTIONS}
     recipe = Recipe(**options)
-    from bslora_convert.behaviour.training import Training
     from bslora_convert.compression import compress as run
 
     training = Training(**settings, seed=recipe.seed)
@@ -140,7 +140,7 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
 def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
-    from bslora_convert.report.verdict import sentences
+    from bslora_convert.report.verdict import calibrated, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
     table = Table(title=f"{compact['transform']} of {source['path']}", title_justify="left")
@@ -168,6 +168,10 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     console.print(table)
     for sentence in sentences(record):
         console.print(sentence, highlight=False)
+    if "calibration" in record:
+        console.print(" ".join(calibrated(record["calibration"])), highlight=False)
+    if "training" in record:
+        show_training(console, record["training"])
     ranks = compact["ranks"]
     local = (
         ranks["local"]

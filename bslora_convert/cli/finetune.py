@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bslora_convert.behaviour.training import OPTIONS, TRAINED, Training
 from bslora_convert.cli.verb import Output, verb
 
 
@@ -14,7 +15,7 @@ def training_options(function: Any) -> Any:
         (
             click.option(
                 "--train",
-                type=click.Choice(("local", "shared", "all")),
+                type=click.Choice(TRAINED),
                 default="local",
                 show_default=True,
                 help="Which parts are trained.",
@@ -42,12 +43,6 @@ def training_options(function: Any) -> Any:
     ):
         function = option(function)
     return function
-
-
-TRAINING_OPTIONS = (
-    "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",
-    "hidden_weight", "max_length", "evaluate_every", "patience",
-)  # fmt: skip
 
 
 @click.command()
@@ -89,11 +84,10 @@ def finetune(
       bslora-convert finetune ./my-compact ./my-tuned --reference ./my-lora --base-model ./base \\
         --prompts train.jsonl --max-minutes 10
     """
-    from bslora_convert.behaviour.training import Training
     from bslora_convert.finetuning import finetune as run
 
     share, file = _heldout(heldout)
-    settings = {name: options.pop(name) for name in TRAINING_OPTIONS}
+    settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
     base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))
     with output.bar("finetune") as progress:
@@ -101,7 +95,7 @@ def finetune(
             compact_dir, out_dir, reference, base_model, prompts, training, heldout=file, progress=progress, **options
         )
     output.notes(record["notes"])
-    output.result(record, lambda console: show_training(console, record, out_dir))
+    output.result(record, lambda console: _show(console, record, out_dir))
 
 
 def _heldout(value: str) -> tuple[float, Path | None]:
@@ -112,13 +106,24 @@ def _heldout(value: str) -> tuple[float, Path | None]:
         return 0.1, Path(value)
 
 
-def show_training(console: Any, record: dict[str, Any], out_dir: Path) -> None:
+def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
+    show_training(console, record["training"])
+    compact, weight = record["compact"], record["weight"]
+    console.print(
+        f"{compact['parameter_ratio']:.2%} of the parameters, relative error of the weights {weight['relative_error']:.4f}. "
+        f"Written to {out_dir}",
+        highlight=False,
+        style="dim",
+    )
+
+
+def show_training(console: Any, training: dict[str, Any]) -> None:
     """What training did, for a reader."""
     from bslora_convert.report.verdict import trained
 
-    console.print(" ".join(trained(record["training"])), style="bold", highlight=False, markup=False)
+    console.print(" ".join(trained(training)), style="bold", highlight=False, markup=False)
     console.print(
-        f"{record['compact']['parameter_ratio']:.2%} of the parameters, relative error of the weights "
-        f"{record['weight']['relative_error']:.4f}; written to {out_dir}",
+        f"{training['training_rows']} rows, {training['steps']} steps at {training['tokens_per_second']:,.0f} tokens/s, "
+        f"{training['peak_bytes'] / 1e9:.2f} GB at the peak.",
         highlight=False,
     )

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from bslora_convert.behaviour.training import Training
 from bslora_convert.recipe import Recipe
 from bslora_convert.report import verdict
 from bslora_convert.report.page import environment
@@ -13,6 +14,8 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The card of one conversion."""
     words = ["bslora-convert", "compress", record["source"]["path"], "OUT_DIR"]
     words += Recipe.from_dict(record["recipe"]).arguments()
+    if "training" in record:
+        words += Training(**record["training"]["options"]).arguments()
     return (
         environment()
         .get_template("card.md")

@@ -13,9 +13,16 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
         f"({compact['byte_ratio']:.1%} of the bytes)."
     ]
-    said.append(
-        _against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"])
-    )
+    if _fitted_to_behaviour(record):
+        said.append(
+            f"It was fitted to what the base model does with it, not to the weights, so its relative error "
+            f"({weight['relative_error']:.4f}; plain SVD of this size {baselines['svd_adaptive']['relative_error']:.4f}) is no "
+            "measure of it; `verify` is."
+        )
+    else:
+        said.append(
+            _against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"])
+        )
     before = max(int(rank) for rank in record["source"]["ranks"])
     if compact["expanded_rank"] > before:
         said.append(
@@ -23,6 +30,11 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             "not in a server's slots."
         )
     return said
+
+
+def _fitted_to_behaviour(record: Mapping[str, Any]) -> bool:
+    calibration, training = record.get("calibration"), record.get("training")
+    return bool((calibration and calibration["kept"] == "calibrated") or (training and training["kept_step"]))
 
 
 def _against_svd(transform: str, error: float, svd: float) -> str:

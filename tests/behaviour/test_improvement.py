@@ -15,12 +15,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from bslora_convert import Recipe, Training, compress, finetune, load_compact
+from bslora_convert import Recipe, Training, compress, finetune, load_compact, verify
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.distill import distill, heldout_kl, split_heldout
 from bslora_convert.behaviour.improvement import Prompts, Workshop, open_workshop
 from bslora_convert.behaviour.prompts import Example
+from bslora_convert.behaviour.student import Student
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
@@ -186,15 +187,13 @@ def test_it_never_ends_worse_than_it_began(workshop: Workshop, examples: list[Ex
 def test_a_loss_that_is_not_finite_stops_with_the_best_state(
     workshop: Workshop, examples: list[Example], compact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bslora_convert.behaviour import distill as module
-
-    whole, calls = module._Student.forward, []
+    whole, calls = Student.forward, []
 
     def breaks(student: Any, *args: Any) -> torch.Tensor:
         calls.append(1)
         return whole(student, *args) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(module._Student, "forward", breaks)
+    monkeypatch.setattr(Student, "forward", breaks)
     training = Training(max_steps=20, learning_rate=5e-3, evaluate_every=2)
     done = distill(workshop.base, workshop.reference, load_compact(compact).form, examples[8:], examples[:8], training)
     assert done.record["steps"] == 4
@@ -310,6 +309,37 @@ def test_time_and_patience_end_it(workshop: Workshop, examples: list[Example], c
     assert late.record["steps"] == 0
     stuck = Training(learning_rate=1e-12, evaluate_every=1, patience=2, epochs=50)
     assert distill(workshop.base, workshop.reference, form, *rows, stuck).record["steps"] <= 4
+
+
+def test_recomputing_activations_changes_nothing(
+    examples: list[Example], compact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bslora_convert.behaviour import memory
+
+    form = load_compact(compact).form
+    training = Training(max_steps=2, evaluate_every=2, learning_rate=5e-3)
+    found = []
+    for free in (1 << 40, 0):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        fresh = open_workshop(LORA, str(BASE))
+        found.append(distill(fresh.base, fresh.reference, form, examples[8:], examples[:8], training))
+    assert not any("recomputed" in note for note in found[0].notes)
+    assert any("recomputed" in note for note in found[1].notes)
+    assert [row["loss"] for row in found[0].log] == pytest.approx([row["loss"] for row in found[1].log], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_everything_runs_on_a_gpu(compact: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        transform="ke", budget=0.3, base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided",
+        finetune=str(PROMPTS), device="cuda",
+    )  # fmt: skip
+    record = compress(LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2))
+    assert record["training"]["device"] == "cuda"
+    assert record["training"]["heldout_kl_after"] <= record["training"]["heldout_kl_before"]
+    found = verify(tmp_path / "out", LORA, BASE, prompts=PROMPTS, device="cuda", limit=8, max_new_tokens=4)
+    on_cpu = verify(tmp_path / "out", LORA, BASE, prompts=PROMPTS, limit=8, max_new_tokens=0)
+    assert found["kl"] == pytest.approx(on_cpu["kl"], rel=0.2)
 
 
 def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Example]) -> None:

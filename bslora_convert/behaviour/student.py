@@ -1,0 +1,77 @@
+"""The compact adapter as a module in training: its tensors are the parameters, the base stays frozen beside it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.behaviour.prompts import Batch
+from bslora_convert.behaviour.training import Training
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.storage import assemble
+from bslora_convert.errors import RecipeError
+
+TOKENS_AT_ONCE = 256  # rows of logits that are turned into probabilities together
+
+
+class Student(nn.Module):
+    """The compact adapter on the base as a module whose parameters are what is trained."""
+
+    def __init__(self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str) -> None:
+        """tensors: the adapter's, by key without PEFT's prefix, float32; those that `train` names become the parameters.
+
+        :raises RecipeError: when the adapter has no such part.
+        """
+        super().__init__()
+        self.base = (base,)  # in a tuple: the frozen base is none of the module's parameters
+        chosen = [
+            name
+            for name, tensor in tensors.items()
+            if tensor.numel() and (train == "all" or ("bslora_local" in name) == (train == "local"))
+        ]
+        if not chosen:
+            raise RecipeError(f"train is {train!r}, but the adapter has no such part; use local or all")
+        self.parameters_by_place = nn.ParameterList([nn.Parameter(tensors[name]) for name in chosen])
+        self.trained = dict(zip(chosen, self.parameters_by_place, strict=True))
+        self.tensors: dict[str, Tensor] = {**tensors, **self.trained}
+        self.attached = Attached(base.model, assemble(layout, self.tensors), {}, "the compact adapter", enabled=False)
+
+    def forward(self, batch: Batch, hidden: Tensor, logits: Tensor, training: Training) -> Tensor:
+        """Summed loss of a batch; hidden, logits: the reference's. `attached` is on, and stays on in the backward pass."""
+        own_hidden, own = self.base[0].predictions(batch, gradients=True)
+        loss = training.temperature**2 * kl_rows(logits, own, training.temperature).sum()
+        if training.hidden_weight:
+            lost = (own_hidden.float() - hidden.float()).square().sum() / hidden.float().square().sum()
+            loss = loss + training.hidden_weight * len(batch.targets) * lost
+        return loss
+
+    def rounded(self, dtype: torch.dtype) -> "_Rounded":
+        """A context in which the adapter holds what would be stored."""
+        return _Rounded(self.tensors, dtype)
+
+
+class _Rounded:
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = tensors, dtype
+        self.exact: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        for name, tensor in self.tensors.items():
+            self.exact[name] = tensor.detach().clone()
+            tensor.data.copy_(tensor.detach().to(self.dtype))
+
+    def __exit__(self, *_: object) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.data.copy_(self.exact[name])
+
+
+def kl_rows(logits: Tensor, other: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL of each row at a temperature, in float32: (n, v), (n, v) -> (n,)."""
+    rows = []
+    for p, q in zip(logits.split(TOKENS_AT_ONCE), other.split(TOKENS_AT_ONCE), strict=True):
+        log_p = (p.float() / temperature).log_softmax(-1)
+        log_q = (q.float() / temperature).log_softmax(-1)
+        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(rows)
