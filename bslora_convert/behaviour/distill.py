@@ -104,7 +104,7 @@ def distill(
 
     :raises InputError: when checkpoints are of another run or damaged.
     """
-    run = _Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter())
+    run = Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter())
     if resume and checkpoints is not None and (checkpoints / STATE).is_file():
         run.load()
     elif checkpoints is not None:
@@ -112,7 +112,7 @@ def distill(
     return run.finish(progress)
 
 
-class _Run:
+class Run:
     """One training run: parameters, optimiser, the best state so far."""
 
     def __init__(
@@ -166,7 +166,7 @@ class _Run:
         for _ in range(self.step * self.training.accumulate):
             next(order)
         while self.step < self.steps and not self._out_of_time() and self.stale < self.training.patience:
-            row = self._one_step(order)
+            row = self.one_step(order)
             if row is None:
                 self.notes.append(f"the loss was not finite at step {self.step + 1}; the best state before it is kept")
                 break
@@ -208,7 +208,7 @@ class _Run:
                 yield next(batches(part, len(part), self.base.pad))
             epoch += 1
 
-    def _one_step(self, order: Iterator[Batch]) -> dict[str, Any] | None:
+    def one_step(self, order: Iterator[Batch]) -> dict[str, Any] | None:
         """One optimiser step; None when the loss or the gradient is not finite."""
         began, tokens, losses = time.perf_counter(), 0, []
         rate = self.training.rate_at(self.step, self.steps)
