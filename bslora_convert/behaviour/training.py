@@ -37,7 +37,7 @@ class Training:
     max_length: int | None = None
     heldout: float = 0.1
     max_heldout: int = 32
-    evaluate_every: int = 10
+    evaluate_every: int = 20
     patience: int = 8
     chat_template: bool = True
     seed: int = 0

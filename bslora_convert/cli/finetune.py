@@ -34,7 +34,7 @@ def training_options(function: Any) -> Any:
             ),
             click.option("--max-length", type=int, help="Longest row in tokens.  [default: the model's context]"),
             click.option(
-                "--evaluate-every", type=int, default=10, show_default=True, help="Steps between evaluations."
+                "--evaluate-every", type=int, default=20, show_default=True, help="Steps between evaluations."
             ),
             click.option(
                 "--patience", type=int, default=8, show_default=True, help="Evaluations without a better state."
