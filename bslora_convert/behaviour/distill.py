@@ -144,7 +144,7 @@ class Run:
         self.step, self.stale, self.kept_step = 0, 0, 0
         self.before = self.lowest = math.nan
         self.log: list[dict[str, Any]] = []
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0
         self.notes: list[str] = []
         self.steps = self._planned()
         longest = max(len(example.ids) for example in examples)
@@ -185,17 +185,13 @@ class Run:
         return f"loss {row['loss']:.4f}, held-out KL {self.lowest:.5f}, {row['tokens_per_second']:.0f} tokens/s"
 
     def _out_of_time(self) -> bool:
-        minutes = self.training.max_minutes
-        if minutes is None:
-            return False
-        # A last evaluation has to fit in as well; it costs about as much as a few steps.
-        spent = time.perf_counter() - self.began + self.seconds_per_evaluation
-        return spent > 60 * minutes
+        return self._spent() >= 1
 
-    @property
-    def seconds_per_evaluation(self) -> float:
-        """What the last evaluation took."""
-        return getattr(self, "_evaluation", 0.0)
+    def _spent(self) -> float:
+        """Share of the minutes that is gone, one more evaluation counted in; 0 where they are not limited."""
+        if self.training.max_minutes is None:
+            return 0.0
+        return (time.perf_counter() - self.began + self.evaluation_seconds) / (60 * self.training.max_minutes)
 
     def _order(self) -> Iterator[Batch]:
         """Batches, epoch after epoch, each in its own order; the same for the same seed."""
@@ -211,7 +207,7 @@ class Run:
     def one_step(self, order: Iterator[Batch]) -> dict[str, Any] | None:
         """One optimiser step; None when the loss or the gradient is not finite."""
         began, tokens, losses = time.perf_counter(), 0, []
-        rate = self.training.rate_at(self.step, self.steps)
+        rate = self.training.rate_at(max((self.step + 1) / self.steps, self._spent()))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = [next(order) for _ in range(self.training.accumulate)]
@@ -241,7 +237,7 @@ class Run:
         began = time.perf_counter()
         with torch.no_grad(), self.student.rounded(self.stored):
             kl = heldout_kl(self.base, self.reference, self.student.attached, self.heldout, self.training.batch_size)
-        self._evaluation = time.perf_counter() - began
+        self.evaluation_seconds = time.perf_counter() - began
         return kl
 
     def _evaluate(self) -> float:

@@ -76,10 +76,9 @@ class Training:
             for word in (f"--{name.replace('_', '-')}", f"{value}")
         ]
 
-    def rate_at(self, step: int, steps: int) -> float:
-        """Learning rate of a step (from 0): linear warm-up, then half a cosine down to a tenth of a hundredth."""
-        rising = max(1, round(self.warmup * steps))
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        share = (step - rising) / max(1, steps - rising)
-        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+    def rate_at(self, share: float) -> float:
+        """Learning rate at a share of the run: linear warm-up, then half a cosine down to a hundredth."""
+        if share < self.warmup:
+            return self.learning_rate * share / self.warmup
+        rest = (min(share, 1.0) - self.warmup) / (1 - self.warmup)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * rest)))

@@ -90,10 +90,24 @@ def finetune(
     settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
     base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))
-    with output.bar("finetune") as progress:
-        record = run(
-            compact_dir, out_dir, reference, base_model, prompts, training, heldout=file, progress=progress, **options
+    try:
+        with output.bar("finetune") as progress:
+            record = run(
+                compact_dir,
+                out_dir,
+                reference,
+                base_model,
+                prompts,
+                training,
+                heldout=file,
+                progress=progress,
+                **options,
+            )
+    except KeyboardInterrupt:
+        output.notes(
+            ["the state after the last evaluation is kept beside OUT_DIR; the same command with --resume goes on"]
         )
+        raise
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
 
