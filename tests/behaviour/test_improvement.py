@@ -221,6 +221,17 @@ def test_the_objective_and_accumulation(workshop: Workshop, examples: list[Examp
     assert hidden > plain
 
 
+def test_the_learning_rate_rises_and_falls() -> None:
+    training = Training(learning_rate=1.0, warmup=0.1)
+    rates = [training.rate_at(share / 100) for share in range(1, 120)]
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 9  # a tenth
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01)
+    assert Training(warmup=0.0).rate_at(0.001) == pytest.approx(Training().learning_rate, rel=1e-4)
+
+
 def test_the_same_seed_gives_the_same_bytes(compact: Path, tmp_path: Path) -> None:
     training = Training(max_steps=4, epochs=2, learning_rate=5e-3, evaluate_every=2, seed=3)
     for name in ("first", "second"):
