@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 
 from bslora_convert.bslora.factors import Factors, Use
 from bslora_convert.bslora.transforms import Transform
@@ -20,13 +21,13 @@ def add_update(y: Tensor, x: Tensor, local: Factors, transform: Transform | None
     y (…, out): the base layer's output; its memory is used again where no gradient is asked for. x (…, in): the layer's input.
     """
     dtype = local.a.dtype
-    rows = x.flatten(0, -2).to(dtype)
-    result = y.flatten(0, -2).to(dtype)
+    rows = x.to(dtype).flatten(0, -2)
+    result = y.to(dtype).flatten(0, -2)
     if torch.is_grad_enabled():
         result = result.clone()
     if local.rank:
-        result.addmm_(rows @ local.a.T, local.b.T)
-    if transform is not None and uses:
+        result.addmm_(linear(rows, local.a), local.b.T)
+    if transform is not None:
         result = transform.add_(result, rows, uses)
     return result.to(y.dtype).view(y.shape)
 
@@ -35,7 +36,7 @@ def add_lookup(y: Tensor, ids: Tensor, local: Factors, transform: Transform | No
     """Adds an embedding's update, y + (columns `ids` of ΔW): local a (r, vocabulary), b (dim, r); y (…, dim), ids (…)."""
     result = y.to(local.a.dtype)
     for part in (local, *_terms(local, transform, uses)):
-        result = result + torch.nn.functional.embedding(ids, part.a.T) @ part.b.T
+        result = result + embedding(ids, part.a.T) @ part.b.T
     return result.to(y.dtype)
 
 

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from bslora_convert.bslora.factors import Factors, Shape, Use
 
@@ -127,38 +128,23 @@ class Kronecker:
     def add_(self, y: Tensor, x: Tensor, uses: Sequence[Use]) -> Tensor:
         """Adds the terms, applied to the rows of x (n, in), to y (n, out) in place; no Kronecker product is ever built.
 
-        Each block of x meets every A_s at once, the kernels mix the few numbers that are left of it, and the B_s write each block
-        of y: (n, in/s, s) -> (n, in/s, Σp) -> p of them at a time (n, k, p) -> (n, out/s, p) -> Σp together (n, out/s, s).
+        K_A folds the blocks of x into one (or k), the small factors turn it, K_B repeats it over the blocks of y:
+        X (n, in/s, s) -> K_A X (n, k, s) -> (K_A X) A_sᵀ B_sᵀ (n, k, s) -> Y (n, out/s, s).
         """
         n, (down, across) = x.shape[0], self.grid((y.shape[1], x.shape[1]))
-        blocks = self.padded(x, across).view(n * across, self.size)
-        ranks = sum(pair.rank for pair, _ in uses)
-        seen = (blocks @ _joined([pair.a for pair, _ in uses], 0).T).view(n, across, ranks)
-        mixed, at = [], 0
+        whole = down * self.size == y.shape[1] and y.is_contiguous()
+        blocks = self.padded(x, across).view(n, across, self.size)
+        written = y.view(n, down, self.size) if whole else y.new_zeros(n, down, self.size)
         for pair, own in uses:
-            mixed.append(_mix(own["B"], _mix(own["A"], seen[:, :, at : at + pair.rank])))
-            at += pair.rank
-        writes = _joined([pair.b for pair, _ in uses], 1).T
-        wanted = _joined(mixed, 2).reshape(n * down, writes.shape[0])
-        if down * self.size == y.shape[1] and y.is_contiguous():
-            y.view(n * down, self.size).addmm_(wanted, writes)
-            return y
-        return y.add_((wanted @ writes).view(n, down * self.size)[:, : y.shape[1]])
+            if n == 1:  # a decoding step: plain products are several times faster than batched ones of one
+                turned = linear(linear(own["A"] @ blocks[0], pair.a), pair.b)
+                written[0].addmm_(own["B"], turned)
+            else:
+                turned = linear(linear(own["A"] @ blocks, pair.a), pair.b)
+                written.baddbmm_(own["B"].expand(n, -1, -1), turned)
+        return y if whole else y.add_(written.view(n, down * self.size)[:, : y.shape[1]])
 
     def padded(self, x: Tensor, grid: int) -> Tensor:
         """Columns of x with zeros up to whole blocks; x itself where nothing is missing."""
         missing = grid * self.size - x.shape[1]
-        return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
-
-
-def _joined(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
-
-
-def _mix(kernel: Tensor, z: Tensor) -> Tensor:
-    """Kernel (i, j) over the blocks of z (n, j, p): (n, i, p); where one side is single, without n small products."""
-    if kernel.shape[0] == 1:
-        return (z * kernel.T).sum(1, keepdim=True)
-    if kernel.shape[1] == 1:
-        return z * kernel
-    return kernel @ z
+        return pad(x, (0, missing)) if missing else x.contiguous()
