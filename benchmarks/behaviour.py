@@ -1,7 +1,8 @@
 """What calibration and distillation buy, on prompts that neither has seen.
 
     python benchmarks/behaviour.py LORA --base-model BASE --train TRAIN.jsonl --heldout HELDOUT.jsonl
-        [--budgets 0.25,0.125] [--transforms none,ke] [--ways data-free,input,two-sided,local,all] [--minutes 10] [--out DIR]
+        [--calibration ROWS.jsonl] [--budgets 0.25,0.125] [--transforms none,ke] [--minutes 10] [--out DIR]
+        [--ways data-free,input,two-sided,local,all]
 
 For each transform and budget: the data-free fit, calibrated in both metrics, and distilled from the data-free fit with the local
 or all parts trained for the given minutes (everything counted), each measured by `verify` on HELDOUT. Rows go to
@@ -32,7 +33,7 @@ def make(
     if way != "data-free":
         fields["base_model"] = options.base_model
     if way in ("input", "two-sided"):
-        fields |= {"calibration": str(options.train), "metric": way}
+        fields |= {"calibration": str(options.calibration or options.train), "metric": way}
     if way in ("local", "all"):
         fields |= {"finetune": str(options.train)}
         training = Training(train=way, max_minutes=options.minutes, max_steps=options.steps, epochs=3)
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("lora", type=Path)
     parser.add_argument("--base-model", required=True)
     parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, help="rows to calibrate on; those of --train where it is not given")
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--budgets", default="0.25,0.125")
     parser.add_argument("--transforms", default="none,ke")
