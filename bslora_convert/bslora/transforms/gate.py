@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bslora_convert.bslora.factors import Factors, Shape, Use
 
@@ -58,5 +59,5 @@ class Gate:
         """Adds the terms, applied to the rows of x (n, in), to y (n, out) in place: rank one each."""
         for pair, own in uses:
             term = self.factors(pair, own, (y.shape[1], x.shape[1]))
-            y.addmm_(x @ term.a.T, term.b.T)
+            y.addmm_(linear(x, term.a), term.b.T)
         return y

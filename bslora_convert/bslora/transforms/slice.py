@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bslora_convert.bslora.factors import Factors, Shape, Use
 
@@ -83,7 +84,8 @@ class Slice:
 
     def add_(self, y: Tensor, x: Tensor, uses: Sequence[Use]) -> Tensor:
         """Adds the terms, applied to the rows of x (n, in), to y (n, out) in place: both windows are views."""
-        for pair, own in uses:
-            window = self.factors(pair, own, (y.shape[1], x.shape[1]))
-            y.addmm_(x @ window.a.T, window.b.T)
+        out, width = y.shape[1], x.shape[1]
+        down, across = self.offset(self.size_out, out), self.offset(self.size_in, width)
+        for pair, _ in uses:
+            y.addmm_(linear(x, pair.a[:, across : across + width]), pair.b[down : down + out].T)
         return y
