@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, compress, load_compact
 from bslora_convert.behaviour.distill import Run
-from bslora_convert.behaviour.improvement import Prompts, open_workshop
-from bslora_convert.behaviour.prompts import Batch, batches
+from bslora_convert.behaviour.prompts import Batch, Prompts, batches
+from bslora_convert.behaviour.workshop import open_workshop
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--place", type=Path, default=Path("build/training"))
     options = parser.parse_args()
     workshop = open_workshop(options.lora, options.base_model)
-    examples, _ = workshop.examples(Prompts(options.prompts, 8 * options.steps))
+    examples = workshop.encode(Prompts.read(options.prompts, 8 * options.steps)).examples
     steps: dict[str, Callable[[Batch], Any]] = {
         f"LoRA {options.rank} in PEFT": lora_step(options.base_model, options.rank)
     }

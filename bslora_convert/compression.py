@@ -5,7 +5,7 @@ read -> fit -> cast -> (calibrate, distil on the base) -> write beside -> read b
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from bslora_convert import fidelity
+from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from bslora_convert.fit.convert import (
     Fit,
@@ -29,14 +31,13 @@ from bslora_convert.fit.convert import (
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import load_lora
+from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
 from bslora_convert.result import Extras, write_result
 from bslora_convert.tensorfile import sha256
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
-
-Progress = Callable[[str, int, int], None]  # step, done, total (0 = unknown)
 
 
 def compress(
@@ -47,7 +48,7 @@ def compress(
     training: Training | None = None,
     overwrite: bool = False,
     report_html: bool = True,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
 
@@ -60,15 +61,17 @@ def compress(
     :raises OutputError: when the output place can't be used; nothing is left behind.
     """
     recipe, out = recipe or Recipe(), Path(out)
+    training = training or Training(seed=recipe.seed)
     check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)
+    prompts = _prompts(recipe, training)
     adapter = load_lora(source)
     _check_paths(adapter.weights, out)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)
-        adapter = adapter.to(_device(recipe.device))
+        adapter = adapter.to(pick_device(recipe.device))
         read = time.perf_counter()
         measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
         _check_magnitude(measured, adapter.weights)
@@ -79,7 +82,7 @@ def compress(
         del fit  # the float32 form is let go
     extras = Extras()
     if recipe.base_model is not None:
-        form, extras = _improve(form, source, measured, recipe, training or Training(seed=recipe.seed), began, progress)
+        form, extras = _improve(form, source, measured, recipe, prompts, training, began, progress)
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         record = write_result(
@@ -96,31 +99,41 @@ def compress(
     return record
 
 
+def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
+    """The rows of every prompt file that the recipe names, read before anything is computed."""
+    files = {name: getattr(recipe, name) for name in ("calibration", "finetune")}
+    return {
+        name: Prompts.read(path, max_length=training.max_length, batch_size=training.batch_size)
+        for name, path in files.items()
+        if path is not None
+    }
+
+
 def _improve(
     form: BsloraForm,
     source: str | Path,
     measured: Source,
     recipe: Recipe,
+    prompts: Mapping[str, Prompts],
     training: Training,
     began: float,
     progress: Progress,
 ) -> tuple[BsloraForm, Extras]:
     """Calibration and distillation, as the recipe asks."""
-    from bslora_convert.behaviour.improvement import Prompts, open_workshop
+    from bslora_convert.behaviour.improvement import calibrated, distilled
+    from bslora_convert.behaviour.workshop import open_workshop
 
     assert recipe.base_model is not None  # the caller sees to it
     workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
     extras = Extras()
-    if recipe.calibration is not None:
-        prompts = Prompts(Path(recipe.calibration), max_length=training.max_length, batch_size=training.batch_size)
+    if "calibration" in prompts:
         uniform = recipe.local_ranks == "uniform"
-        form, calibration, notes = workshop.calibrate(
-            form, measured.deltas, prompts, recipe.metric, uniform, recipe.seed
+        form, calibration, notes = calibrated(
+            workshop, form, measured.deltas, prompts["calibration"], recipe.metric, uniform, recipe.seed
         )
         extras = replace(extras, calibration=calibration, notes=tuple(notes))
-    if recipe.finetune is not None:
-        prompts = Prompts(Path(recipe.finetune), max_length=training.max_length, batch_size=training.batch_size)
-        done = workshop.distill(form, prompts, training, began=began)
+    if "finetune" in prompts:
+        done = distilled(workshop, form, prompts["finetune"], training, began=began)
         form = done.form
         extras = replace(extras, training=done.record, log=done.log, notes=(*extras.notes, *done.notes))
     return form, extras
@@ -185,14 +198,6 @@ def _check_magnitude(source: Source, weights: Path) -> None:
                 f"{weights}: the update of {name} has the norm {math.sqrt(abs(grams.energy)):.3g}; "
                 f"from {SMALLEST_NORM:g} to {LARGEST_NORM:g} can be fitted in float32"
             )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"device is {name}: no CUDA device is available here; use --device cpu")
-    return torch.device(name)
 
 
 def _check_paths(weights: Path, out: Path) -> None:

@@ -5,22 +5,21 @@ read both -> base model -> distil -> write beside -> read back -> measure agains
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
-from bslora_convert.bslora.storage import WEIGHTS_NAME, load_compact
+from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import InputError
 from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import load_lora
+from bslora_convert.progress import Progress, silent
 from bslora_convert.result import Extras, write_result
-from bslora_convert.tensorfile import read_json, sha256
-
-Progress = Callable[[str, int, int], None]
+from bslora_convert.tensorfile import read_json
 
 
 def finetune(
@@ -39,7 +38,7 @@ def finetune(
     dtype: str = "auto",
     overwrite: bool = False,
     report_html: bool = True,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Distils a compact adapter on one base model and returns what the new directory's `fidelity.json` holds.
 
@@ -52,12 +51,21 @@ def finetune(
     :raises OutputError: when the output place can't be used; nothing is left behind but the checkpoints.
     """
     from bslora_convert.behaviour.adapter import read_adapter
-    from bslora_convert.behaviour.improvement import Prompts, open_workshop
+    from bslora_convert.behaviour.improvement import distilled
+    from bslora_convert.behaviour.workshop import open_workshop
 
     training, out, compact = training or Training(), Path(out), Path(compact)
     check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)
+    settings: dict[str, Any] = {
+        "max_length": training.max_length,
+        "max_new_tokens": max_new_tokens,
+        "chat_template": training.chat_template,
+        "batch_size": training.batch_size,
+    }
+    rows = Prompts.read(prompts, limit, **settings)
+    held = Prompts.read(heldout, training.max_heldout, **settings) if heldout is not None else None
     student = load_compact(compact)
     source = load_lora(reference)
     if set(student.form.modules) != set(source.modules):
@@ -67,11 +75,12 @@ def finetune(
     read = time.perf_counter()
     workshop = open_workshop(reference, base_model, device, dtype, progress, read_adapter(compact))
     checkpoints = out.absolute().parent / f".{out.name}.training"
-    done = workshop.distill(
+    done = distilled(
+        workshop,
         student.form,
-        Prompts(Path(prompts), limit, training.max_length, max_new_tokens, training.chat_template, training.batch_size),
+        rows,
         training,
-        heldout=Path(heldout) if heldout is not None else None,
+        heldout=held,
         checkpoints=checkpoints / "state",
         resume=resume,
         began=began,
@@ -86,7 +95,7 @@ def finetune(
     with modules_over_cores(), landing(out, overwrite) as place:
         trained = time.perf_counter()
         record = write_result(
-            place, done.form, replace(source, carried=student.carried), measured, sha256(source.weights), record_of, extras,
+            place, done.form, replace(source, carried=student.carried), measured, workshop.adapter.sha256, record_of, extras,
             {"read": read - began, "fit": trained - read}, html=report_html,
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip
@@ -99,4 +108,4 @@ def _known(compact: Path) -> dict[str, Any]:
     from bslora_convert.report import FIDELITY_NAME
 
     path = compact / FIDELITY_NAME
-    return read_json(path) if path.is_file() and (compact / WEIGHTS_NAME).is_file() else {}
+    return read_json(path) if path.is_file() else {}

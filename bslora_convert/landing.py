@@ -48,6 +48,20 @@ def landing(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file beside and renames it into place.
+
+    :raises OutputError: when it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: can't be written ({error.strerror or error})") from error
+
+
 def _replace(partial: Path, out: Path) -> None:
     """Renames `partial` to `out`; what stood there is moved aside first and comes back if that fails."""
     old = out.parent / f".{out.name}.old-{os.getpid()}"

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,18 @@ import torch
 from safetensors.torch import save_file
 
 from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.divergence import heldout_kl
 from bslora_convert.behaviour.memory import enable_checkpointing, peak_bytes
 from bslora_convert.behaviour.model import BaseModel
-from bslora_convert.behaviour.prompts import Batch, Example, batches, shared_prefix
-from bslora_convert.behaviour.student import Student, kl_rows
+from bslora_convert.behaviour.prompts import Batch, Example, batches
+from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors
 from bslora_convert.errors import InputError
+from bslora_convert.landing import landing
+from bslora_convert.progress import Progress, silent
 from bslora_convert.tensorfile import read_json, read_tensors
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
@@ -63,27 +66,6 @@ def split_heldout(examples: Sequence[Example], training: Training) -> tuple[list
     return [example for i, example in enumerate(examples) if i not in taken], [examples[i] for i in held]
 
 
-def heldout_kl(
-    base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
-) -> float:
-    """Mean KL(reference ‖ compact) over the measured tokens of some examples."""
-    prefix = shared_prefix(examples)
-    with reference:
-        known = base.read_prefix(prefix)
-    with compact:
-        other_known = base.read_prefix(prefix)
-    total, tokens = 0.0, 0
-    with torch.inference_mode():
-        for batch in batches(examples, size, base.pad):
-            with reference:
-                _, logits = base.predictions(batch, known)
-            with compact:
-                _, other = base.predictions(batch, other_known)
-            total += float(kl_rows(logits, other).double().sum())
-            tokens += len(batch.targets)
-    return total / tokens
-
-
 def distill(
     base: BaseModel,
     reference: Attached,
@@ -95,7 +77,7 @@ def distill(
     checkpoints: Path | None = None,
     resume: bool = False,
     began: float | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = silent,
 ) -> Distilled:
     """Trains a form against the reference on these examples; see the module's docstring.
 
@@ -157,7 +139,7 @@ class Run:
         planned = max(1, round(self.training.epochs * per_epoch))
         return min(planned, self.training.max_steps) if self.training.max_steps else planned
 
-    def finish(self, progress: Callable[[str, int, int], None]) -> Distilled:
+    def finish(self, progress: Progress) -> Distilled:
         """Trains to the end and returns the best state."""
         if math.isnan(self.before):
             progress("measuring the start", 0, 0)
@@ -277,23 +259,15 @@ class Run:
     def save(self) -> None:
         """Everything that the rest of the run depends on, complete or not at all."""
         assert self.checkpoints is not None
-        partial = self.checkpoints.with_name(f".{self.checkpoints.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         tensors = {f"now.{name}": tensor for name, tensor in self.student.tensors.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.student.trained.items():
             state = self.optimizer.state[parameter]  # empty for a module that no token has reached
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS if key in state}
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, partial / CHECKPOINT)
-        state = {key: getattr(self, key) for key in self._scalars()}
-        (partial / STATE).write_text(json.dumps({"options": self.training.to_dict(), **state}))
-        old = self.checkpoints.with_name(f".{self.checkpoints.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.checkpoints.exists():
-            self.checkpoints.rename(old)
-        partial.rename(self.checkpoints)
-        shutil.rmtree(old, ignore_errors=True)
+        with landing(self.checkpoints, overwrite=True) as place:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, place / CHECKPOINT)
+            scalars = {key: getattr(self, key) for key in self._scalars()}
+            (place / STATE).write_text(json.dumps({"options": self.training.to_dict(), **scalars}))
 
     @staticmethod
     def _scalars() -> tuple[str, ...]:

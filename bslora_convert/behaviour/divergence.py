@@ -111,6 +111,37 @@ def diverge(
     return found
 
 
+def heldout_kl(
+    base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
+) -> float:
+    """Mean KL(reference ‖ compact) over the measured tokens of some examples."""
+    prefix = shared_prefix(examples)
+    with reference:
+        known = base.read_prefix(prefix)
+    with compact:
+        other_known = base.read_prefix(prefix)
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in batches(examples, size, base.pad):
+            with reference:
+                _, logits = base.predictions(batch, known)
+            with compact:
+                _, other = base.predictions(batch, other_known)
+            total += float(kl_rows(logits, other).double().sum())
+            tokens += len(batch.targets)
+    return total / tokens
+
+
+def kl_rows(logits: Tensor, other: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL of each row at a temperature, in float32: (n, v), (n, v) -> (n,)."""
+    rows = []
+    for p, q in zip(logits.split(TOKENS_AT_ONCE), other.split(TOKENS_AT_ONCE), strict=True):
+        log_p = (p.float() / temperature).log_softmax(-1)
+        log_q = (q.float() / temperature).log_softmax(-1)
+        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(rows)
+
+
 def _energy(difference: Tensor) -> float:
     return float(difference.double().square().sum())
 

@@ -7,6 +7,9 @@ import torch
 
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Row, encode_prompt, with_completion
+from bslora_convert.progress import Progress, silent
+
+ROWS_FOR_ONE = 4  # a step of generation holds one position a row, so that many more rows fit
 
 
 @torch.inference_mode()
@@ -18,7 +21,11 @@ def generate(
     chat_template: bool,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """What the model, with whatever is active on it, writes after each prompt; greedy, so the same every time."""
+    """What the model, with whatever is active on it, writes after each prompt; greedy, so the same every time.
+
+    batch_size: rows of whole sequences that fit at once.
+    """
+    batch_size *= ROWS_FOR_ONE
     texts = [""] * len(rows)
     longest = max(1, base.context - max_new_tokens)
     prompts = [encode_prompt(row, base.tokenizer, chat_template)[-longest:] for row in rows]
@@ -50,8 +57,8 @@ def complete(
     max_new_tokens: int,
     batch_size: int,
     chat_template: bool,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> tuple[list[Row], dict[str, str]]:
+    progress: Progress = silent,
+) -> tuple[tuple[Row, ...], dict[str, str]]:
     """Rows with a completion each, and every completion that was written, by line; `known` ones are not written again."""
     missing = [row for row in rows if row.completion is None and str(row.line) not in known]
     texts = generate(
@@ -59,9 +66,8 @@ def complete(
         lambda done: progress("writing completions", done, len(missing)),
     )  # fmt: skip
     written = {**known, **{str(row.line): text for row, text in zip(missing, texts, strict=True)}}
-    return [
-        row if row.completion is not None else with_completion(row, written[str(row.line)]) for row in rows
-    ], written
+    whole = (row if row.completion is not None else with_completion(row, written[str(row.line)]) for row in rows)
+    return tuple(whole), written
 
 
 def _greedy(base: BaseModel, max_new_tokens: int) -> Any:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bslora_convert.behaviour.prompts import Batch
+from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from bslora_convert.recipe import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +102,3 @@ def load_base(name: str | Path, device: str = "auto", dtype: str = "auto") -> Ba
     if model.get_output_embeddings() is None:
         raise InputError(f"base model {name}: no output embeddings; a causal language model is expected")
     return BaseModel(str(name), model.to(place).eval().requires_grad_(False), tokenizer, place)
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by name; auto = the GPU where there is one.
-
-    :raises RecipeError: when it can't be had.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"device is {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device is {name}: no CUDA device is available here; use --device cpu")
-    return device

@@ -40,6 +40,26 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """The rows of a file and how to turn them into tokens."""
+
+    path: Path
+    rows: tuple[Row, ...]
+    max_length: int | None = None
+    max_new_tokens: int = 128
+    chat_template: bool = True
+    batch_size: int = 8
+
+    @classmethod
+    def read(cls, path: str | Path, limit: int | None = None, **settings: Any) -> "Prompts":
+        """The first `limit` rows of a file.
+
+        :raises InputError: when it is missing, damaged or empty.
+        """
+        return cls(Path(path), tuple(read_prompts(path, limit)), **settings)
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """A row as tokens: ids[start:] are measured. `cut`: the row was longer than the context."""
 

@@ -1,19 +1,19 @@
 """The compact adapter as a module in training: its tensors are the parameters, the base stays frozen beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.divergence import kl_rows
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble
 from bslora_convert.errors import RecipeError
-
-TOKENS_AT_ONCE = 256  # rows of logits that are turned into probabilities together
 
 
 class Student(nn.Module):
@@ -47,31 +47,12 @@ class Student(nn.Module):
             loss = loss + training.hidden_weight * len(batch.targets) * lost
         return loss
 
-    def rounded(self, dtype: torch.dtype) -> "_Rounded":
-        """A context in which the adapter holds what would be stored."""
-        return _Rounded(self.tensors, dtype)
-
-
-class _Rounded:
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self.tensors, self.dtype = tensors, dtype
-        self.exact: dict[str, Tensor] = {}
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the adapter holds what would be stored."""
+        exact = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         for name, tensor in self.tensors.items():
-            self.exact[name] = tensor.detach().clone()
-            tensor.data.copy_(tensor.detach().to(self.dtype))
-
-    def __exit__(self, *_: object) -> None:
+            tensor.data.copy_(exact[name].to(dtype))
+        yield
         for name, tensor in self.tensors.items():
-            tensor.data.copy_(self.exact[name])
-
-
-def kl_rows(logits: Tensor, other: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL of each row at a temperature, in float32: (n, v), (n, v) -> (n,)."""
-    rows = []
-    for p, q in zip(logits.split(TOKENS_AT_ONCE), other.split(TOKENS_AT_ONCE), strict=True):
-        log_p = (p.float() / temperature).log_softmax(-1)
-        log_q = (q.float() / temperature).log_softmax(-1)
-        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(rows)
+            tensor.data.copy_(exact[name])

@@ -1,27 +1,31 @@
 """`verify`: does the compact adapter behave like the LoRA that it came from, on these prompts and this base model?"""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge
-from bslora_convert.behaviour.generation import complete, generate, rouge_l
-from bslora_convert.behaviour.model import BaseModel, load_base
-from bslora_convert.behaviour.prompts import Row, encode, read_prompts
-from bslora_convert.errors import OutputError, RecipeError
+from bslora_convert.behaviour.generation import generate, rouge_l
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.behaviour.prompts import Prompts
+from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.errors import RecipeError
+from bslora_convert.landing import replace_file
+from bslora_convert.progress import Progress, silent
 from bslora_convert.tensorfile import read_json, sha256
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file
 WORST = 6  # rows that a reader sees side by side
-
-Progress = Callable[[str, int, int], None]  # step, done, total (0 = unknown)
+WRITTEN_TOKENS = 64  # of a completion that the reference writes where no generations are asked for
+MEASURES = (
+    "prompts", "kl", "kl_p99", "agreement", "nll", "perplexity", "base_kl", "retention", "hidden_error", "generation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +61,6 @@ class Thresholds:
         return checked
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to measure."""
-
-    limit: int | None = None
-    batch_size: int = 8
-    max_new_tokens: int = 64
-    max_length: int | None = None
-    chat_template: bool = True
-    tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    task_data: Path | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
-        if self.max_new_tokens < 0:
-            raise RecipeError(f"max_new_tokens is {self.max_new_tokens}: zero (no generations) or more is allowed")
-
-
 def verify(
     compact: str | Path,
     reference: str | Path,
@@ -102,7 +83,7 @@ def verify(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compares two adapters of one base model and returns what `verify.json` holds.
 
@@ -115,18 +96,20 @@ def verify(
     """
     if prompts is None and not tasks:
         raise RecipeError("nothing to measure: give prompts, tasks or both")
-    settings = Settings(
-        limit, batch_size, max_new_tokens, max_length, chat_template, tuple(tasks),
-        Path(include_path) if include_path else None, Path(task_data) if task_data else None, seed,
-    )  # fmt: skip
+    _check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
     thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
     progress("reading", 0, 0)
+    rows = None
+    if prompts is not None:
+        rows = Prompts.read(
+            prompts, limit, max_length=max_length, max_new_tokens=max_new_tokens, chat_template=chat_template,
+            batch_size=batch_size,
+        )  # fmt: skip
     first, second = read_adapter(compact), read_adapter(reference)
     check_pair(first, second)
-    rows = read_prompts(prompts, limit) if prompts is not None else []
-    progress("loading the base model", 0, 0)
-    base = load_base(base_model, device, dtype)
-    pair = _Pair(base, first, second)
+    workshop = Workshop(second, str(base_model), device, dtype, progress)
+    base = workshop.base
+    attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "base_model": str(base_model),
@@ -134,23 +117,26 @@ def verify(
         "reference": {"path": str(reference), "kind": second.kind, "sha256": second.sha256},
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "device": base.device.type,
-        **_nothing_measured(),
+        **dict.fromkeys(MEASURES),
+        "worst": [],
+        "tasks": {},
         "notes": _notes(base, first, second),
     }
-    if prompts is not None:
-        record |= _on_prompts(pair, rows, settings, progress, record["notes"])
-        record["prompts"]["sha256"] = sha256(Path(prompts))
+    if rows is not None:
+        measured, notes = _on_prompts(workshop, attached, rows)
+        record |= measured
+        record["notes"] += notes
     if tasks:
         from bslora_convert.behaviour.harness import evaluate
 
         record["tasks"] = evaluate(
             base,
-            {"base": nullcontext(), "reference": pair.reference, "compact": pair.compact},
-            settings.tasks,
+            {"base": nullcontext(), "reference": workshop.reference, "compact": attached},
+            tuple(tasks),
             limit=limit,
             batch_size=batch_size,
-            include_path=settings.include_path,
-            task_data=settings.task_data,
+            include_path=Path(include_path) if include_path else None,
+            task_data=Path(task_data) if task_data else None,
             chat_template=chat_template,
             seed=seed,
             progress=lambda step: progress(step, 0, 0),
@@ -161,31 +147,12 @@ def verify(
     return record
 
 
-class _Pair:
-    """Both adapters on one base model, none of them active."""
-
-    def __init__(self, base: BaseModel, compact: Adapter, reference: Adapter) -> None:
-        self.base = base
-        self.reference, self.compact = (
-            Attached(base.model, adapter.form, adapter.carried, adapter.path, enabled=False)
-            for adapter in (reference, compact)
-        )
-
-
-def _nothing_measured() -> dict[str, Any]:
-    measures = (
-        "prompts",
-        "kl",
-        "kl_p99",
-        "agreement",
-        "nll",
-        "perplexity",
-        "base_kl",
-        "retention",
-        "hidden_error",
-        "generation",
-    )
-    return {**dict.fromkeys(measures), "generation": None, "worst": [], "tasks": {}}
+def _check_counts(counts: dict[str, int | None], max_new_tokens: int) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
+    if max_new_tokens < 0:
+        raise RecipeError(f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed")
 
 
 def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
@@ -199,55 +166,46 @@ def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
     return notes
 
 
-def _on_prompts(
-    pair: _Pair, rows: Sequence[Row], settings: Settings, progress: Progress, notes: list[str]
-) -> dict[str, Any]:
-    base = pair.base
-    without = sum(row.completion is None for row in rows)
-    written = list(rows)
-    if without:
-        notes.append(f"{without} rows had no completion; the reference wrote it, greedily")
-        with pair.reference:
-            written, _ = complete(
-                base, rows, {}, settings.max_new_tokens or 64, 4 * settings.batch_size, settings.chat_template, progress
-            )
-    context = min(base.context, settings.max_length or base.context)
-    examples = [encode(row, base.tokenizer, context, settings.chat_template) for row in written]
-    cut = sum(example.cut for example in examples)
-    if cut:
-        notes.append(f"{cut} of {len(examples)} rows are longer than {context} tokens and were cut to that")
+def _on_prompts(workshop: Workshop, compact: Attached, prompts: Prompts) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Every measure that needs prompts, and notes."""
+    rows = workshop.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
     found = diverge(
-        base, pair.reference, pair.compact, examples, settings.batch_size,
-        lambda done: progress("measuring", done, len(examples)),
+        workshop.base, workshop.reference, compact, rows.examples, prompts.batch_size,
+        _counted(workshop.progress, "measuring", len(rows.examples)),
     )  # fmt: skip
     return {
         "prompts": {
-            "rows": len(rows),
+            "rows": len(rows.rows),
             "tokens": found.tokens,
-            "sha256": "",
-            "cut": cut,
-            "completions_written": without,
+            "sha256": sha256(prompts.path),
+            "cut": rows.cut,
+            "completions_written": rows.written,
         },
         **found.to_dict(),
-        **_generations(pair, found, written, settings, progress),
-    }
+        **_generations(workshop, compact, found, replace(prompts, rows=rows.rows)),
+    }, rows.notes
 
 
-def _generations(
-    pair: _Pair, found: Divergence, rows: Sequence[Row], settings: Settings, progress: Progress
-) -> dict[str, Any]:
+def _generations(workshop: Workshop, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
     """Generations of an even sample compared, and the worst rows with both texts."""
     measured = sorted(found.rows, key=lambda row: (-row[1], row[0].row.line))[:WORST]
-    prompted = [row for row in rows if row.messages]
-    step = max(1, len(prompted) // GENERATED)
-    sample = prompted[::step][:GENERATED] if settings.max_new_tokens else []
+    prompted = [row for row in prompts.rows if row.messages] if prompts.max_new_tokens else []
+    sample = prompted[:: max(1, len(prompted) // GENERATED)][:GENERATED]
     shown = {row.line: row for row in sample}
-    if settings.max_new_tokens:
+    if prompts.max_new_tokens:
         shown |= {example.row.line: example.row for example, _, _ in measured if example.row.messages}
     texts: dict[str, dict[int, str]] = {}
-    for name, state in (("reference", pair.reference), ("compact", pair.compact)):
+    for name, state in (("reference", workshop.reference), ("compact", compact)):
+        said = _counted(workshop.progress, f"generating with {name}", len(shown))
         with state:
-            written = _generate(pair.base, list(shown.values()), settings, f"generating with {name}", progress)
+            written = generate(
+                workshop.base,
+                list(shown.values()),
+                prompts.max_new_tokens,
+                prompts.batch_size,
+                prompts.chat_template,
+                said,
+            )
         texts[name] = dict(zip(shown, written, strict=True))
     pairs = [(texts["reference"][row.line].strip(), texts["compact"][row.line].strip()) for row in sample]
     return {
@@ -273,12 +231,8 @@ def _generations(
     }
 
 
-def _generate(base: BaseModel, rows: Sequence[Row], settings: Settings, step: str, progress: Progress) -> list[str]:
-    # Four times the batch: a step of generation holds one position a row.
-    return generate(
-        base, rows, settings.max_new_tokens, 4 * settings.batch_size, settings.chat_template,
-        lambda done: progress(step, done, len(rows)),
-    )  # fmt: skip
+def _counted(progress: Progress, step: str, total: int) -> Callable[[int], None]:
+    return lambda done: progress(step, done, total)
 
 
 def _save(record: dict[str, Any], compact: Adapter, reference: Adapter, out: Path | None) -> None:
@@ -295,22 +249,8 @@ def _save(record: dict[str, Any], compact: Adapter, reference: Adapter, out: Pat
     if out is None and compact.kind == "bslora":
         out = compact.path / "verify.json"
     if out is not None:
-        _replace(out, json.dumps(record, indent=1) + "\n")
+        replace_file(out, json.dumps(record, indent=1) + "\n")
     if known is not None:
-        _replace(fidelity, json.dumps({**known, "functional": record}, indent=1) + "\n")
+        replace_file(fidelity, json.dumps({**known, "functional": record}, indent=1) + "\n")
         if page.is_file():
-            _replace(page, report.with_functional(page.read_text(encoding="utf-8"), record))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file beside and renames it into place.
-
-    :raises OutputError: when it can't be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: can't be written ({error.strerror or error})") from error
+            replace_file(page, report.with_functional(page.read_text(encoding="utf-8"), record))

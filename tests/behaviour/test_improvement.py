@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from bslora_convert import Recipe, Training, compress, finetune, load_compact, verify
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
-from bslora_convert.behaviour.distill import distill, heldout_kl, split_heldout
-from bslora_convert.behaviour.improvement import Prompts, Workshop, open_workshop
-from bslora_convert.behaviour.prompts import Example
+from bslora_convert.behaviour.distill import distill, split_heldout
+from bslora_convert.behaviour.divergence import heldout_kl
+from bslora_convert.behaviour.improvement import calibrated
+from bslora_convert.behaviour.prompts import Example, Prompts
 from bslora_convert.behaviour.student import Student
+from bslora_convert.behaviour.workshop import Workshop, open_workshop
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
@@ -40,7 +42,7 @@ def workshop() -> Workshop:
 
 @pytest.fixture(scope="module")
 def examples(workshop: Workshop) -> list[Example]:
-    return workshop.examples(Prompts(PROMPTS))[0]
+    return list(workshop.encode(Prompts.read(PROMPTS)).examples)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_a_calibration_that_does_not_help_is_dropped(
     for tensor in worse.tensors():
         tensor.zero_()
     monkeypatch.setattr(improvement, "refit_locals", lambda *_: worse)
-    kept, record, notes = workshop.calibrate(form, deltas, Prompts(PROMPTS), "input", False, 0)  # type: ignore[arg-type]
+    kept, record, notes = calibrated(workshop, form, deltas, Prompts.read(PROMPTS), "input", False, 0)  # type: ignore[arg-type]
     assert kept is form
     assert record["kept"] == "data_free"
     assert any("the data-free one is kept" in note for note in notes)
@@ -297,16 +299,17 @@ def test_the_reference_writes_missing_completions_once(
     rows = [{"prompt": json.loads(line)["prompt"]} for line in PROMPTS.read_text().splitlines()[:3]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cache = tmp_path / "cache.json"
-    first, notes = workshop.examples(Prompts(path, max_new_tokens=5), cache)
-    assert any("3 rows of prompts.jsonl had no completion" in note for note in notes)
+    rows = workshop.encode(Prompts.read(path, max_new_tokens=5), cache)
+    first = rows.examples
+    assert any("3 rows of prompts.jsonl had no completion" in note for note in rows.notes)
     known = json.loads(cache.read_text())
     assert set(known["completions"]) == {"1", "2", "3"}
     known["completions"]["2"] = " from the cache"
     cache.write_text(json.dumps(known))
-    second, _ = workshop.examples(Prompts(path, max_new_tokens=5), cache)
+    second = workshop.encode(Prompts.read(path, max_new_tokens=5), cache).examples
     assert (second[0].ids, second[2].ids) == (first[0].ids, first[2].ids)
     assert "from the cache" in workshop.base.tokenizer.decode(second[1].ids)
-    third, _ = workshop.examples(Prompts(path, max_new_tokens=6), cache)  # another question, another answer
+    third = workshop.encode(Prompts.read(path, max_new_tokens=6), cache).examples  # another question, another answer
     assert "from the cache" not in workshop.base.tokenizer.decode(third[1].ids)
 
 

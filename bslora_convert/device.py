@@ -1,0 +1,21 @@
+"""Where to compute."""
+
+import torch
+
+from bslora_convert.errors import RecipeError
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; auto = the GPU where there is one.
+
+    :raises RecipeError: when it can't be had.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device is {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device is {name}: no CUDA device is available here; use --device cpu")
+    return device
