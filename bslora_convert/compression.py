@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bslora_convert import fidelity
+from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
@@ -83,6 +84,8 @@ def compress(
     extras = Extras()
     if recipe.base_model is not None:
         form, extras = _improve(form, source, measured, recipe, prompts, training, began, progress)
+    if recipe.finetune is not None and not is_writer():
+        return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         record = write_result(
@@ -96,6 +99,8 @@ def compress(
                 f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
                 f"can hold (reached {error:.4g}); use --dtype float32"
             )
+    if recipe.finetune is not None:
+        meet()
     return record
 
 

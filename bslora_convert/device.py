@@ -1,17 +1,21 @@
 """Where to compute."""
 
+import os
+
 import torch
 
 from bslora_convert.errors import RecipeError
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name; auto = the GPU where there is one.
+    """A device by name; auto = the GPU where there is one, each of several processes its own.
 
     :raises RecipeError: when it can't be had.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError:

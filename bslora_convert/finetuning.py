@@ -18,6 +18,7 @@ from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
+from bslora_convert.report import FIDELITY_NAME
 from bslora_convert.result import Extras, write_result
 from bslora_convert.tensorfile import read_json
 
@@ -52,6 +53,7 @@ def finetune(
     """
     from bslora_convert.behaviour.adapter import read_adapter
     from bslora_convert.behaviour.improvement import distilled
+    from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
     from bslora_convert.behaviour.workshop import open_workshop
 
     training, out, compact = training or Training(), Path(out), Path(compact)
@@ -85,6 +87,8 @@ def finetune(
         resume=resume,
         began=began,
     )
+    if not is_writer():
+        return written_by_another(out)
     known = _known(compact)
     extras = Extras(known.get("calibration"), done.record, done.log, (*known.get("notes", ()), *done.notes))
     record_of = {
@@ -100,12 +104,11 @@ def finetune(
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip
     shutil.rmtree(checkpoints, ignore_errors=True)
+    meet()
     return record
 
 
 def _known(compact: Path) -> dict[str, Any]:
     """What the compact directory says of itself; nothing where it has no record."""
-    from bslora_convert.report import FIDELITY_NAME
-
     path = compact / FIDELITY_NAME
     return read_json(path) if path.is_file() else {}

@@ -7,6 +7,9 @@
 The compact adapter's own tensors are the parameters, in float32; both adapters hang on the base through hooks and take turns.
 The state with the lowest KL on held-out rows is kept, the starting state included, so that it never ends worse than it began:
 states are measured as they would be stored, rounded to the storage dtype.
+
+With several processes (`accelerate launch`) each takes its share of every batch's rows and of the held-out ones; gradients and
+sums are added up, so that the run is the same as with one process, up to the order of the sums. The first one writes.
 """
 
 import json
@@ -22,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from bslora_convert.behaviour.attach import Attached
-from bslora_convert.behaviour.divergence import heldout_kl
+from bslora_convert.behaviour.divergence import kl_sums
 from bslora_convert.behaviour.memory import enable_checkpointing, peak_bytes
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
@@ -89,7 +92,7 @@ def distill(
     run = Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter())
     if resume and checkpoints is not None and (checkpoints / STATE).is_file():
         run.load()
-    elif checkpoints is not None:
+    elif checkpoints is not None and run.accelerator.is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return run.finish(progress)
 
@@ -108,7 +111,7 @@ class Run:
         checkpoints: Path | None,
         began: float,
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.base, self.reference, self.training = base, reference, training
         self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
@@ -119,7 +122,10 @@ class Run:
             for name, tensor in named_tensors(form).items()
         }
         self.student = Student(base, start, self.layout, training.train)
-        self.accelerator = Accelerator(cpu=base.device.type == "cpu")
+        # Experts that no token has reached have no gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=base.device.type == "cpu", kwargs_handlers=[unused])
+        self.share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=training.learning_rate, weight_decay=0.0)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         self.best = {name: tensor.clone() for name, tensor in start.items()}
@@ -156,7 +162,7 @@ class Run:
             if self.step % self.training.evaluate_every == 0 or self.step == self.steps:
                 row["heldout_kl"] = self._evaluate()
             self.log.append(row)
-            if "heldout_kl" in row and self.checkpoints is not None:
+            if "heldout_kl" in row and self.checkpoints is not None and self.accelerator.is_main_process:
                 self.save()
             progress(self._said(row), self.step, self.steps)
         if self.step and self.log and "heldout_kl" not in self.log[-1]:
@@ -173,37 +179,54 @@ class Run:
         """Share of the minutes that is gone, one more evaluation counted in; 0 where they are not limited."""
         if self.training.max_minutes is None:
             return 0.0
-        return (time.perf_counter() - self.began + self.evaluation_seconds) / (60 * self.training.max_minutes)
+        spent = time.perf_counter() - self.began + self.evaluation_seconds
+        mean: float = self._summed(spent)[0] / self.share.step
+        return mean / (60 * self.training.max_minutes)
 
-    def _order(self) -> Iterator[Batch]:
-        """Batches, epoch after epoch, each in its own order; the same for the same seed."""
+    def _summed(self, *values: float) -> list[float]:
+        """Sums over all processes, the same in each of them."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        mine = torch.tensor(values, dtype=torch.float64, device=self.base.device)
+        total: Any = self.accelerator.reduce(mine)
+        return list(total.tolist())
+
+    def _order(self) -> Iterator[Sequence[Example]]:
+        """The rows of each batch, epoch after epoch, each in its own order; the same for the same seed."""
         epoch = 0
         while True:
             generator = torch.Generator().manual_seed(self.training.seed + epoch)
             order = torch.randperm(len(self.examples), generator=generator).tolist()
             for start in range(0, len(order), self.training.batch_size):
-                part = [self.examples[i] for i in order[start : start + self.training.batch_size]]
-                yield next(batches(part, len(part), self.base.pad))
+                yield [self.examples[i] for i in order[start : start + self.training.batch_size]]
             epoch += 1
 
-    def one_step(self, order: Iterator[Batch]) -> dict[str, Any] | None:
+    def _own(self, rows: Sequence[Example]) -> tuple[Batch, float]:
+        """This process's rows of a batch and their weight; one row of no weight where there are none."""
+        mine = rows[self.share]
+        batch = next(batches(mine or rows[:1], len(rows), self.base.pad))
+        return batch, float(bool(mine))
+
+    def one_step(self, order: Iterator[Sequence[Example]]) -> dict[str, Any] | None:
         """One optimiser step; None when the loss or the gradient is not finite."""
-        began, tokens, losses = time.perf_counter(), 0, []
+        began, loss = time.perf_counter(), 0.0
         rate = self.training.rate_at(max((self.step + 1) / self.steps, self._spent()))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = [next(order) for _ in range(self.training.accumulate)]
-        measured = sum(len(batch.targets) for batch in parts)
-        for batch in parts:
+        tokens = sum(len(example.ids) for rows in parts for example in rows)
+        measured = sum(example.measured for rows in parts for example in rows)
+        for rows in parts:
+            batch, weight = self._own(rows)
             with torch.no_grad(), self.reference:
                 hidden, logits = self.base.predictions(batch)
             with self.student.attached:
-                loss = self.model(batch, hidden, logits, self.training) / measured
-                self.accelerator.backward(loss)
-            losses.append(float(loss.detach()))
-            tokens += int(batch.mask.sum())
+                part = self.model(batch, hidden, logits, self.training) * weight / measured
+                self.accelerator.backward(part * self.accelerator.num_processes)  # the mean of all is taken
+            loss += float(part.detach())
+        loss = self._summed(loss)[0]
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.training.clip)
-        if not math.isfinite(sum(losses)) or not math.isfinite(float(norm)):
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
             self.optimizer.zero_grad()
             return None
         self.optimizer.step()
@@ -211,16 +234,18 @@ class Run:
         seconds = time.perf_counter() - began
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         return {
-            "step": self.step + 1, "loss": sum(losses), "learning_rate": rate, "gradient_norm": float(norm),
+            "step": self.step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": float(norm),
             "tokens_per_second": tokens / seconds,
         }  # fmt: skip
 
     def _heldout(self) -> float:
         began = time.perf_counter()
         with torch.no_grad(), self.student.rounded(self.stored):
-            kl = heldout_kl(self.base, self.reference, self.student.attached, self.heldout, self.training.batch_size)
+            own = self.heldout[self.share]
+            sums = kl_sums(self.base, self.reference, self.student.attached, own, self.training.batch_size)
+        total, tokens = self._summed(*sums)
         self.evaluation_seconds = time.perf_counter() - began
-        return kl
+        return total / tokens
 
     def _evaluate(self) -> float:
         """Held-out KL of the present state, which becomes the best one where it is lower."""
@@ -247,6 +272,7 @@ class Run:
             "trained": self.training.train,
             "trained_parameters": sum(p.numel() for p in self.student.parameters()),
             "device": self.base.device.type,
+            "processes": self.accelerator.num_processes,
             "dtype": str(self.base.model.dtype).removeprefix("torch."),
             "options": self.training.to_dict(),
         }

@@ -115,6 +115,16 @@ def heldout_kl(
     base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
 ) -> float:
     """Mean KL(reference ‖ compact) over the measured tokens of some examples."""
+    total, tokens = kl_sums(base, reference, compact, examples, size)
+    return total / tokens
+
+
+def kl_sums(
+    base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
+) -> tuple[float, int]:
+    """(Sum of KL(reference ‖ compact) over the measured tokens of some examples, their number)."""
+    if not examples:
+        return 0.0, 0
     prefix = shared_prefix(examples)
     with reference:
         known = base.read_prefix(prefix)
@@ -129,7 +139,7 @@ def heldout_kl(
                 _, other = base.predictions(batch, other_known)
             total += float(kl_rows(logits, other).double().sum())
             tokens += len(batch.targets)
-    return total / tokens
+    return total, tokens
 
 
 def kl_rows(logits: Tensor, other: Tensor, temperature: float = 1.0) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ from bslora_convert.errors import InputError, RecipeError
 TASKS = Path(__file__).parent / "tasks"
 RESAMPLES = 10_000
 PREFERRED = ("acc", "exact_match", "acc_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One task's metric and every item's score, in the order of items, by what was active."""
+
+    metric: str
+    items: dict[str, np.ndarray]
+
+    def compared(self, seed: int) -> dict[str, Any]:
+        """{"metric", "items", "base", "reference", "compact", "difference_ci95"} as `verify.json` has it."""
+        return {
+            "metric": self.metric,
+            "items": len(self.items["compact"]),
+            **{name: float(values.mean()) for name, values in self.items.items()},
+            "difference_ci95": list(paired_interval(self.items["compact"], self.items["reference"], seed)),
+        }
 
 
 def evaluate(
@@ -32,10 +50,10 @@ def evaluate(
     chat_template: bool,
     seed: int,
     progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """Scores by task: {"metric", "items", "base", "reference", "compact", "difference_ci95"}.
+) -> dict[str, "Scores"]:
+    """Scores by task.
 
-    states: what is active on the model for `base`, `reference` and `compact`.
+    states: what is active on the model, by name.
 
     :raises RecipeError: when the extra is not installed or a task is unknown. :raises InputError: when a task can't be read.
     """
@@ -55,8 +73,7 @@ def evaluate(
             f"tasks: {', '.join(unknown)} unknown; shipped for local files: {shipped}; others by lm_eval's names"
         )
     model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size)
-    scores: dict[str, dict[str, np.ndarray]] = {task: {} for task in tasks}
-    metrics: dict[str, str] = {}
+    scores: dict[str, Scores] = {}
     for name, state in states.items():
         progress(f"tasks with {name}")
         with state, redirect_stdout(sys.stderr):
@@ -80,9 +97,9 @@ def evaluate(
             samples = found["samples"].get(task)
             if not samples:
                 raise RecipeError(f"tasks: {task} is a group or has no items; name single tasks")
-            metrics.setdefault(task, _metric(samples))
-            scores[task][name] = _scores(samples, metrics[task])
-    return {task: _summary(metrics[task], values, seed) for task, values in scores.items()}
+            known = scores.setdefault(task, Scores(_metric(samples), {}))
+            known.items[name] = _scores(samples, known.metric)
+    return scores
 
 
 def paired_interval(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -104,12 +121,3 @@ def _scores(samples: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
     chosen = samples[0].get("filter")
     items = sorted((s for s in samples if s.get("filter") == chosen), key=lambda sample: sample["doc_id"])
     return np.array([float(sample[metric]) for sample in items])
-
-
-def _summary(metric: str, scores: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
-    return {
-        "metric": metric,
-        "items": len(scores["compact"]),
-        **{name: float(values.mean()) for name, values in scores.items()},
-        "difference_ci95": list(paired_interval(scores["compact"], scores["reference"], seed)),
-    }

@@ -68,6 +68,11 @@ class Example:
     start: int
     cut: bool
 
+    @property
+    def measured(self) -> int:
+        """Tokens that are measured."""
+        return len(self.ids) - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -129,7 +129,7 @@ def verify(
     if tasks:
         from bslora_convert.behaviour.harness import evaluate
 
-        record["tasks"] = evaluate(
+        scores = evaluate(
             base,
             {"base": nullcontext(), "reference": workshop.reference, "compact": attached},
             tuple(tasks),
@@ -141,6 +141,7 @@ def verify(
             seed=seed,
             progress=lambda step: progress(step, 0, 0),
         )
+        record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
     record["thresholds"] = thresholds.check(record)
     record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
     _save(record, first, second, Path(out) if out else None)

@@ -100,8 +100,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         if quiet or as_json or not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, as our own, are for terminals
         signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run cleans up like an interrupted one
+        output = Output(as_json, quiet, verbose) if _speaks() else Output(False, True, False)
         try:
-            function(Output(as_json, quiet, verbose), *args, **options)
+            function(output, *args, **options)
         except BsloraConvertError as error:
             if debug:
                 raise
@@ -118,6 +119,11 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             _fail(f"internal error ({type(error).__name__}: {error}); run with --debug for the traceback", 1)
 
     return run
+
+
+def _speaks() -> bool:
+    """Whether this is the first of the processes that `accelerate launch` or torchrun started, or the only one."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _interrupt(*_: object) -> NoReturn:

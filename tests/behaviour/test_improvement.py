@@ -292,6 +292,33 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
     assert not (tmp_path / ".killed.training").exists()
 
 
+def test_two_processes_train_as_one(compact: Path, tmp_path: Path) -> None:
+    """The rows of a batch are shared out; losses and the end agree up to the order of sums, and one process speaks."""
+    arguments = [
+        "finetune", str(compact), "OUT", "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS),
+        "--max-steps", "4", "--evaluate-every", "2", "--learning-rate", "0.005", "--batch-size", "5", "--json", "--device", "cpu",
+    ]  # fmt: skip
+    launch = {
+        "one": ["-m", "bslora_convert"],
+        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bslora_convert"],
+    }
+    found = {}
+    for name, how in launch.items():
+        command = [sys.executable, *how, *(str(tmp_path / name) if word == "OUT" else word for word in arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FIXTURES.parent)}
+        done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+        record = json.loads(done.stdout)
+        rows = [json.loads(line) for line in (tmp_path / name / "training.jsonl").read_text().splitlines()]
+        found[name] = record, [row["loss"] for row in rows], load_file(tmp_path / name / WEIGHTS)
+    (one, losses, tensors), (two, other_losses, others) = found["one"], found["two"]
+    assert (one["training"]["processes"], two["training"]["processes"]) == (1, 2)
+    assert other_losses == pytest.approx(losses, rel=1e-4)
+    assert two["training"]["heldout_kl_after"] == pytest.approx(one["training"]["heldout_kl_after"], rel=1e-2)
+    assert not list(tmp_path.glob(".*"))
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(others[key].float(), tensor.float(), rtol=0.02, atol=1e-3)
+
+
 def test_the_reference_writes_missing_completions_once(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
