@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bslora_convert.version import __version__
 
 if TYPE_CHECKING:
+    from bslora_convert.analysis.analyze import analyze
     from bslora_convert.behaviour.attach import load_into
     from bslora_convert.behaviour.training import Training
     from bslora_convert.behaviour.verify import verify
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Recipe": "bslora_convert.recipe",
+    "analyze": "bslora_convert.analysis.analyze",
     "compress": "bslora_convert.compression",
     "Training": "bslora_convert.behaviour.training",
     "expand": "bslora_convert.expansion",
@@ -40,6 +42,7 @@ __all__ = [
     "Recipe",
     "Training",
     "__version__",
+    "analyze",
     "compress",
     "expand",
     "finetune",

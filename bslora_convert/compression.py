@@ -30,6 +30,7 @@ from bslora_convert.fit.convert import (
     measure,
 )
 from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.groups import candidates
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
@@ -38,6 +39,7 @@ from bslora_convert.result import Extras, write_result
 from bslora_convert.tensorfile import sha256
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
+SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
 
 
@@ -77,7 +79,7 @@ def compress(
         measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
         _check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        fit = _fit(measured, recipe, dtype, lambda step: progress(step, 0, 0))
+        fit = _fit_grouped(measured, recipe, dtype, lambda step: progress(step, 0, 0))
         form = _cast(fit.form, dtype)
         notes = (*adapter.notes, *fit.notes)
         del fit  # the float32 form is let go
@@ -142,6 +144,24 @@ def _improve(
         form = done.form
         extras = replace(extras, training=done.record, log=done.log, notes=(*extras.notes, *done.notes))
     return form, extras
+
+
+def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
+    """The fit under the groups that the recipe names, or of several groupings the one that is best for the size asked for."""
+    fits = {
+        name: _fit(replace(source, partition=partition), recipe, dtype, progress)
+        for name, partition in candidates(source, recipe.groups).items()
+    }
+    if len(fits) == 1:
+        return next(iter(fits.values()))
+    allowed = max(min(fit.lost for fit in fits.values()), SAME_ERROR**2 * source.energy)
+    if recipe.max_error is not None:
+        allowed = math.inf  # all of them reach it
+    best = min((name for name in fits if fits[name].lost <= allowed), key=lambda name: fits[name].form.parameters)
+    error = {name: math.sqrt(fit.lost / source.energy) if source.energy else 0.0 for name, fit in fits.items()}
+    found = ", ".join(f"{name} {fits[name].form.parameters:,} numbers at {error[name]:.4f}" for name in fits)
+    note = f"groups auto compared {found}; {best} kept"
+    return replace(fits[best], notes=(*fits[best].notes, note))
 
 
 def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:

@@ -22,6 +22,7 @@ class Recipe:
 
     Exactly one of `budget`, `ranks` and `max_error` decides the size; `budget` is 0.4459 where none is given.
     `calibration` and `finetune` are prompt files; they need `base_model`.
+    `groups` is `layer`, `auto` or a file of groups: who shares on the intra level.
     `local_ranks` is adaptive for a budget or an error, uniform for ranks given by hand, unless it is set.
 
     :raises RecipeError: naming the field, its value and what is allowed.
@@ -40,6 +41,7 @@ class Recipe:
     base_model: str | None = None
     calibration: str | None = None
     metric: str = "input"
+    groups: str = "layer"
     finetune: str | None = None
     device: str = "auto"
     seed: int = 0
@@ -62,6 +64,10 @@ class Recipe:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
         self._check_numbers()
         self._check_device()
+        if self.groups != "layer" and self.transform in ("gt", "none"):
+            raise RecipeError(
+                f"groups is {self.groups!r}: with transform {self.transform} nothing is shared among modules"
+            )
         prompts = [name for name in ("calibration", "finetune") if getattr(self, name) is not None]
         if prompts and self.base_model is None:
             raise RecipeError(f"{prompts[0]} needs the base model: give base_model (--base-model)")

@@ -2,6 +2,7 @@
 
 import click
 
+from bslora_convert.cli.analyze import analyze
 from bslora_convert.cli.compress import compress
 from bslora_convert.cli.expand import expand
 from bslora_convert.cli.finetune import finetune
@@ -18,11 +19,12 @@ def main() -> None:
     \b
     Start here:
       bslora-convert inspect  LORA_DIR
+      bslora-convert analyze  LORA_DIR --out ANALYSIS_DIR
       bslora-convert compress LORA_DIR OUT_DIR --transform ke
       bslora-convert expand   OUT_DIR  NEW_LORA_DIR
       bslora-convert verify   OUT_DIR  --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
     """
 
 
-for verb in (compress, expand, finetune, inspect, verify):
+for verb in (analyze, compress, expand, finetune, inspect, verify):
     main.add_command(verb)

@@ -72,6 +72,12 @@ def recipe_options(function: Any) -> Any:
                 help="One local rank for all modules, or ranks where they buy most.  [default: adaptive; uniform with --ranks]",
             ),
             click.option(
+                "--groups",
+                default="layer",
+                show_default=True,
+                help="Who shares the intra pairs: layer, auto (clusters) or a JSON file of groups.",
+            ),
+            click.option(
                 "--dtype",
                 type=click.Choice(DTYPES),
                 default="auto",

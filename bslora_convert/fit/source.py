@@ -1,6 +1,6 @@
 """What a fit starts from and what it gives: the measured adapter, the options, the fitted form."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ class Source:
     kinds: Mapping[str, str]
     grams: Mapping[str, Grams]
     svds: Mapping[str, ProductSvd]
+    partition: Mapping[str, Sequence[str]] | None = None  # groups of the intra level; None: the layers
 
     @property
     def energy(self) -> float:
@@ -60,13 +61,17 @@ class Source:
 
     @property
     def groups(self) -> dict[str, dict[str, list[str]]]:
-        """Who shares: modules of a numbered layer with their layer (intra) and all of them (inter)."""
+        """Who shares: modules of a numbered layer with their layer or partition (intra) and all of them (inter)."""
         layers: dict[str, list[str]] = {}
         for name in self.deltas:
             layer = layer_of(name)
             if layer is not None and self.kind(name) == "linear":
                 layers.setdefault(layer, []).append(name)
         everyone = [name for members in layers.values() for name in members]
+        if self.partition is not None:
+            may = set(everyone)
+            chosen = {group: [name for name in members if name in may] for group, members in self.partition.items()}
+            layers = {group: members for group, members in chosen.items() if members}
         return {"intra": layers, "inter": {ENTIRE: everyone} if everyone else {}}
 
 

@@ -33,8 +33,13 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def error_map(errors: Mapping[tuple[str, str], float], layers: Sequence[str], kinds: Sequence[str]) -> Figure:
-    """Relative error of each module: layers across, kinds down; blank where a layer has no such module."""
+def error_map(
+    errors: Mapping[tuple[str, str], float],
+    layers: Sequence[str],
+    kinds: Sequence[str],
+    measure: str = "relative error",
+) -> Figure:
+    """A measure of each module: layers across, kinds down; blank where a layer has no such module."""
     grid = np.full((len(kinds), len(layers)), np.nan)
     for (layer, kind), value in errors.items():
         grid[kinds.index(kind), layers.index(layer)] = value
@@ -46,7 +51,7 @@ def error_map(errors: Mapping[tuple[str, str], float], layers: Sequence[str], ki
         axes.set_xticks(range(0, len(layers), step), [layers[i] for i in range(0, len(layers), step)])
         axes.set_yticks(range(len(kinds)), kinds)
         axes.set_xlabel("layer")
-        figure.colorbar(image, ax=axes, label="relative error", pad=0.01)
+        figure.colorbar(image, ax=axes, label=measure, pad=0.01)
     return figure
 
 

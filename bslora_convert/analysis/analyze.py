@@ -1,0 +1,209 @@
+"""`analyze`: every measure of one adapter, gathered, described in plain words and drawn."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
+from bslora_convert.analysis.clusters import clusters, layer_signatures, signatures, similarities
+from bslora_convert.bslora.form import kind_of, natural_order
+from bslora_convert.bslora.transforms import Kronecker
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.convert import Source, measure
+from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.landing import check_output, landing
+from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.progress import Progress, silent
+from bslora_convert.tensorfile import sha256
+from bslora_convert.version import __version__
+
+SCHEMA_VERSION = 1
+LEAST_DRAWS = 2
+PARALLEL = 0.9  # cosine of two stored A from which they are taken for the same start
+
+
+def analyze(
+    lora: str | Path,
+    out: str | Path | None = None,
+    *,
+    beside: Sequence[str | Path] = (),
+    base_model: str | None = None,
+    prompts: str | Path | None = None,
+    limit: int | None = None,
+    draws: int = 8,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measures what a LoRA's modules and layers have in common, and returns what `analysis.json` holds.
+
+    out: a directory for `analysis.json`, `analysis.html` and the plots; nothing is written without it.
+    beside: further LoRAs whose A are compared with this one's. base_model, prompts: adds the entropy similarity of what the
+    modules put out on these prompts. draws: random adapters behind each z-score.
+
+    :raises InputError: when something is missing or damaged. :raises Refused: when the adapter can't be read faithfully.
+    :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
+    """
+    if draws < LEAST_DRAWS:
+        raise RecipeError(f"draws is {draws}: a whole number of at least {LEAST_DRAWS} is allowed")
+    if (base_model is None) != (prompts is None):
+        raise RecipeError("base_model and prompts are given together or not at all")
+    if out is not None:
+        check_output(Path(out), overwrite)
+    rows = None
+    if prompts is not None:
+        from bslora_convert.behaviour.prompts import Prompts
+
+        rows = Prompts.read(prompts, limit)
+    progress("reading", 0, 0)
+    adapter = load_lora(lora)
+    others = {str(path): load_lora(path) for path in beside}
+    with modules_over_cores():
+        source = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
+        record = _measured(adapter, others, source, draws, seed, progress)
+    if rows is not None:
+        from bslora_convert.behaviour.activations import activation_pools
+        from bslora_convert.behaviour.workshop import open_workshop
+
+        workshop = open_workshop(lora, str(base_model), device, "auto", progress)
+        pools = activation_pools(workshop, rows)
+        record["activations"] = {"rows": len(rows.rows), **_rmi(source, pools)}
+    record["recommendation"] = recommendation.sentences(record)
+    if out is not None:
+        from bslora_convert.report.analysis import write
+
+        with landing(Path(out), overwrite) as place:
+            (place / "analysis.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write(place, record)
+    return record
+
+
+def _measured(
+    adapter: LoraAdapter, others: Mapping[str, LoraAdapter], source: Source, draws: int, seed: int, progress: Progress
+) -> dict[str, Any]:
+    pools = {name: entropy.pool(delta, source.grams[name]) for name, delta in source.deltas.items()}
+    progress("comparing subspaces", 0, 0)
+    spaces = {name: subspaces.Spaces.of(delta.factors()) for name, delta in source.deltas.items()}
+    within, across = _subspaces(source, spaces)
+    sharable = bool(source.groups["inter"]) and source.energy > 0
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "source": {
+            "path": str(adapter.path),
+            "sha256": sha256(adapter.weights),
+            "parameters": source.parameters,
+            "modules": len(source.deltas),
+            "layers": len(source.groups["intra"]),
+        },
+        "modules": [
+            {"name": name, "shape": list(source.shapes[name]), **ranks.of_module(source.spectra[name], delta.rank),
+             "spectrum": source.spectra[name].sqrt().tolist()}
+            for name, delta in source.deltas.items()
+        ],
+        "ranks": ranks.of_adapter(source),
+        **_rmi(source, pools),
+        "subspaces_within": within,
+        "subspaces_across": across,
+        "shared_energy": sharing.shared_energy(source, draws, seed, progress) if sharable else {},
+        "draws": draws,
+        "shared_initialisation": _starts(adapter, others),
+        "groups": _groups(source) if sharable else {},
+    }  # fmt: skip
+
+
+def _rmi(source: Source, pools: Mapping[str, entropy.Pool]) -> dict[str, Any]:
+    """Entropy similarity of the kinds within each layer, and of the layers."""
+    layers = {layer: source.groups["intra"][layer] for layer in _ordered(source)}
+    whole = [entropy.merged(pools, members) for members in layers.values()]
+    return {
+        "rmi_within": {
+            layer: {
+                "kinds": [kind_of(name) for name in members],
+                "matrix": entropy.rmi_matrix([pools[name] for name in members]),
+            }
+            for layer, members in layers.items()
+        },
+        "rmi_across": {"layers": list(layers), "matrix": entropy.rmi_matrix(whole)},
+    }
+
+
+def _subspaces(
+    source: Source, spaces: Mapping[str, subspaces.Spaces]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Means over all pairs of modules: of one layer (by side), and of one kind in two layers (by kind and side)."""
+    within: dict[str, list[subspaces.Pairs]] = {side: [] for side in subspaces.SIDES}
+    for members in source.groups["intra"].values():
+        for side, dimension in zip(subspaces.SIDES, (0, 1), strict=True):
+            sizes: dict[int, list[str]] = {}
+            for name in members:
+                sizes.setdefault(source.shapes[name][dimension], []).append(name)
+            within[side] += [
+                subspaces.pairs([spaces[n] for n in same], side) for same in sizes.values() if len(same) > 1
+            ]
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for name in source.groups["inter"].get("all", []):
+        kinds.setdefault((kind_of(name), source.shapes[name]), []).append(name)
+    across = [
+        {"kind": kind, "side": side, **_means([subspaces.pairs([spaces[name] for name in members], side)])}
+        for (kind, _), members in kinds.items()
+        if len(members) > 1
+        for side in subspaces.SIDES
+    ]
+    return [{"side": side, **_means(found)} for side, found in within.items() if found], across
+
+
+def _means(found: Sequence[subspaces.Pairs]) -> dict[str, float]:
+    """Means over the pairs of every group."""
+    counts = [len(pairs.cka) * (len(pairs.cka) - 1) for pairs in found]
+    return {
+        "pairs": sum(counts) // 2,
+        **{
+            measure: sum(
+                count * subspaces.off_diagonal_mean(getattr(pairs, measure))
+                for count, pairs in zip(counts, found, strict=True)
+            )
+            / sum(counts)
+            for measure in ("overlap", "z", "cka")
+        },
+    }
+
+
+def _starts(adapter: LoraAdapter, others: Mapping[str, LoraAdapter]) -> dict[str, Any]:
+    """Pairs of modules, here and in other adapters, whose A are nearly parallel."""
+    own = {name: module.a for name, module in adapter.modules.items()}
+    found = {
+        path: [
+            {"module": name, "cosine": cosine}
+            for name, a in own.items()
+            if name in other.modules
+            and other.modules[name].a.shape == a.shape
+            and abs(cosine := subspaces.cosine(a, other.modules[name].a)) >= PARALLEL
+        ]
+        for path, other in others.items()
+    }
+    return {"within": subspaces.shared_initialisation(own, PARALLEL), "across_adapters": found}
+
+
+def _groups(source: Source) -> dict[str, Any]:
+    """Clusters of layers and of modules."""
+    names = source.groups["inter"]["all"]
+    own = signatures(source, Kronecker.dividing([source.shapes[name] for name in names]))
+    layers = layer_signatures(source, own)
+    result: dict[str, Any] = {}
+    for title, signed in (("layers", layers), ("modules", own)):
+        similarity = similarities(list(signed.values()))
+        found = clusters(list(signed), similarity)
+        result[title] = {
+            "clusters": [list(members) for members in found.members],
+            "silhouette": found.silhouette,
+            "mean_similarity": subspaces.off_diagonal_mean(similarity),
+            **({"names": list(signed), "similarity": similarity.tolist()} if title == "layers" else {}),
+        }
+    return result
+
+
+def _ordered(source: Source) -> list[str]:
+    return sorted(source.groups["intra"], key=natural_order)

@@ -1,0 +1,127 @@
+"""How much of an adapter one shared factor explains, against adapters of the same spectra that share nothing.
+
+    energy     1 − ‖ΔW − shared‖² / ‖ΔW‖², the shared part fitted alone: no local parts, one level at a time
+    null       the same for ΔW_m = U S Vᵀ with the module's own singular values S and random orthonormal U, V
+    z          (energy − mean of the nulls) / their standard deviation
+
+Slices and Kronecker blocks are fitted as `compress` fits them. A gated path is a free rank-one term whose shared pair gives one
+number, so its energy is that of each module's leading component, the same for every null by construction, and its z is 0.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.bslora.form import LEVELS
+from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
+
+PAPER_RANKS = {"intra": 4, "inter": 16}  # of the paper's triple for KE
+Z_LEAST = 1e-6  # a standard deviation below this share of the mean is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A random product as the fits take a module."""
+
+    held: Factors
+
+    @property
+    def shape(self) -> Shape:
+        """(out, in)."""
+        return self.held.shape
+
+    @property
+    def rank(self) -> int:
+        """Inner size."""
+        return self.held.rank
+
+    @property
+    def stored(self) -> Factors:
+        """The factors."""
+        return self.held
+
+    @property
+    def scaling(self) -> float:
+        """1."""
+        return 1.0
+
+    def factors(self) -> Factors:
+        """The factors."""
+        return self.held
+
+
+def random_like(source: Source, generator: torch.Generator) -> Source:
+    """An adapter with the source's shapes and singular values and random singular vectors (Haar)."""
+
+    def basis(size: int, rank: int) -> Tensor:
+        q: Tensor = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
+        return q
+
+    deltas = {}
+    for name, (out, width) in source.shapes.items():
+        root = source.spectra[name].cpu().pow(0.25)
+        rank = min(len(root), out, width)
+        factors = Factors(basis(out, rank) * root[:rank], root[:rank, None] * basis(width, rank).T)
+        deltas[name] = Drawn(factors.to(torch.float32))
+    return measure(deltas, source.kinds)
+
+
+def shared_energy(
+    source: Source, draws: int, seed: int, progress: Callable[[str, int, int], None]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By transform and level: `energy`, `null_mean`, `null_std`, `z` and the `rank` of the pair that was fitted.
+
+    draws: random adapters that make the null, two at least.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fits = [(transform, level) for transform in ("ke", "ss") for level in LEVELS]
+    total = (draws + 1) * len(fits)
+    done = 0
+
+    def energies(adapter: Source) -> dict[tuple[str, str], float]:
+        nonlocal done
+        found = {}
+        for transform, level in fits:
+            progress("measuring what is shared", done, total)
+            found[transform, level] = explained(adapter, transform, level, seed)
+            done += 1
+        return found
+
+    own = energies(source)
+    nulls = [energies(random_like(source, generator)) for _ in range(draws)]
+    result: dict[str, dict[str, dict[str, Any]]] = {"gt": {}}
+    leading = sum(float(values[:1].sum()) for values in source.spectra.values()) / source.energy
+    for level in LEVELS:
+        result["gt"][level] = {"rank": 1, "energy": leading, "null_mean": leading, "null_std": 0.0, "z": 0.0}
+    for transform, level in fits:
+        values = [null[transform, level] for null in nulls]
+        mean, spread = fmean(values), stdev(values)
+        z = (own[transform, level] - mean) / max(spread, Z_LEAST * mean, 1e-300)
+        result.setdefault(transform, {})[level] = {
+            "rank": PAPER_RANKS[level], "energy": own[transform, level], "null_mean": mean, "null_std": spread, "z": z,
+        }  # fmt: skip
+    return result
+
+
+def explained(source: Source, transform: str, level: str, seed: int = 0) -> float:
+    """Share of the energy that the pairs of one level explain without anything else."""
+    fit = fit_by_hand(source, Options(transform, uniform=True, seed=seed), _ranks(source, transform, level))
+    return 1 - fit.lost / source.energy
+
+
+def _ranks(source: Source, transform: str, level: str) -> tuple[int, int, int]:
+    """(0, rank, 0) or (0, 0, rank): the paper's, cut to what the pair's size can have."""
+    smallest = min(min(shape) for shape in source.shapes.values())
+    ranks = {name: min(PAPER_RANKS[name], smallest) if name == level else 0 for name in LEVELS}
+    return 0, ranks["intra"], ranks["inter"]
+
+
+def gathered(energies: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[str, str, Mapping[str, Any]]:
+    """The transform and level that explain most above their null, and what they explain."""
+    rows = [(transform, level, row) for transform, levels in energies.items() for level, row in levels.items()]
+    return max(rows, key=lambda row: row[2]["energy"] - row[2]["null_mean"])
