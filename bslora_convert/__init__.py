@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bslora_convert.behaviour.training import Training
     from bslora_convert.behaviour.verify import verify
     from bslora_convert.bslora.storage import load_compact, save_compact
+    from bslora_convert.comparison.compare import compare
     from bslora_convert.compression import compress
     from bslora_convert.expansion import expand
     from bslora_convert.finetuning import finetune
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "bslora_convert.recipe",
     "analyze": "bslora_convert.analysis.analyze",
+    "compare": "bslora_convert.comparison.compare",
     "compress": "bslora_convert.compression",
     "Training": "bslora_convert.behaviour.training",
     "expand": "bslora_convert.expansion",
@@ -43,6 +45,7 @@ __all__ = [
     "Training",
     "__version__",
     "analyze",
+    "compare",
     "compress",
     "expand",
     "finetune",

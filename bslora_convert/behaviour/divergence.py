@@ -89,23 +89,41 @@ def diverge(
     batch_size: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Divergence:
-    """Runs base, reference and compact over the examples, a batch at a time; no logits outlive their batch.
+    """Runs base, reference and compact over the examples; see `diverge_all`."""
+    return diverge_all(base, reference, {"compact": compact}, examples, batch_size, progress)["compact"]
 
-    progress: called with the number of examples done.
+
+def diverge_all(
+    base: BaseModel,
+    reference: Attached,
+    compacts: Mapping[str, Attached],
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Divergence]:
+    """Runs base, reference and several compact adapters over the examples, a batch at a time; no logits outlive their batch.
+
+    compacts: by name, other than `reference` and `base`. progress: called with the number of examples done.
     """
-    found = Divergence()
-    states: dict[str, AbstractContextManager[Any]] = {"reference": reference, "base": nullcontext(), "compact": compact}
-    prefixes = {}
-    for name, state in states.items():
+    found = {name: Divergence() for name in compacts}
+    fixed: dict[str, AbstractContextManager[Any]] = {"reference": reference, "base": nullcontext()}
+    prefix = shared_prefix(examples)
+
+    def known(state: AbstractContextManager[Any]) -> Any:
         with state:
-            prefixes[name] = base.read_prefix(shared_prefix(examples))
+            return base.read_prefix(prefix)
+
+    caches = {name: known(state) for name, state in (*fixed.items(), *compacts.items())}
     done = 0
     for batch in batches(examples, batch_size, base.pad):
         hidden, logits = {}, {}
-        for name, state in states.items():
+        for name, state in fixed.items():
             with state:
-                hidden[name], logits[name] = base.predictions(batch, prefixes[name])
-        found.add(batch, hidden, logits)
+                hidden[name], logits[name] = base.predictions(batch, caches[name])
+        for name, compact in compacts.items():
+            with compact:
+                own_hidden, own = base.predictions(batch, caches[name])
+            found[name].add(batch, {**hidden, "compact": own_hidden}, {**logits, "compact": own})
         done += len(batch.examples)
         progress(done)
     return found

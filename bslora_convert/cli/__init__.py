@@ -3,6 +3,7 @@
 import click
 
 from bslora_convert.cli.analyze import analyze
+from bslora_convert.cli.compare import compare
 from bslora_convert.cli.compress import compress
 from bslora_convert.cli.expand import expand
 from bslora_convert.cli.finetune import finetune
@@ -21,10 +22,11 @@ def main() -> None:
       bslora-convert inspect  LORA_DIR
       bslora-convert analyze  LORA_DIR --out ANALYSIS_DIR
       bslora-convert compress LORA_DIR OUT_DIR --transform ke
+      bslora-convert compare  LORA_DIR --budgets 0.25
       bslora-convert expand   OUT_DIR  NEW_LORA_DIR
       bslora-convert verify   OUT_DIR  --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
     """
 
 
-for verb in (analyze, compress, expand, finetune, inspect, verify):
+for verb in (analyze, compare, compress, expand, finetune, inspect, verify):
     main.add_command(verb)

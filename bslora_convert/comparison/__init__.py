@@ -1,0 +1,1 @@
+"""Every known form of an adapter at one size, side by side."""

@@ -1,0 +1,230 @@
+"""`compare`: fits every form to one adapter at the sizes asked for, measures each in weights and, with a base model, in behaviour."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bslora_convert.baselines.baseline import Fitted, OutOfReach
+from bslora_convert.behaviour.prompts import Prompts
+from bslora_convert.bslora.form import BsloraForm, Module
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, WITHIN_BUDGET
+from bslora_convert.device import pick_device
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.lowrank import residual_energy
+from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.fit.source import Source, measure
+from bslora_convert.landing import check_output, landing
+from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora.writer import save_lora
+from bslora_convert.progress import Progress, silent
+from bslora_convert.recipe import DTYPES
+from bslora_convert.tensorfile import dtype_name, sha256
+from bslora_convert.version import __version__
+
+SCHEMA_VERSION = 1
+BUDGETS = (0.5, 0.25, 0.125)
+MEASURES = ("kl", "retention", "agreement", "nll")
+
+
+def compare(
+    lora: str | Path,
+    out: str | Path | None = None,
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    forms: Sequence[str] = (),
+    base_model: str | None = None,
+    prompts: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    save: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Fits every form to a LoRA at each budget and returns what `comparison.json` holds.
+
+    out: a directory for `comparison.json` and `comparison.html`, and with `save` for each form as an adapter that PEFT loads.
+    budgets: shares of the LoRA's parameters. forms: names from `comparison.forms.FORMS`, all without it.
+    base_model, prompts: adds each form's KL to the original, retention, agreement and likelihood on these prompts.
+
+    :raises InputError: when something is missing or damaged. :raises Refused: when the adapter can't be read faithfully.
+    :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
+    """
+    _check(budgets, forms, base_model, prompts, dtype, save, out)
+    if out is not None:
+        check_output(Path(out), overwrite)
+    rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
+    progress("reading", 0, 0)
+    adapter = load_lora(lora)
+    storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
+    chosen = [name for name in FORMS if not forms or name in forms]
+    tasks = [(name, budget) for budget in budgets for name in chosen if name in WITHIN_BUDGET]
+    tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
+    found: list[tuple[dict[str, Any], Fitted | None]] = []
+    with modules_over_cores():
+        source = measure(
+            adapter.to(pick_device(device)).modules, {name: module.kind for name, module in adapter.modules.items()}
+        )
+        for done, (name, budget) in enumerate(tasks):
+            progress(f"fitting {name}", done, len(tasks))
+            found.append(_row(name, budget, source, storage, seed))
+    if rows is not None:
+        _add_functional(found, lora, str(base_model), rows, device, progress)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "source": {
+            "path": str(adapter.path),
+            "sha256": sha256(adapter.weights),
+            "parameters": source.parameters,
+            "modules": len(source.deltas),
+        },
+        "dtype": dtype_name(storage),
+        "rows": [row for row, _ in found],
+    }
+    if out is not None:
+        from bslora_convert.report import comparison as report
+
+        with landing(Path(out), overwrite) as place:
+            if save:
+                _save(found, place, adapter, storage)
+            (place / "comparison.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            report.write(place, record)
+    return record
+
+
+def _row(name: str, budget: float, source: Source, storage: torch.dtype, seed: int) -> tuple[dict[str, Any], Fitted | None]:
+    """One form at one size: its numbers, or why it has none."""
+    numbers = source.parameters if math.isnan(budget) else math.floor(budget * source.parameters)
+    began = time.perf_counter()
+    row: dict[str, Any] = {"form": name, "budget": None if math.isnan(budget) else budget}
+    try:
+        fitted = FORMS[name](source, numbers, storage, seed)
+    except OutOfReach as reason:
+        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "relative_error"))
+        seconds = time.perf_counter() - began
+        return {**row, **nothing, "seconds": seconds, "note": str(reason), "settings": {}, "functional": None}, None
+    seconds = time.perf_counter() - began
+    lost = sum(
+        residual_energy(delta.factors(), source.grams[module], fitted.deltas[module])
+        for module, delta in source.deltas.items()
+    )
+    ratio = fitted.parameters / source.parameters
+    return {
+        **row,
+        "budget": ratio if math.isnan(budget) else budget,
+        "parameters": fitted.parameters,
+        "parameter_ratio": ratio,
+        "bytes": fitted.parameters * storage.itemsize,
+        "relative_error": math.sqrt(lost / source.energy) if source.energy else 0.0,
+        "seconds": seconds,
+        "note": "the paper's ranks, at their own size" if math.isnan(budget) else "",
+        "settings": dict(fitted.settings),
+        "functional": None,
+    }, fitted
+
+
+def _add_functional(
+    found: Sequence[tuple[dict[str, Any], Fitted | None]],
+    lora: str | Path,
+    base_model: str,
+    prompts: Prompts,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Puts behaviour on the prompts into the rows that were fitted."""
+    from bslora_convert.behaviour.attach import Attached
+    from bslora_convert.behaviour.divergence import diverge_all
+    from bslora_convert.behaviour.workshop import open_workshop
+
+    workshop = open_workshop(lora, base_model, device, "auto", progress)
+    examples = workshop.encode(prompts).examples
+    fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
+    attached = {
+        index: Attached(workshop.base.model, _as_form(fitted, workshop.adapter.form), {}, index, enabled=False)
+        for index, fitted in fits.items()
+    }
+    measured = diverge_all(
+        workshop.base, workshop.reference, attached, examples, prompts.batch_size,
+        lambda done: progress("measuring behaviour", done, len(examples)),
+    )  # fmt: skip
+    for index, divergence in measured.items():
+        values = divergence.to_dict()
+        found[int(index)][0]["functional"] = {
+            "kl": values["kl"],
+            "base_kl": values["base_kl"],
+            "retention": values["retention"],
+            "agreement": values["agreement"],
+            "nll": values["nll"]["compact"],
+            "nll_reference": values["nll"]["reference"],
+            "rows": len(examples),
+        }
+
+
+def _as_form(fitted: Fitted, like: BsloraForm) -> BsloraForm:
+    """What a fit makes of each module as local parts, for running it."""
+    modules = {
+        name: Module(like.modules[name].shape, factors, {}, like.modules[name].kind)
+        for name, factors in fitted.deltas.items()
+    }
+    return BsloraForm(None, modules)
+
+
+def _save(
+    found: Sequence[tuple[dict[str, Any], Fitted | None]], place: Path, adapter: LoraAdapter, storage: torch.dtype
+) -> None:
+    """Every fit as a directory of its own: in its own method where PEFT has it, as an expanded LoRA otherwise."""
+    kinds = {name: module.kind for name, module in adapter.modules.items()}
+    for row, fitted in found:
+        if fitted is None:
+            continue
+        directory = place / f"{row['form']}-{row['budget']:.4g}"
+        directory.mkdir()
+        if fitted.save is not None:
+            fitted.save(directory, adapter.config.raw)
+        else:
+            save_lora(directory, fitted.deltas, kinds, adapter.carried, adapter.config.raw, storage)
+
+
+def _check(
+    budgets: Sequence[float],
+    forms: Sequence[str],
+    base_model: str | None,
+    prompts: str | Path | None,
+    dtype: str,
+    save: bool,
+    out: str | Path | None,
+) -> None:
+    for budget in budgets:
+        if not (math.isfinite(budget) and 0 < budget <= 1):
+            raise RecipeError(f"budgets holds {budget!r}: shares of the parameters, 0 < budget <= 1, are allowed")
+    if not budgets:
+        raise RecipeError("budgets is empty: give at least one share of the parameters")
+    unknown = sorted(set(forms) - set(FORMS))
+    if unknown:
+        raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}")
+    if (base_model is None) != (prompts is None):
+        raise RecipeError("base_model and prompts are given together or not at all")
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
+    if save and out is None:
+        raise RecipeError("save needs an output directory: give out (--out)")
+
+
+def winners(record: Mapping[str, Any]) -> dict[float, str]:
+    """For each budget the form of the lowest error."""
+    best: dict[float, Mapping[str, Any]] = {}
+    for row in record["rows"]:
+        if row["form"] in OWN_SIZE or row["relative_error"] is None:
+            continue
+        known = best.get(row["budget"])
+        if known is None or row["relative_error"] < known["relative_error"]:
+            best[row["budget"]] = row
+    return {budget: str(row["form"]) for budget, row in best.items()}

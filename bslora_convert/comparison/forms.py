@@ -1,0 +1,79 @@
+"""What `compare` fits: the other forms (`baselines`) and BSLoRA's own, by name.
+
+    bslora_<t>          transform t, shared and local ranks searched for the budget, as `compress --transform t` does
+    bslora_<t>_paper    the paper's ranks (section 4.1: SS 2,4,32, GT 2,8,16, KE 2,4,16), at the size that they have
+    bslora_<t>_intra    one shared pair for each layer and nothing else, of the largest rank that fits: the paper's ablation
+    bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from bslora_convert.baselines import BASELINES
+from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest
+from bslora_convert.bslora.form import LEVELS, BsloraForm
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget
+from bslora_convert.fit.search import problem_of, shared_parameters
+from bslora_convert.fit.source import Source
+
+PAPER = {"ss": (2, 4, 32), "gt": (2, 8, 16), "ke": (2, 4, 16)}
+LARGEST_RANK = 256
+
+
+def fitted(form: BsloraForm, storage: torch.dtype) -> Fitted:
+    """A BSLoRA form as the comparison takes it, its numbers in the storage dtype."""
+    stored = form.to(storage)
+    local = {module.local.rank for module in stored.modules.values()}
+    settings = {
+        "local": next(iter(local)) if len(local) == 1 else f"{min(local)} to {max(local)}",
+        **{level: stored.shared_rank(level) for level in LEVELS},
+    }
+    return Fitted({name: stored.delta(name) for name in stored.modules}, stored.parameters, settings)
+
+
+def searched(transform: str, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """Ranks searched within the budget."""
+    try:
+        return fitted(fit_to_budget(source, Options(transform, seed=seed), budget).form, storage)
+    except RecipeError as error:
+        raise OutOfReach(str(error)) from None
+
+
+def by_paper(transform: str, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """The paper's ranks, whatever size they have."""
+    options = Options(transform, uniform=True, seed=seed)
+    try:
+        return fitted(fit_by_hand(source, options, PAPER[transform]).form, storage)
+    except RecipeError as error:
+        raise OutOfReach(str(error)) from None
+
+
+def one_level(transform: str, level: str, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """One level's pairs alone."""
+    if not source.groups["inter"]:
+        raise OutOfReach("no module stands in a numbered layer, so nothing is shared")
+    options = Options(transform, uniform=True, seed=seed)
+    problem = problem_of(source, options)
+
+    def levels(rank: int) -> dict[str, int]:
+        return {name: rank if name == level else 0 for name in LEVELS}
+
+    limit = min(LARGEST_RANK, *problem.transform.pair_sizes)
+    name = f"bslora_{transform}_{level}"
+    rank = largest(lambda tried: shared_parameters(problem, levels(tried)), budget, limit, name)
+    ranks = levels(rank)
+    return fitted(fit_by_hand(source, options, (0, ranks["intra"], ranks["inter"])).form, storage)
+
+
+OWN_SIZE: Mapping[str, Fit] = {f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER}
+
+WITHIN_BUDGET: Mapping[str, Fit] = {
+    **BASELINES,
+    **{f"bslora_{name}": partial(searched, name) for name in PAPER},
+    **{f"bslora_{name}_{level}": partial(one_level, name, level) for name in ("ss", "ke") for level in LEVELS},
+}
+
+FORMS: Mapping[str, Callable[..., Fitted]] = {**WITHIN_BUDGET, **OWN_SIZE}
