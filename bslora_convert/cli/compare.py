@@ -36,7 +36,9 @@ class Shares(click.ParamType[tuple[float, ...]]):
 
 @click.command()
 @click.argument("lora_dir", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Directory for comparison.json, comparison.html and the plots.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Directory for comparison.json, comparison.html and the plots."
+)
 @click.option("--budgets", type=Shares(), default="0.5,0.25,0.125", show_default=True, help="Shares of the parameters.")
 @click.option("--forms", type=Names(), default="", help="Only these forms.  [default: all]")
 @click.option("--base-model", help="Directory of the base model, or its name on the hub: adds behaviour.")
@@ -44,7 +46,9 @@ class Shares(click.ParamType[tuple[float, ...]]):
 @click.option("--limit", type=int, help="First N rows.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Rows at once.")
 @click.option("--save", is_flag=True, help="Write each form into --out as an adapter that PEFT loads.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
 @click.option("--overwrite", is_flag=True, help="Replace what stands in the output directory.")
@@ -82,7 +86,11 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
         last = row["budget"]
         settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
         note = "; ".join(text for text in (settings, row["note"]) if text)
-        measured = (f"{row['functional']['kl']:.5f}", f"{row['functional']['retention']:.2%}") if row["functional"] else ("", "")
+        measured = (
+            (f"{row['functional']['kl']:.5f}", f"{row['functional']['retention']:.2%}")
+            if row["functional"]
+            else ("", "")
+        )
         if row["relative_error"] is None:
             cells = ["–", "–", *(measured if behaviour else ()), ""]
         else:

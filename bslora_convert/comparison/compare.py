@@ -1,4 +1,4 @@
-"""`compare`: fits every form to one adapter at the sizes asked for, measures each in weights and, with a base model, in behaviour."""
+"""`compare`: fits every form to one adapter at the sizes asked for and measures each in weights and, if asked, in behaviour."""
 
 import json
 import math
@@ -100,7 +100,9 @@ def compare(
     return record
 
 
-def _row(name: str, budget: float, source: Source, storage: torch.dtype, seed: int) -> tuple[dict[str, Any], Fitted | None]:
+def _row(
+    name: str, budget: float, source: Source, storage: torch.dtype, seed: int
+) -> tuple[dict[str, Any], Fitted | None]:
     """One form at one size: its numbers, or why it has none."""
     numbers = source.parameters if math.isnan(budget) else math.floor(budget * source.parameters)
     began = time.perf_counter()

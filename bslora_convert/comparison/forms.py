@@ -1,9 +1,9 @@
 """What `compare` fits: the other forms (`baselines`) and BSLoRA's own, by name.
 
-    bslora_<t>          transform t, shared and local ranks searched for the budget, as `compress --transform t` does
-    bslora_<t>_paper    the paper's ranks (section 4.1: SS 2,4,32, GT 2,8,16, KE 2,4,16), at the size that they have
-    bslora_<t>_intra    one shared pair for each layer and nothing else, of the largest rank that fits: the paper's ablation
-    bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
+bslora_<t>          transform t, shared and local ranks searched for the budget, as `compress --transform t` does
+bslora_<t>_paper    the paper's ranks (section 4.1: SS 2,4,32, GT 2,8,16, KE 2,4,16), at the size that they have
+bslora_<t>_intra    one shared pair for each layer and nothing else, of the largest rank that fits: the paper's ablation
+bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
 """
 
 from collections.abc import Callable, Mapping

@@ -19,7 +19,12 @@ MARKS = "os^vD<>pPX*h"
 
 def write(place: Path, record: Mapping[str, Any]) -> None:
     """The page, and its plots as SVG and PNG, into a directory."""
-    drawn = {"error_by_size": ("relative error of the weights against size", _lines(record["rows"], _error, "relative error"))}
+    drawn = {
+        "error_by_size": (
+            "relative error of the weights against size",
+            _lines(record["rows"], _error, "relative error"),
+        )
+    }
     if any(row["functional"] for row in record["rows"]):
         drawn["kl_by_size"] = "KL to the original against size", _lines(record["rows"], _kl, "KL, nats a token")
     for name, (_, figure) in drawn.items():

@@ -1,0 +1,126 @@
+"""`compare` as a user meets it: a form that an adapter was made in wins at its own size, and what is said holds for what is saved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bslora_convert import compare, load_lora, verify
+from bslora_convert.bslora.transforms import Kronecker, Slice
+from bslora_convert.cli import main
+from bslora_convert.comparison.compare import winners
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, WITHIN_BUDGET
+from bslora_convert.errors import InputError, RecipeError
+from tests.conftest import FIXTURES
+from tests.planting import KINDS, deltas_of, plant, write_lora
+
+TINY = FIXTURES / "tiny"
+CHEAP = ("svd_uniform", "svd_adaptive", "sharelora_a", "sharelora_ab", "bslora_ke", "bslora_ke_paper", "bslora_ss_inter")
+
+
+def row_of(record: dict[str, Any], form: str) -> dict[str, Any]:
+    return next(row for row in record["rows"] if row["form"] == form)
+
+
+def test_every_form_of_the_contract_is_there() -> None:
+    assert {
+        "svd_uniform", "svd_adaptive", "bslora_ss", "bslora_gt", "bslora_ke", "sharelora_a", "sharelora_b", "sharelora_ab",
+        "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora",
+    } <= set(WITHIN_BUDGET)  # fmt: skip
+    assert set(FORMS) == set(WITHIN_BUDGET) | set(OWN_SIZE)
+
+
+def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        "compare", TINY / "gsm8k", "--budgets", "0.5,0.1", "--forms", ",".join(CHEAP), "--out", out, "--save", "--json",
+    ]  # fmt: skip
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record == json.loads((out / "comparison.json").read_text())
+    keys = {"form", "budget", "parameters", "parameter_ratio", "bytes", "relative_error", "seconds", "note", "functional"}
+    for row in record["rows"]:
+        assert keys <= set(row)
+        if row["relative_error"] is None:
+            assert "needs" in row["note"] or "budget" in row["note"]
+        elif row["form"] in WITHIN_BUDGET:
+            assert row["parameter_ratio"] <= row["budget"]
+    assert {path.name for path in out.iterdir() if path.is_file()} == {
+        "comparison.json", "comparison.html", "error_by_size.svg", "error_by_size.png"
+    }  # fmt: skip
+    best = winners(record)
+    assert set(best) == {0.5, 0.1}
+    original = load_lora(TINY / "gsm8k")
+    saved = load_lora(out / "svd_adaptive-0.5")
+    lost = energy = 0.0
+    for name, module in original.modules.items():
+        mine, theirs = module.factors(), saved.modules[name].factors()
+        target = mine.b.double() @ mine.a.double()
+        lost += float((target - theirs.b.double() @ theirs.a.double()).square().sum())
+        energy += float(target.square().sum())
+    assert (lost / energy) ** 0.5 == pytest.approx(row_of(record, "svd_adaptive")["relative_error"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("form", "planted"),
+    [
+        ("bslora_ke", plant(Kronecker(32), (1, 2, 4), layers=3)),
+        ("bslora_ss", plant(Slice.covering(KINDS.values()), (1, 2, 4), layers=3)),
+        ("bslora_ke_inter", plant(Kronecker(32), (0, 0, 8), layers=3)),
+        ("bslora_ke_intra", plant(Kronecker(32), (0, 8, 0), layers=3)),
+    ],
+)
+def test_the_form_that_an_adapter_was_made_in_wins_at_its_own_size(tmp_path: Path, form: str, planted: Any) -> None:
+    lora = write_lora(tmp_path / "lora", deltas_of(planted))
+    whole = load_lora(lora).parameters
+    budget = planted.parameters / whole
+    forms = [name for name in WITHIN_BUDGET if name not in ("vera", "vb_lora")]
+    record = compare(lora, budgets=[budget], forms=forms)
+    assert winners(record)[budget] == form
+    assert row_of(record, form)["relative_error"] < 1e-3
+
+
+def test_behaviour_is_what_verify_measures(tmp_path: Path) -> None:
+    prompts = TINY / "gsm8k-heldout.jsonl"
+    record = compare(
+        TINY / "gsm8k", tmp_path / "out", budgets=[0.25], forms=["svd_uniform", "sharelora_b"], base_model=str(TINY / "base"),
+        prompts=prompts, limit=6, save=True, dtype="float32",
+    )  # fmt: skip
+    for row in record["rows"]:
+        found = verify(
+            tmp_path / "out" / f"{row['form']}-0.25", TINY / "gsm8k", TINY / "base", prompts=prompts, limit=6, max_new_tokens=0
+        )
+        for measure in ("kl", "base_kl", "retention", "agreement"):
+            assert row["functional"][measure] == pytest.approx(found[measure], rel=1e-3, abs=1e-6)
+    assert (tmp_path / "out" / "kl_by_size.png").is_file()
+
+
+def test_vera_and_vb_lora_load_in_peft(tmp_path: Path) -> None:
+    record = compare(TINY / "gsm8k", tmp_path / "out", budgets=[0.5], forms=["vera", "vb_lora"], save=True, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(TINY / "base")
+    ids = torch.arange(5, 25)[None]
+    plain = base(input_ids=ids).logits
+    for row in record["rows"]:
+        assert row["relative_error"] is not None, row["note"]
+        fresh = AutoModelForCausalLM.from_pretrained(TINY / "base")
+        model = PeftModel.from_pretrained(fresh, str(tmp_path / "out" / f"{row['form']}-0.5"))
+        assert not torch.allclose(model(input_ids=ids).logits, plain)
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    for options, words in (
+        ({"budgets": [0.0]}, "budgets holds 0.0"), ({"budgets": []}, "budgets is empty"), ({"forms": ["lora"]}, "lora unknown"),
+        ({"prompts": "x"}, "given together"), ({"dtype": "int8"}, "dtype is 'int8'"), ({"save": True}, "save needs"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=words):
+            compare(TINY / "gsm8k", **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no such file"):
+        compare(tmp_path / "none")
+    done = CliRunner().invoke(main, ["compare", str(TINY / "gsm8k"), "--budgets", "a,b"])
+    assert done.exit_code == 2
