@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from bslora_convert.expansion import expand
     from bslora_convert.finetuning import finetune
     from bslora_convert.inspection import inspect
+    from bslora_convert.library.batch import batch
     from bslora_convert.lora import load_lora
     from bslora_convert.recipe import Recipe
 
 _HOMES = {
     "Recipe": "bslora_convert.recipe",
     "analyze": "bslora_convert.analysis.analyze",
+    "batch": "bslora_convert.library.batch",
     "compare": "bslora_convert.comparison.compare",
     "compress": "bslora_convert.compression",
     "Training": "bslora_convert.behaviour.training",
@@ -45,6 +47,7 @@ __all__ = [
     "Training",
     "__version__",
     "analyze",
+    "batch",
     "compare",
     "compress",
     "expand",

@@ -51,11 +51,14 @@ def compress(
     training: Training | None = None,
     overwrite: bool = False,
     report_html: bool = True,
+    source_name: str | None = None,
+    timed: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
 
-    training: how to distil where the recipe says `finetune`.
+    training: how to distil where the recipe says `finetune`. source_name: what the record calls the source, instead of its path.
+    timed: whether the record says how long it took; without that the same input gives the same bytes in every file.
 
     :raises InputError: when the source, a prompt file or the base model is missing or damaged, or they don't belong together.
     :raises Refused: when the source is valid but can't be converted faithfully.
@@ -92,7 +95,7 @@ def compress(
         fitted = time.perf_counter()
         record = write_result(
             place, form, adapter, measured, digest.result(), recipe.to_dict(), replace(extras, notes=(*notes, *extras.notes)),
-            {"read": read - began, "fit": fitted - read}, html=report_html,
+            {"read": read - began, "fit": fitted - read} if timed else None, html=report_html, source_name=source_name,
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip
         error = record["weight"]["relative_error"]

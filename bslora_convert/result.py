@@ -34,14 +34,16 @@ def write_result(
     digest: str,
     recipe: Mapping[str, Any],
     extras: Extras,
-    seconds: Mapping[str, float],
+    seconds: Mapping[str, float] | None,
     *,
     html: bool = True,
+    source_name: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Writes everything of a compact directory into `place` and returns its record.
 
     form: in the storage dtype. adapter, measured, digest: the source, its deltas and the hash of its weights.
+    seconds: spent so far, by step; None leaves time out of the record.
     """
     from bslora_convert import report
 
@@ -54,7 +56,7 @@ def write_result(
     record = {
         "schema_version": fidelity.SCHEMA_VERSION,
         "tool_version": __version__,
-        "source": _source_record(adapter, digest, dtype_name(adapter.dtype)),
+        "source": _source_record(adapter, digest, dtype_name(adapter.dtype), source_name or str(adapter.path)),
         "recipe": dict(recipe),
         "compact": _compact_record(compact, place, adapter),
         "weight": fidelity.compare(measured, compact.form).to_dict(),
@@ -64,23 +66,27 @@ def write_result(
         **({"training": dict(extras.training)} if extras.training else {}),
         "notes": list(extras.notes),
     }
-    spent = {**seconds, "write": time.perf_counter() - began}
-    record["seconds"] = {**spent, "total": sum(spent.values())}
+    if seconds is None:
+        record["seconds"] = dict.fromkeys(("read", "fit", "write", "total"))
+    else:
+        spent = {**seconds, "write": time.perf_counter() - began}
+        record["seconds"] = {**spent, "total": sum(spent.values())}
     report.write(place, record, measured.spectra, compact, html=html, log=extras.log)
     return record
 
 
-def _source_record(adapter: LoraAdapter, digest: str, dtype: str) -> dict[str, Any]:
+def _source_record(adapter: LoraAdapter, digest: str, dtype: str, name: str) -> dict[str, Any]:
     ranks: dict[str, int] = {}
     for module in adapter.modules.values():
         ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
     return {
-        "path": str(adapter.path),
+        "path": name,
         "sha256": digest,
         "bytes": adapter.weights.stat().st_size,
         "parameters": adapter.parameters,
         "modules": len(adapter.modules),
         "ranks": ranks,
+        "width": sum(sum(module.shape) for module in adapter.modules.values()),
         "dtype": dtype,
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +17,11 @@ LARGEST_JSON = 64 << 20
 LFS_POINTER = b"version https://git-lfs"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HASH_CHUNK = 1 << 22
+DTYPE_CODES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,6 +64,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in loaded.items()}
 
 
+def read_headers(path: Path) -> dict[str, Tensor]:
+    """Shapes and dtypes of every tensor as meta tensors; of a safetensors file only its header is read.
+
+    :raises InputError: as `read_tensors`; numbers themselves are not looked at.
+    """
+    if path.suffix != ".safetensors":
+        return {key: tensor.to("meta") for key, tensor in read_tensors(path).items()}
+    _check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  a handle, not a dictionary
+            return {
+                key: torch.empty(part.get_shape(), dtype=DTYPE_CODES[part.get_dtype()], device="meta")
+                for key, part in slices.items()
+            }
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: truncated or not a safetensors file ({reason})") from None
+
+
 def _holds_its_numbers(tensor: Tensor) -> bool:
     """Whether a tensor is a plain one that has stored every number, unlike a meta or sparse tensor or one expanded by strides."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
@@ -98,7 +124,7 @@ def check_finite(path: Path, key: str, tensor: Tensor) -> None:
 
     :raises InputError: naming file and tensor.
     """
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or tensor.is_meta:
         return
     # The extremes carry any NaN or infinity; counting what is wrong can take its time.
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():

@@ -3,6 +3,7 @@
 import click
 
 from bslora_convert.cli.analyze import analyze
+from bslora_convert.cli.batch import batch, capacity
 from bslora_convert.cli.compare import compare
 from bslora_convert.cli.compress import compress
 from bslora_convert.cli.expand import expand
@@ -23,10 +24,11 @@ def main() -> None:
       bslora-convert analyze  LORA_DIR --out ANALYSIS_DIR
       bslora-convert compress LORA_DIR OUT_DIR --transform ke
       bslora-convert compare  LORA_DIR --budgets 0.25
+      bslora-convert batch    LIBRARY  OUT --workers 4
       bslora-convert expand   OUT_DIR  NEW_LORA_DIR
       bslora-convert verify   OUT_DIR  --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
     """
 
 
-for verb in (analyze, compare, compress, expand, finetune, inspect, verify):
+for verb in (analyze, batch, capacity, compare, compress, expand, finetune, inspect, verify):
     main.add_command(verb)

@@ -17,7 +17,7 @@ from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
-from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_json, read_tensors
+from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_headers, read_json, read_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
@@ -103,8 +103,10 @@ class LoraAdapter:
         return replace(self, modules=moved)
 
 
-def load_lora(path: str | Path) -> LoraAdapter:
+def load_lora(path: str | Path, *, headers_only: bool = False) -> LoraAdapter:
     """Reads a PEFT LoRA directory, or one of its weight files.
+
+    headers_only: everything is checked but the numbers, which are not read; the factors are meta tensors.
 
     :raises InputError: when a file is missing, damaged or inconsistent; the message names file and tensor.
     :raises Refused: when the adapter is valid but not a plain LoRA.
@@ -114,7 +116,7 @@ def load_lora(path: str | Path) -> LoraAdapter:
     raw = read_json(config_path)
     refuse_unless_convertible(raw, config_path)
     config = LoraConfig.parse(raw, config_path)
-    factors, kinds, carried = _sort(weights, read_tensors(weights))
+    factors, kinds, carried = _sort(weights, read_headers(weights) if headers_only else read_tensors(weights))
     names = sorted(factors, key=natural_order)
     modules = {name: _module(weights, name, factors[name], kinds[name], config) for name in names}
     if not modules:

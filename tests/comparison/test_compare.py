@@ -1,4 +1,4 @@
-"""`compare` as a user meets it: a form that an adapter was made in wins at its own size, and what is said holds for what is saved."""
+"""`compare` as a user meets it: the form that an adapter was made in wins at its own size, and what is saved is what was said."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,15 @@ from tests.conftest import FIXTURES
 from tests.planting import KINDS, deltas_of, plant, write_lora
 
 TINY = FIXTURES / "tiny"
-CHEAP = ("svd_uniform", "svd_adaptive", "sharelora_a", "sharelora_ab", "bslora_ke", "bslora_ke_paper", "bslora_ss_inter")
+CHEAP = (
+    "svd_uniform",
+    "svd_adaptive",
+    "sharelora_a",
+    "sharelora_ab",
+    "bslora_ke",
+    "bslora_ke_paper",
+    "bslora_ss_inter",
+)
 
 
 def row_of(record: dict[str, Any], form: str) -> dict[str, Any]:
@@ -44,7 +52,17 @@ def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     record = json.loads(done.stdout)
     assert record == json.loads((out / "comparison.json").read_text())
-    keys = {"form", "budget", "parameters", "parameter_ratio", "bytes", "relative_error", "seconds", "note", "functional"}
+    keys = {
+        "form",
+        "budget",
+        "parameters",
+        "parameter_ratio",
+        "bytes",
+        "relative_error",
+        "seconds",
+        "note",
+        "functional",
+    }
     for row in record["rows"]:
         assert keys <= set(row)
         if row["relative_error"] is None:
@@ -94,7 +112,12 @@ def test_behaviour_is_what_verify_measures(tmp_path: Path) -> None:
     )  # fmt: skip
     for row in record["rows"]:
         found = verify(
-            tmp_path / "out" / f"{row['form']}-0.25", TINY / "gsm8k", TINY / "base", prompts=prompts, limit=6, max_new_tokens=0
+            tmp_path / "out" / f"{row['form']}-0.25",
+            TINY / "gsm8k",
+            TINY / "base",
+            prompts=prompts,
+            limit=6,
+            max_new_tokens=0,
         )
         for measure in ("kl", "base_kl", "retention", "agreement"):
             assert row["functional"][measure] == pytest.approx(found[measure], rel=1e-3, abs=1e-6)
@@ -102,7 +125,9 @@ def test_behaviour_is_what_verify_measures(tmp_path: Path) -> None:
 
 
 def test_vera_and_vb_lora_load_in_peft(tmp_path: Path) -> None:
-    record = compare(TINY / "gsm8k", tmp_path / "out", budgets=[0.5], forms=["vera", "vb_lora"], save=True, dtype="float32")
+    record = compare(
+        TINY / "gsm8k", tmp_path / "out", budgets=[0.5], forms=["vera", "vb_lora"], save=True, dtype="float32"
+    )
     base = AutoModelForCausalLM.from_pretrained(TINY / "base")
     ids = torch.arange(5, 25)[None]
     plain = base(input_ids=ids).logits

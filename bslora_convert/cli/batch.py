@@ -1,0 +1,154 @@
+"""`batch`: a whole library of adapters; `capacity`: how many of them fit a GPU."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bslora_convert.behaviour.training import OPTIONS, Training
+from bslora_convert.cli.compress import recipe_options
+from bslora_convert.cli.finetune import training_options
+from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe import Recipe
+
+
+class Shard(click.ParamType[tuple[int, int]]):
+    """I/N."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """`2/8` -> (2, 8)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            index, count = (int(part) for part in value.split("/"))
+        except ValueError:
+            self.fail(f"{value!r} is not I/N, such as 2/8", param, ctx)
+        return index, count
+
+
+@click.command()
+@click.argument("library")
+@click.argument("out", type=click.Path(path_type=Path))
+@recipe_options
+@training_options
+@click.option("--workers", type=int, help="Processes, one thread each; 0 = in this one.  [default: the cores]")
+@click.option(
+    "--engine", type=click.Choice(("local", "ray")), default="local", show_default=True, help="Where jobs run."
+)
+@click.option("--shard", type=Shard(), default="1/1", show_default=True, help="Only the I-th of N parts, from 1.")
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Skip what is done for the same source and recipe."
+)
+@click.option("--retry-failed", is_flag=True, help="Try bad input of an earlier run again.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
+@click.option("--max-failures", type=int, help="Stop after this many failures.")
+@click.option(
+    "--report-html/--no-report-html", default=True, show_default=True, help="report.html beside each adapter."
+)
+@click.option("--dry-run", is_flag=True, help="Check every header and say what would be done.")
+@verb
+def batch(output: Output, library: str, out: Path, workers: int | None, dry_run: bool, **options: Any) -> None:
+    """Converts a library of adapters: a directory tree, a manifest (JSONL, CSV) or an fsspec URL.
+
+    One bad adapter never stops the rest. The same command again goes on where an interrupted one stopped.
+
+    \b
+    Example:
+      bslora-convert batch ./adapters ./compact --transform auto --budget 0.25 --workers 4
+      bslora-convert batch s3://bucket/adapters ./compact --shard 3/16
+    """
+    from bslora_convert.library.batch import batch as run
+    from bslora_convert.library.batch import is_failed
+
+    own = {
+        name: options.pop(name)
+        for name in ("engine", "shard", "resume", "retry_failed", "fail_fast", "max_failures", "report_html")
+    }
+    settings = {name: options.pop(name) for name in OPTIONS}
+    recipe = Recipe(**options)
+    training = Training(**settings, seed=recipe.seed) if recipe.finetune or recipe.calibration else None
+    try:
+        with output.bar("batch") as progress:
+            summary = run(
+                library,
+                out,
+                recipe,
+                training=training,
+                workers=os.cpu_count() or 1 if workers is None else workers,
+                dry_run=dry_run,
+                progress=progress,
+                **own,
+            )
+    except KeyboardInterrupt:
+        output.notes([f"what is done stays in {out}; the same command goes on from there"])
+        raise
+    output.result(summary, lambda console: _show(console, summary, out))
+    if summary.get("bad") if dry_run else is_failed(summary):
+        sys.exit(1)
+
+
+def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
+    def say(text: str, **style: Any) -> None:
+        console.print(text, highlight=False, markup=False, **style)
+
+    if "dry_run" in summary:
+        say(
+            f"{summary['items']} adapters, {summary['to_convert']} to convert ({summary['bytes'] / 1e6:,.1f} MB), "
+            f"{summary['duplicates']} copies of them, {summary['done']} done, {len(summary['bad'])} bad"
+        )
+        for row in summary["bad"]:
+            say(f"{row['id']}: {row['message']}", style="yellow")
+        return
+    say(
+        f"{summary['items']} adapters: {summary['ok']} converted, {summary['skipped']} done before, {summary['failed']} failed, "
+        f"{summary['refused']} refused, {summary['pending']} to be done",
+        style="bold",
+    )
+    if summary["byte_ratio"] is not None:
+        error = summary["relative_error"]
+        say(
+            f"{summary['bytes_before'] / 1e6:,.1f} MB to {summary['bytes_after'] / 1e6:,.1f} MB ({summary['byte_ratio']:.2%}), "
+            f"relative error {error['p50']:.4f} in the median, {error['max']:.4f} at most"
+        )
+    if summary["adapters_per_second"]:
+        say(f"{summary['adapters_per_second']:.2f} adapters a second")
+    say(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--gpu-gib", type=float, required=True, help="Memory of the GPU.")
+@click.option("--base-gib", type=float, required=True, help="What the base model and its cache take of it.")
+@verb
+def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None:
+    """Says how many adapters of a converted library fit beside the base model, as LoRA and as compact.
+
+    \b
+    Example:
+      bslora-convert capacity ./compact --gpu-gib 80 --base-gib 20
+    """
+    from bslora_convert.library.batch import read_manifest
+    from bslora_convert.library.capacity import capacity as run
+
+    result = run(read_manifest(out), gpu_gib, base_gib)
+    output.result(result, lambda console: _show_capacity(console, result))
+
+
+def _show_capacity(console: Any, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"adapters in {result['gpu_gib'] - result['base_gib']:g} GiB", title_justify="left")
+    table.add_column("engine")
+    for column in ("as LoRA", "as compact"):
+        table.add_column(column, justify="right")
+    slots, paged = result["slots"], result["paged"]
+    table.add_row(
+        "reserves slots by rank (vLLM)",
+        *(f"{slots[kind]['adapters']:,} of rank {slots[kind]['slot_rank']}" for kind in ("lora", "compact")),
+    )
+    table.add_row("keeps an adapter's own numbers", *(f"{paged[kind]['adapters']:,}" for kind in ("lora", "compact")))
+    console.print(table)

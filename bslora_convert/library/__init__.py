@@ -1,0 +1,1 @@
+"""Many adapters: found, planned, converted on engines that can fail, and summed up."""

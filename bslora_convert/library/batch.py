@@ -1,0 +1,201 @@
+"""`batch`: a whole library converted, resumable, with a row for every adapter.
+
+discover -> check headers -> plan -> convert on an engine -> rows as they end -> manifest, summary and page
+
+The markers in `OUT/.batch` are the memory: a run that was killed, or one shard of several, leaves markers, and whoever
+comes next makes manifest and summary of all that are there.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.behaviour.training import Training
+from bslora_convert.errors import InputError, OutputError, RecipeError
+from bslora_convert.landing import landing, replace_file
+from bslora_convert.library.convert import STATE, Job, Result, mark
+from bslora_convert.library.discovery import discover
+from bslora_convert.library.engines import ENGINES
+from bslora_convert.library.items import Item, shard_of
+from bslora_convert.library.plan import Plan, plan
+from bslora_convert.library.summary import summarise
+from bslora_convert.progress import Progress, silent
+from bslora_convert.recipe import Recipe
+
+MANIFEST, SUMMARY, PAGE = "manifest.jsonl", "summary.json", "report.html"
+
+
+def batch(
+    library: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    training: Training | None = None,
+    workers: int = 1,
+    engine: str = "local",
+    shard: tuple[int, int] = (1, 1),
+    resume: bool = True,
+    retry_failed: bool = False,
+    fail_fast: bool = False,
+    max_failures: int | None = None,
+    dry_run: bool = False,
+    report_html: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds.
+
+    library: a directory, a manifest or an fsspec URL. workers: processes (0: in this one). shard: (I, N), from 1.
+    retry_failed: bad input of an earlier run is tried again. fail_fast, max_failures: when to give up; the rest stays undone.
+    dry_run: checks every header and says what would be done.
+
+    :raises InputError: when the library has no adapter. :raises RecipeError: for an option that is not allowed.
+    :raises OutputError: when `out` can't be written.
+    """
+    recipe = recipe or Recipe()
+    _check(engine, workers, shard, max_failures)
+    out = Path(out)
+    items = discover(str(library))
+    _check_place(items, out)
+    own = shard_of(items, shard)
+    options = recipe.to_dict(), (training.to_dict() if training is not None else {})
+    found = plan(own, out, *options, html=report_html, resume=resume, retry_failed=retry_failed, progress=progress)
+    if dry_run:
+        return _dry(found, items, own)
+    _make(out)
+    began = time.perf_counter()
+    limit = 1 if fail_fast else max_failures
+    rows = _run(found, out, engine, workers, limit, progress)
+    return _finish(items, rows, out, shard, time.perf_counter() - began)
+
+
+def _run(
+    found: Plan, out: Path, engine: str, workers: int, max_failures: int | None, progress: Progress
+) -> list[Result]:
+    """Rows of every item of this run, each written to the manifest as it ends."""
+    rows: list[Result] = []
+    failures = 0
+    total = len(found.jobs) + len(found.known) + sum(map(len, found.duplicates.values()))
+    with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
+
+        def take(result: Result) -> None:
+            rows.append(result)
+            manifest.write(json.dumps(result.to_dict()) + "\n")
+            manifest.flush()
+            progress("converting", len(rows), total)
+
+        for result in found.known:
+            if result.status != "skipped":
+                mark(Job(Item(result.id, result.uri), str(out), {}, {}, result.key), result)
+            take(result)
+        jobs = {job.item.id: job for job in found.jobs}
+        with closing(ENGINES[engine](found.jobs, workers)) as results:
+            for result in results:
+                if result.error == "WorkerDied":
+                    mark(jobs[result.id], result)
+                take(result)
+                for job in found.duplicates.get(result.id, ()):
+                    take(_copy(jobs[result.id], job, result))
+                failures += result.status == "failed"
+                if max_failures is not None and failures >= max_failures:
+                    break
+    return rows
+
+
+def _copy(first: Job, job: Job, result: Result) -> Result:
+    """The same source under another id: the same result, copied."""
+    same = replace(result, id=job.item.id, uri=job.item.uri, duplicate_of=first.item.id, seconds=None)
+    if result.status == "ok":
+        with landing(job.destination, overwrite=True) as place:
+            shutil.copytree(first.destination, place, dirs_exist_ok=True)
+    mark(job, same)
+    return same
+
+
+def _finish(
+    items: Sequence[Item], rows: Sequence[Result], out: Path, shard: tuple[int, int], seconds: float
+) -> dict[str, Any]:
+    """Manifest, summary and page of everything that is done, this run's and earlier ones'."""
+    from bslora_convert.report import library as report
+
+    mine = {row.id: row for row in rows}
+    everyone = [mine.get(item.id) or _known(out, item.id) for item in items]
+    final = [row for row in everyone if row is not None]
+    replace_file(out / MANIFEST, "".join(json.dumps(row.to_dict()) + "\n" for row in final))
+    summary = summarise(final, len(items), seconds if shard == (1, 1) else None)
+    replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    replace_file(out / PAGE, report.render(summary, [row.to_dict() for row in final]))
+    return summary
+
+
+def _known(out: Path, name: str) -> Result | None:
+    """The marker of an item that this run did not look at."""
+    from bslora_convert.library.convert import marker_of
+
+    with suppress(OSError, ValueError, TypeError):
+        return Result(**json.loads(marker_of(out, name).read_text(encoding="utf-8")))
+    return None
+
+
+def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> dict[str, Any]:
+    """What a run would do."""
+    return {
+        "dry_run": True,
+        "items": len(items),
+        "in_this_shard": len(own),
+        "to_convert": len(found.jobs),
+        "duplicates": sum(map(len, found.duplicates.values())),
+        "done": sum(result.status == "skipped" for result in found.known),
+        "bytes": found.bytes,
+        "bad": [result.to_dict() for result in found.known if result.status != "skipped"],
+    }
+
+
+def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int | None) -> None:
+    if engine not in ENGINES:
+        raise RecipeError(f"engine is {engine!r}: one of {', '.join(ENGINES)} is allowed")
+    if workers < 0:
+        raise RecipeError(f"workers is {workers}: a whole number from 0 is allowed")
+    index, count = shard
+    if not 1 <= index <= count:
+        raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed")
+    if max_failures is not None and max_failures < 1:
+        raise RecipeError(f"max_failures is {max_failures}: a positive whole number is allowed")
+
+
+def _check_place(items: Sequence[Item], out: Path) -> None:
+    """Refuses an output that would lie in a source, or a source in the output."""
+    target = out.resolve()
+    for item in items:
+        if not item.is_remote:
+            source = Path(item.uri).resolve()
+            if source == target or source in target.parents or target in source.parents:
+                raise InputError(f"{out}: the output and {item.uri} lie inside of each other")
+
+
+def _make(out: Path) -> None:
+    try:
+        (out / STATE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
+
+
+def read_manifest(out: str | Path) -> list[dict[str, Any]]:
+    """The rows of a finished batch.
+
+    :raises InputError: when there is none.
+    """
+    path = Path(out) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{out}: no {MANIFEST}; the output of `batch` is expected")
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return rows
+
+
+def is_failed(summary: Mapping[str, Any]) -> bool:
+    """Whether a batch ends with exit code 1."""
+    return bool(summary.get("failed") or summary.get("refused") or summary.get("pending"))

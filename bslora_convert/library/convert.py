@@ -1,0 +1,167 @@
+"""One adapter of a library, converted: a function of plain data that any engine can run anywhere."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.errors import BsloraConvertError, Refused
+from bslora_convert.landing import replace_file
+from bslora_convert.library.fetch import local_copy
+from bslora_convert.library.items import Item
+from bslora_convert.version import __version__
+
+STATE = ".batch"  # directory of the output that holds a marker for each adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to convert, where to and how. recipe, training: options by name; key: hash of all that the result depends on."""
+
+    item: Item
+    out: str
+    recipe: Mapping[str, Any]
+    training: Mapping[str, Any]
+    key: str
+    bytes: int = 0
+    html: bool = True
+
+    @property
+    def destination(self) -> Path:
+        """The adapter's own directory."""
+        return Path(self.out) / self.item.id
+
+    @property
+    def marker(self) -> Path:
+        """The file that says how this adapter ended."""
+        return marker_of(Path(self.out), self.item.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How one adapter ended, a row of the manifest.
+
+    status: `ok`, `skipped` (done before), `failed` or `refused`. error, message: class and words of what went wrong.
+    """
+
+    id: str
+    uri: str
+    status: str
+    key: str
+    error: str | None = None
+    message: str | None = None
+    source_bytes: int | None = None
+    bytes: int | None = None
+    parameters: int | None = None
+    parameter_ratio: float | None = None
+    relative_error: float | None = None
+    heldout_kl: float | None = None
+    seconds: float | None = None
+    duplicate_of: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row."""
+        return asdict(self)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the same source would end in the same way again: done, or bad input."""
+        return self.status in ("ok", "refused") or (self.status == "failed" and self.error == "InputError")
+
+
+def marker_of(out: Path, name: str) -> Path:
+    """Where an adapter's marker stands."""
+    return out / STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+
+
+def job_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool, source: str) -> str:
+    """Hash of the source's content, the options and the tool's version."""
+    text = json.dumps([source, recipe, training, html, __version__], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def convert_one(job: Job) -> Result:
+    """Converts one adapter and leaves a marker; never raises for what is the adapter's own fault.
+
+    The result lands by rename, its marker after it, so that a marker that says `ok` stands beside a whole result.
+    """
+    from bslora_convert.behaviour.training import Training
+    from bslora_convert.compression import compress
+    from bslora_convert.recipe import Recipe
+
+    began = time.perf_counter()
+    try:
+        with local_copy(job.item) as source:
+            record = compress(
+                source,
+                job.destination,
+                Recipe.from_dict(dict(job.recipe)),
+                training=Training(**job.training) if job.training else None,
+                source_name=job.item.uri,
+                report_html=job.html,
+                timed=False,
+                overwrite=True,
+            )
+        result = done(job, record)
+    except BsloraConvertError as error:
+        status = "refused" if isinstance(error, Refused) else "failed"
+        result = failure(job, status, type(error).__name__, str(error))
+    except MemoryError:
+        result = failure(job, "failed", "MemoryError", "out of memory; fewer workers need less")
+    except Exception as error:  # whatever it was, it is this item's and not the library's
+        result = failure(job, "failed", type(error).__name__, str(error) or type(error).__name__)
+    mark(job, result)
+    return Result(**{**result.to_dict(), "seconds": time.perf_counter() - began})
+
+
+def done(job: Job, record: Mapping[str, Any]) -> Result:
+    """The row of a conversion that worked."""
+    return Result(
+        job.item.id, job.item.uri, "ok", job.key,
+        source_bytes=record["source"]["bytes"],
+        bytes=record["compact"]["bytes"],
+        parameters=record["compact"]["parameters"],
+        parameter_ratio=record["compact"]["parameter_ratio"],
+        relative_error=record["weight"]["relative_error"],
+        heldout_kl=record.get("training", {}).get("heldout_kl_after"),
+        settings={
+            "transform": record["compact"]["transform"],
+            "expanded_rank": record["compact"]["expanded_rank"],
+            "source_rank": max(map(int, record["source"]["ranks"])),
+            "width": record["source"]["width"],
+        },
+    )  # fmt: skip
+
+
+def failure(job: Job, status: str, error: str, message: str) -> Result:
+    """The row of one that did not."""
+    return Result(job.item.id, job.item.uri, status, job.key, error=error, message=message)
+
+
+def mark(job: Job, result: Result) -> None:
+    """Writes the marker; without one the adapter is converted again."""
+    try:
+        job.marker.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(job.marker, json.dumps(result.to_dict(), sort_keys=True) + "\n")
+    except (OSError, BsloraConvertError):
+        return
+
+
+def marked(job: Job) -> Result | None:
+    """How the adapter ended before, if that was for the same key and what it left is still there."""
+    try:
+        result = Result(**json.loads(job.marker.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    if result.key != job.key or not result.is_final:
+        return None
+    if result.status == "ok":
+        weights = job.destination / "adapter_model.safetensors"
+        if not weights.is_file() or weights.stat().st_size != result.bytes or not os.access(weights, os.R_OK):
+            return None
+    return result

@@ -1,0 +1,130 @@
+"""Adapters of a library: a directory tree, a manifest, or an fsspec URL."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.library.items import Item, check_ids, safe_ids
+from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
+
+MANIFESTS = (".jsonl", ".csv")
+LARGEST_MANIFEST = 256 << 20
+
+
+def discover(library: str) -> list[Item]:
+    """Every adapter of a library, by id.
+
+    A directory is searched at any depth for PEFT directories and for weight files with a configuration of their own name beside
+    them (`x.safetensors` and `x.json`). A manifest (`.jsonl`, `.csv`) names `id`, `uri` and optionally `revision`; its relative
+    paths start from its own directory.
+
+    :raises InputError: when there is nothing, or a manifest is damaged. :raises RecipeError: when a URL needs a missing package.
+    """
+    if "://" in library:
+        items = _remote(library)
+    else:
+        path = Path(library)
+        if not path.exists():
+            raise InputError(f"{library}: no such file or directory")
+        items = _manifest(path) if path.is_file() and path.suffix in MANIFESTS else _tree(path)
+    if not items:
+        raise InputError(
+            f"{library}: holds no adapter; a directory with {CONFIG_NAME} and weights, or a manifest, is expected"
+        )
+    items.sort(key=lambda item: item.id)
+    check_ids(items, library)
+    return items
+
+
+def _tree(root: Path) -> list[Item]:
+    if root.is_file():
+        raise InputError(f"{root}: a directory, a manifest ({', '.join(MANIFESTS)}) or a URL is expected")
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if CONFIG_NAME in files:
+            found.append(Path(folder))
+            folders.clear()  # what lies inside of an adapter belongs to it
+    names = safe_ids([path.relative_to(root).as_posix() if path != root else root.resolve().name for path in found])
+    return [Item(name, str(path)) for name, path in zip(names, found, strict=True)]
+
+
+def _manifest(path: Path) -> list[Item]:
+    if path.stat().st_size > LARGEST_MANIFEST:
+        raise InputError(f"{path}: larger than {LARGEST_MANIFEST} bytes")
+    items = []
+    for line, row in _rows(path):
+        where = f"{path}: line {line}"
+        values = {key: row.get(key) for key in ("id", "uri", "revision")}
+        if not all(isinstance(values[key], str) and values[key] for key in ("id", "uri")):
+            raise InputError(f"{where}: id and uri are needed, both text")
+        if values["revision"] is not None and not isinstance(values["revision"], str):
+            raise InputError(f"{where}: revision is {type(values['revision']).__name__}, text is expected")
+        uri = str(values["uri"])
+        if "://" not in uri and not Path(uri).is_absolute():
+            uri = str(path.parent / uri)
+        items.append(Item(str(values["id"]), uri, values["revision"] or None))
+    return items
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            if path.suffix == ".csv":
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield reader.line_num, row
+                return
+            for line, content in enumerate(file, 1):
+                if content.strip():
+                    value = json.loads(content)
+                    if not isinstance(value, dict):
+                        raise InputError(
+                            f"{path}: line {line}: a JSON object is expected, found {type(value).__name__}"
+                        )
+                    yield line, value
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise InputError(f"{path}: not a valid manifest ({error})") from None
+
+
+def _remote(url: str) -> list[Item]:
+    filesystem, root, scheme = open_url(url)
+    try:
+        files = {PurePosixPath(name) for name in filesystem.find(root)}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{url}: can't be listed ({_reason(error)})") from None
+    folders = sorted({path.parent for path in files if path.name == CONFIG_NAME})
+    kept = [
+        folder
+        for folder in folders
+        if any(folder / name in files for name in WEIGHTS_NAMES)
+        and not any(other in folder.parents for other in folders)
+    ]
+    top = PurePosixPath(root.rstrip("/") or "/")
+    names = safe_ids([(folder.relative_to(top).as_posix() if folder != top else top.name) for folder in kept])
+    return [Item(name, f"{scheme}://{str(folder).lstrip('/')}") for name, folder in zip(names, kept, strict=True)]
+
+
+def open_url(url: str) -> tuple[Any, str, str]:
+    """(file system, path in it, scheme) of an fsspec URL; credentials come from the environment.
+
+    :raises RecipeError: when the package for its scheme is missing. :raises InputError: when the URL is not one.
+    """
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise RecipeError(f"{scheme}:// needs another package ({_reason(error)})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{scheme}://: can't be opened ({_reason(error)})") from None
+    return filesystem, path, scheme
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,48 @@
+"""An item's files on this machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+from bslora_convert.errors import InputError
+from bslora_convert.library.discovery import open_url
+from bslora_convert.library.items import Item
+from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
+from bslora_convert.tokenizer import TOKENIZER_FILES
+
+
+@contextmanager
+def local_copy(item: Item) -> Iterator[Path]:
+    """The adapter's directory; a remote one's configuration, weights and tokenizer are fetched and gone afterwards.
+
+    :raises InputError: when it can't be read.
+    """
+    if not item.is_remote:
+        yield Path(item.uri)
+        return
+    url = item.uri if item.revision is None else _at_revision(item)
+    filesystem, root, _ = open_url(url)
+    with TemporaryDirectory(prefix="bslora-") as place:
+        try:
+            names = {PurePosixPath(name).name: name for name in filesystem.ls(root, detail=False)}
+            wanted = [CONFIG_NAME, *next(([name] for name in WEIGHTS_NAMES if name in names), []), *TOKENIZER_FILES]
+            for name in wanted:
+                if name in names:
+                    filesystem.get_file(names[name], str(Path(place) / name))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"{item.id}: can't be fetched ({reason})") from None
+        yield Path(place)
+
+
+def _at_revision(item: Item) -> str:
+    """`hf://org/repo@revision/sub`; other file systems have no revisions.
+
+    :raises InputError: for those.
+    """
+    scheme, _, path = item.uri.partition("://")
+    parts = path.split("/")
+    if scheme != "hf" or len(parts) < 2 or "@" in parts[1]:
+        raise InputError(f"{item.id}: a revision is for hf://org/repo URLs without one, not for {scheme}://")
+    return f"{scheme}://{parts[0]}/{parts[1]}@{item.revision}" + "".join(f"/{part}" for part in parts[2:])

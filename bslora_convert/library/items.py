@@ -1,0 +1,64 @@
+"""What a library holds: an identity for each adapter, and where it is."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bslora_convert.errors import InputError
+
+PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
+LONGEST_ID = 200
+OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # what the output directory holds beside the adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One adapter: `id` names its output directory, `uri` is a path or an fsspec URL, `revision` a hub's."""
+
+    id: str
+    uri: str
+    revision: str | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched."""
+        return "://" in self.uri
+
+
+def check_ids(items: Sequence[Item], where: str) -> None:
+    """Refuses identities that can't be directories beside each other.
+
+    :raises InputError: naming the identity.
+    """
+    seen: set[str] = set()
+    for item in items:
+        parts = item.id.split("/")
+        if len(item.id) > LONGEST_ID or not all(PART.fullmatch(part) for part in parts):
+            raise InputError(
+                f"{where}: id {item.id!r}: letters, digits and . _ + = @ - between slashes are allowed, {LONGEST_ID} at most"
+            )
+        if item.id in OWN_FILES:
+            raise InputError(f"{where}: id {item.id!r} is the name of a file that the result has itself")
+        if item.id in seen:
+            raise InputError(f"{where}: id {item.id!r} stands there twice")
+        seen.add(item.id)
+    for item in items:
+        parts = item.id.split("/")
+        for length in range(1, len(parts)):
+            above = "/".join(parts[:length])
+            if above in seen:
+                raise InputError(f"{where}: id {item.id!r} lies inside of {above!r}, which is an adapter itself")
+
+
+def safe_ids(names: Iterable[str]) -> list[str]:
+    """Identities from file names: every sign that is not allowed becomes `_`."""
+    return [
+        "/".join(re.sub(r"[^A-Za-z0-9._+=@-]", "_", part).lstrip(".-+=@") or "_" for part in name.split("/"))
+        for name in names
+    ]
+
+
+def shard_of(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
+    """Every N-th item from the I-th on, (I, N) counted from 1; stable for the same library."""
+    index, count = shard
+    return list(items[index - 1 :: count])

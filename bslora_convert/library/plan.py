@@ -1,0 +1,91 @@
+"""What is to be done: every item's headers checked, duplicates found, and what is done already set aside."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.errors import BsloraConvertError, InputError, Refused
+from bslora_convert.library.convert import Job, Result, failure, job_key, marked
+from bslora_convert.library.discovery import open_url
+from bslora_convert.library.items import Item
+from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
+from bslora_convert.progress import Progress, silent
+from bslora_convert.tensorfile import sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Jobs to run; what is known without running (done before, bad input); duplicates by the job whose result they copy."""
+
+    jobs: tuple[Job, ...]
+    known: tuple[Result, ...]
+    duplicates: Mapping[str, tuple[Job, ...]]
+
+    @property
+    def bytes(self) -> int:
+        """Weights that the jobs read."""
+        return sum(job.bytes for job in self.jobs)
+
+
+def plan(
+    items: Sequence[Item],
+    out: Path,
+    recipe: Mapping[str, Any],
+    training: Mapping[str, Any],
+    *,
+    html: bool = True,
+    resume: bool = True,
+    retry_failed: bool = False,
+    progress: Progress = silent,
+) -> Plan:
+    """Looks at every item without reading its numbers, but for a hash of the file."""
+    jobs: list[Job] = []
+    known: list[Result] = []
+    first: dict[str, Job] = {}
+    duplicates: dict[str, list[Job]] = {}
+    for done, item in enumerate(items):
+        progress("checking headers", done, len(items))
+        job = Job(item, str(out), recipe, training, job_key(recipe, training, html, f"unread {item.uri}"), html=html)
+        try:
+            source, size = _look(item)
+        except BsloraConvertError as error:
+            status = "refused" if isinstance(error, Refused) else "failed"
+            known.append(failure(job, status, type(error).__name__, str(error)))
+            continue
+        job = replace(job, key=job_key(recipe, training, html, source), bytes=size)
+        before = marked(job) if resume else None
+        if before is not None and (before.status == "ok" or not retry_failed):
+            known.append(replace(before, status="skipped") if before.status == "ok" else before)
+        elif job.key in first:
+            duplicates.setdefault(first[job.key].item.id, []).append(job)
+        else:
+            first[job.key] = job
+            jobs.append(job)
+    return Plan(tuple(jobs), tuple(known), {name: tuple(same) for name, same in duplicates.items()})
+
+
+def _look(item: Item) -> tuple[str, int]:
+    """(Hash of the source, bytes of its weights), its headers checked where it is local.
+
+    A remote one is known by what its file system says of its files, and checked when it is fetched.
+
+    :raises InputError: when it is damaged. :raises Refused: when it can't be converted.
+    """
+    if item.is_remote:
+        return _look_remote(item)
+    adapter = load_lora(item.uri, headers_only=True)
+    directory, weights = locate(Path(item.uri))
+    return f"{sha256(weights)} {sha256(directory / CONFIG_NAME)}", weights.stat().st_size if adapter.modules else 0
+
+
+def _look_remote(item: Item) -> tuple[str, int]:
+    filesystem, root, _ = open_url(item.uri)
+    try:
+        files = filesystem.ls(root, detail=True)
+        stamps = sorted(f"{file['name']} {filesystem.ukey(file['name'])}" for file in files if file["type"] == "file")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{item.id}: can't be listed ({type(error).__name__})") from None
+    digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()
+    return f"{item.uri} {item.revision} {digest}", max((file.get("size") or 0 for file in files), default=0)

@@ -1,0 +1,48 @@
+"""A library in numbers: how many ended how, bytes before and after, errors, throughput."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bslora_convert.library.convert import Result
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "skipped", "failed", "refused")
+
+
+def summarise(rows: Sequence[Result], items: int, seconds: float | None) -> dict[str, Any]:
+    """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part."""
+    counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
+    good = [row for row in rows if row.status in ("ok", "skipped")]
+    converted = [row for row in rows if row.status == "ok"]
+    before = sum(row.source_bytes or 0 for row in good)
+    after = sum(row.bytes or 0 for row in good)
+    errors = [row.relative_error for row in good if row.relative_error is not None]
+    kinds: dict[str, int] = {}
+    for row in rows:
+        if row.error is not None:
+            kinds[row.error] = kinds.get(row.error, 0) + 1
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "items": items,
+        **counts,
+        "pending": items - len(rows),
+        "duplicates": sum(row.duplicate_of is not None for row in rows),
+        "bytes_before": before,
+        "bytes_after": after,
+        "byte_ratio": after / before if before else None,
+        "relative_error": _quantiles(errors),
+        "errors": kinds,
+        "seconds": seconds,
+        "adapters_per_second": len(converted) / seconds if seconds and converted else None,
+        "source_bytes_per_second": sum(r.source_bytes or 0 for r in converted) / seconds
+        if seconds and converted
+        else None,
+    }
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"p50": float(np.quantile(values, 0.5)), "p95": float(np.quantile(values, 0.95)), "max": max(values)}

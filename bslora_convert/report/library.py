@@ -1,0 +1,38 @@
+"""A library's page: the answer first, the size and error of every adapter, what failed and why."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bslora_convert.report.page import environment
+from bslora_convert.report.plots import MUTED, PART_COLOURS, STYLE, data_uri
+
+
+def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page of a batch, from its summary and its manifest's rows."""
+    good = [row for row in rows if row["status"] in ("ok", "skipped")]
+    return environment().get_template("library.html").render(
+        summary=summary,
+        rows=sorted(good, key=lambda row: -(row["relative_error"] or 0.0)),
+        bad=[row for row in rows if row["status"] not in ("ok", "skipped")],
+        figure=data_uri(_scatter(good)) if good else None,
+    )  # fmt: skip
+
+
+def _scatter(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Relative error over the share of the bytes that is left."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        sizes = [row["bytes"] / row["source_bytes"] for row in rows]
+        axes.scatter(sizes, [row["relative_error"] for row in rows], s=22, alpha=0.6, color=PART_COLOURS["local"])
+        axes.set_xlabel("compact file / source file")
+        axes.set_ylabel("relative error of the weights")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.grid(alpha=0.25)
+        axes.tick_params(colors=MUTED)
+    return figure

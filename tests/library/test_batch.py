@@ -1,0 +1,313 @@
+"""`batch` on libraries with bad members, killed and split runs: always the tree of an uninterrupted one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bslora_convert import Recipe, batch, compress
+from bslora_convert.cli import main
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.library.batch import read_manifest
+from bslora_convert.library.capacity import capacity
+from bslora_convert.library.discovery import discover
+from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
+from tests.conftest import FIXTURES
+from tests.library.making import make_library, tree
+from tests.planting import random_products, write_lora
+
+RECIPE = Recipe(transform="none", budget=0.5)
+OPTIONS = ("--transform", "none", "--budget", "0.5", "--no-report-html")
+
+
+def command(library: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "bslora_convert", "batch", str(library), str(out), *OPTIONS, *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FIXTURES.parent)}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[str, str]]]:
+    root = tmp_path_factory.mktemp("library") / "in"
+    return root, make_library(root, 200, layers=8)
+
+
+@pytest.fixture(scope="module")
+def whole(library: tuple[Path, dict[str, tuple[str, str]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    batch(library[0], out, RECIPE, workers=2, report_html=False)
+    return out
+
+
+def test_every_good_one_is_converted_and_every_bad_one_has_its_reason(
+    library: tuple[Path, dict[str, tuple[str, str]]], whole: Path
+) -> None:
+    root, bad = library
+    rows = {row["id"]: row for row in read_manifest(whole)}
+    assert len(rows) == 200
+    for name, row in rows.items():
+        if name in bad:
+            assert (row["status"], bad[name][1] in row["message"]) == (bad[name][0], True), row
+            assert not (whole / name).exists()
+        else:
+            assert row["status"] == "ok", row
+            fidelity = json.loads((whole / name / "fidelity.json").read_text())
+            assert fidelity["weight"]["relative_error"] == row["relative_error"]
+            assert fidelity["source"]["path"] == row["uri"] == str(root / name)
+            assert (whole / name / "adapter_model.safetensors").stat().st_size == row["bytes"]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["items"], summary["ok"], summary["failed"], summary["refused"], summary["pending"]) == (
+        200, 180, 16, 4, 0
+    )  # fmt: skip
+    assert summary["bytes_after"] == sum(row["bytes"] for row in rows.values() if row["status"] == "ok")
+    assert set(summary["relative_error"]) == {"p50", "p95", "max"}
+    page = (whole / "report.html").read_text()
+    assert "DoRA" in page
+    assert not list(whole.rglob(".*partial*"))
+
+
+def test_one_of_them_is_what_compress_writes(
+    library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
+) -> None:
+    name = "tenant-0/good-000"
+    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, timed=False)
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (whole / name / path.name).read_bytes(), path.name
+
+
+def test_a_rerun_does_nothing_and_changes_redo_what_changed(tmp_path: Path) -> None:
+    make_library(tmp_path / "in", 10)
+    first = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    again = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert (first["ok"], first["failed"]) == (9, 1)
+    assert (again["ok"], again["skipped"], again["failed"]) == (0, 9, 1)
+    write_lora(tmp_path / "in" / "tenant-0" / "good-000", random_products(layers=1, seed=77))
+    (tmp_path / "out" / "tenant-1" / "good-001" / "adapter_model.safetensors").unlink()
+    third = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert (third["ok"], third["skipped"]) == (2, 7)
+    other = batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.3), workers=0, report_html=False)
+    assert other["ok"] == 9
+    broken = tmp_path / "in" / "tenant-2" / "truncated-009"
+    tried = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, resume=False, report_html=False)
+    assert tried["ok"] == 9
+    write_lora(broken, random_products(layers=1, seed=5))
+    assert batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)["ok"] == 1
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.01)
+
+
+def count_done(out: Path) -> int:
+    return len(list(out.glob("*/*/fidelity.json")))
+
+
+def test_a_killed_parent_costs_nothing(
+    library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(library[0], out, "--workers", "2"), env=environment(), stdout=subprocess.DEVNULL)
+    wait_for(lambda: count_done(out) > 20)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists()
+    time.sleep(1.0)  # its workers see that it is gone
+    done = subprocess.run(
+        command(library[0], out, "--workers", "2", "--json"), env=environment(), capture_output=True, check=False
+    )
+    summary = json.loads(done.stdout)
+    assert done.returncode == 1  # the library holds bad adapters
+    assert summary["skipped"] > 20
+    assert summary["ok"] + summary["skipped"] == 180
+    assert tree(out) == tree(whole)
+    assert not list(out.rglob(".*partial*"))
+
+
+def test_a_killed_worker_is_one_failed_item(
+    library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(library[0], out, "--workers", "2", "--json"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for(lambda: count_done(out) > 10)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
+    summary = json.loads(process.communicate(timeout=200)[0])
+    assert summary["errors"].get("WorkerDied", 0) <= 1
+    assert summary["ok"] + summary["errors"].get("WorkerDied", 0) == 180
+    batch(library[0], out, RECIPE, workers=0, report_html=False)
+    assert tree(out) == tree(whole)
+
+
+def test_an_interrupt_leaves_whole_results_and_goes_on(
+    library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        before = count_done(out)
+        process = subprocess.Popen(
+            command(library[0], out, "--workers", "2"), env=environment(), stderr=subprocess.PIPE
+        )
+        wait_for(lambda before=before: count_done(out) > before + 10)
+        process.send_signal(sign)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert b"goes on from there" in stderr
+        assert not list(out.rglob(".*partial*"))
+    done = tree(out)
+    assert done == {name: content for name, content in tree(whole).items() if name in done}
+
+
+def test_two_shards_equal_one_run(tmp_path: Path) -> None:
+    make_library(tmp_path / "in", 20)
+    batch(tmp_path / "in", tmp_path / "one", RECIPE, workers=0, report_html=False)
+    first = batch(tmp_path / "in", tmp_path / "two", RECIPE, workers=0, shard=(1, 2), report_html=False)
+    second = batch(tmp_path / "in", tmp_path / "two", RECIPE, workers=0, shard=(2, 2), report_html=False)
+    assert (first["pending"], second["pending"]) == (10, 0)
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    strip = {"seconds", "status"}
+    one, two = (
+        [{k: v for k, v in row.items() if k not in strip} for row in read_manifest(tmp_path / name)]
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bytes_of_the_local_engine(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    make_library(tmp_path / "in", 10)
+    batch(tmp_path / "in", tmp_path / "local", RECIPE, workers=0, report_html=False)
+    done = subprocess.run(
+        command(tmp_path / "in", tmp_path / "ray", "--engine", "ray", "--workers", "2", "--json"),
+        env={**environment(), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["ok"] == 9, done.stderr
+    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+
+
+def test_equal_adapters_are_converted_once(tmp_path: Path) -> None:
+    for name in ("a", "b/c"):
+        write_lora(tmp_path / "in" / name, random_products(layers=1))
+    summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert (summary["ok"], summary["duplicates"]) == (2, 1)
+    weights = [(tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b/c")]
+    assert weights[0] == weights[1]
+    assert batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)["skipped"] == 2
+
+
+def test_manifests_and_urls(tmp_path: Path) -> None:
+    write_lora(tmp_path / "adapters" / "x", random_products(layers=1))
+    (tmp_path / "list.jsonl").write_text(
+        '{"id": "one", "uri": "adapters/x"}\n\n{"id": "two", "uri": "memory://lib/two"}\n'
+    )
+    (tmp_path / "list.csv").write_text("id,uri,revision\none,adapters/x,\n")
+    memory = fsspec.filesystem("memory")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        memory.pipe(f"/lib/two/{name}", (tmp_path / "adapters" / "x" / name).read_bytes())
+    assert [item.id for item in discover(str(tmp_path / "list.csv"))] == ["one"]
+    assert [item.id for item in discover("memory://lib")] == ["two"]
+    summary = batch(tmp_path / "list.jsonl", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert summary["ok"] == 2
+    weights = [(tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / "out" / "two" / "fidelity.json").read_text())["source"]["path"] == "memory://lib/two"
+    assert batch(tmp_path / "list.jsonl", tmp_path / "out", RECIPE, workers=0, report_html=False)["skipped"] == 2
+
+
+def test_dry_runs_failures_and_limits(tmp_path: Path) -> None:
+    make_library(tmp_path / "in", 20)
+    found = batch(tmp_path / "in", tmp_path / "out", RECIPE, dry_run=True)
+    assert (found["items"], found["to_convert"], len(found["bad"])) == (20, 18, 2)
+    assert not (tmp_path / "out").exists()
+    nan = write_lora(tmp_path / "nan" / "a", random_products(layers=1))
+    write_lora(tmp_path / "nan" / "b", random_products(layers=1, seed=2))
+    from tests.library.making import make_nan
+
+    make_nan(nan)
+    stopped = batch(tmp_path / "nan", tmp_path / "stopped", RECIPE, workers=0, fail_fast=True, report_html=False)
+    assert (stopped["failed"], stopped["pending"]) == (1, 1)
+    code = (
+        CliRunner()
+        .invoke(main, ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0", *OPTIONS])
+        .exit_code
+    )
+    assert code == 1
+
+
+def test_capacity_follows_each_engines_rule(tmp_path: Path) -> None:
+    for number in range(3):
+        write_lora(tmp_path / "in" / str(number), random_products(layers=2, rank=16, seed=number), dtype=torch.bfloat16)
+    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", ranks=(4, 0, 0)), workers=0, report_html=False)
+    rows = read_manifest(tmp_path / "out")
+    found = capacity(rows, 2.0, 1.0)
+    width = rows[0]["settings"]["width"]
+    assert found["slots"]["lora"] == {"rank": 16, "slot_rank": 16, "adapters": (1 << 30) // (16 * width * 2)}
+    assert found["slots"]["compact"]["slot_rank"] == 8
+    assert found["paged"]["compact"]["adapters"] > 3 * found["paged"]["lora"]["adapters"]
+    done = CliRunner().invoke(
+        main, ["capacity", str(tmp_path / "out"), "--gpu-gib", "80", "--base-gib", "16", "--json"]
+    )
+    assert json.loads(done.stdout)["gpu_gib"] == 80
+    with pytest.raises(RecipeError, match="must leave room"):
+        capacity(rows, 1.0, 2.0)
+
+
+def test_identities_are_safe_directories() -> None:
+    for bad in ("../x", "/x", "a//b", "a/../b", ".hidden", "manifest.jsonl", "a b", "x" * 300, ""):
+        with pytest.raises(InputError):
+            check_ids([Item(bad, "x")], "list")
+    for pair in (("a", "a"), ("a", "a/b")):
+        with pytest.raises(InputError):
+            check_ids([Item(name, "x") for name in pair], "list")
+    check_ids([Item(name, "x") for name in safe_ids(["ok", "a b/c d", ".x/y", "ü"])], "list")
+    items = [Item(str(number), "x") for number in range(10)]
+    parts = [shard_of(items, (index, 3)) for index in (1, 2, 3)]
+    assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in items)
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    make_library(tmp_path / "in", 2)
+    for options, words in (
+        ({"engine": "slurm"}, "engine is 'slurm'"), ({"shard": (3, 2)}, "shard is 3/2"), ({"workers": -1}, "workers is -1"),
+        ({"max_failures": 0}, "max_failures is 0"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=words):
+            batch(tmp_path / "in", tmp_path / "out", RECIPE, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds no adapter"):
+        discover(str(_empty(tmp_path)))
+    with pytest.raises(InputError, match="lie inside of each other"):
+        batch(tmp_path / "in", tmp_path / "in" / "tenant-0" / "good-000" / "out", RECIPE)
+    (tmp_path / "bad.jsonl").write_text('{"id": "a"}\n')
+    with pytest.raises(InputError, match="line 1: id and uri"):
+        discover(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(InputError, match="not a valid manifest"):
+        discover(str(tmp_path / "bad.jsonl"))
+    with pytest.raises((InputError, RecipeError)):
+        discover("nosuchscheme://x")
+
+
+def _empty(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
