@@ -1,6 +1,8 @@
 """The main job: a LoRA directory in, a compact directory with a report that was measured on what was written.
 
 read -> fit -> cast -> (calibrate, distil on the base) -> write beside -> read back -> measure -> report -> rename into place
+
+Where the source is in the authors' BSLoRA layout there is nothing to fit: see `deduplication`.
 """
 
 import math
@@ -18,6 +20,8 @@ from bslora_convert.behaviour.processes import is_writer, meet, written_by_anoth
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.official import is_official
+from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from bslora_convert.fit.convert import (
@@ -57,6 +61,8 @@ def compress(
 ) -> dict[str, Any]:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
 
+    An adapter in the authors' BSLoRA layout is kept as it is, each tensor once; the recipe's fit is not made.
+
     training: how to distil where the recipe says `finetune`. source_name: what the record calls the source, instead of its path.
     timed: whether the record says how long it took; without that the same input gives the same bytes in every file.
 
@@ -72,7 +78,7 @@ def compress(
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
-    adapter = load_lora(source)
+    adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
     _check_paths(adapter.weights, out)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
@@ -82,11 +88,14 @@ def compress(
         measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
         _check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-        fit = _fit_grouped(measured, recipe, dtype, lambda step: progress(step, 0, 0))
+        if isinstance(adapter, OfficialSource):
+            fit, used, extras = as_found(adapter, recipe)
+        else:
+            fit = _fit_grouped(measured, recipe, dtype, lambda step: progress(step, 0, 0))
+            used, extras = recipe, Extras()
         form = _cast(fit.form, dtype)
         notes = (*adapter.notes, *fit.notes)
         del fit  # the float32 form is let go
-    extras = Extras()
     if recipe.base_model is not None:
         form, extras = _improve(form, source, measured, recipe, prompts, training, began, progress)
     if recipe.finetune is not None and not is_writer():
@@ -94,7 +103,7 @@ def compress(
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         record = write_result(
-            place, form, adapter, measured, digest.result(), recipe.to_dict(), replace(extras, notes=(*notes, *extras.notes)),
+            place, form, adapter, measured, digest.result(), used.to_dict(), replace(extras, notes=(*notes, *extras.notes)),
             {"read": read - began, "fit": fitted - read} if timed else None, html=report_html, source_name=source_name,
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip

@@ -1,18 +1,25 @@
-"""A compact adapter back as the standard PEFT LoRA that equals it: ranks of the parts add up, scaling is folded into B."""
+"""A compact adapter in a layout that others read: the standard PEFT LoRA that equals it, or the BSLoRA authors' layout.
 
+In a LoRA the ranks of the parts add up and scaling is folded into B. The authors' layout keeps the form, with a copy of what is
+shared under every module.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bslora_convert.bslora.factors import Factors
-from bslora_convert.bslora.storage import load_compact
-from bslora_convert.errors import RecipeError
+from bslora_convert.bslora.form import LEVELS, BsloraForm
+from bslora_convert.bslora.official import is_official, load_official, save_official
+from bslora_convert.bslora.storage import CompactAdapter, load_compact
+from bslora_convert.errors import RecipeError, Refused
 from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.landing import check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
-from bslora_convert.recipe import DTYPES
+from bslora_convert.recipe import DTYPES, FORMATS
 from bslora_convert.tensorfile import dtype_name
 from bslora_convert.tokenizer import copy_tokenizer
 
@@ -24,24 +31,67 @@ def expand(
     rank: int | str | None = None,
     base_model: str | None = None,
     dtype: str = "auto",
+    format: str = "lora",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a compact directory as a PEFT LoRA directory and returns what was written.
+    """Writes a compact directory, or one in the authors' layout, as a PEFT LoRA directory and returns what was written.
 
     rank: a number re-truncates every module that has more; "uniform" pads every module with zeros to the largest rank.
     base_model: replaces `base_model_name_or_path`. dtype: storage, auto = the compact adapter's.
+    format: "lora", or "official" for the authors' layout.
 
-    :raises InputError: when the compact directory is missing or damaged.
-    :raises RecipeError: for a rank or dtype that is not allowed.
+    :raises InputError: when the source directory is missing or damaged.
+    :raises Refused: when the authors' layout can't hold the adapter, or the source in it can't be read faithfully.
+    :raises RecipeError: for a rank, dtype or format that is not allowed.
     :raises OutputError: when the output place can't be used.
     """
     out = Path(out)
+    _check_options(rank, dtype, format)
+    check_output(out, overwrite)
+    adapter = _load(compact)
+    config = dict(adapter.config)
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    stored = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
+    with landing(out, overwrite) as place:
+        if format == "official":
+            result = _write_official(adapter, place, config, stored)
+        else:
+            result = _write_lora(adapter, place, config, stored, rank)
+        copy_tokenizer(adapter.path, place)
+        return {
+            "format": format,
+            **result,
+            "bytes": (place / WEIGHTS_NAME).stat().st_size,
+            "dtype": dtype_name(stored),
+            "base_model": config.get("base_model_name_or_path"),
+        }
+
+
+def _check_options(rank: int | str | None, dtype: str, format: str) -> None:
     if rank is not None and rank != "uniform" and not (isinstance(rank, int) and rank > 0):
         raise RecipeError(f"rank is {rank!r}: a positive whole number or uniform is allowed")
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
-    check_output(out, overwrite)
-    adapter = load_compact(compact)
+    if format not in FORMATS:
+        raise RecipeError(f"format is {format!r}: one of {', '.join(FORMATS)} is allowed")
+    if rank is not None and format != "lora":
+        raise RecipeError(
+            f"rank is {rank!r}: only a LoRA can be re-truncated or padded; leave it out or use format lora"
+        )
+
+
+def _load(path: str | Path) -> CompactAdapter:
+    """A compact directory, or one in the authors' layout as if it were compact."""
+    if not is_official(path):
+        return load_compact(path)
+    official = load_official(path)
+    return CompactAdapter(official.form, {}, official.inherited, official.weights.parent)
+
+
+def _write_lora(
+    adapter: CompactAdapter, place: Path, config: Mapping[str, Any], dtype: torch.dtype, rank: int | str | None
+) -> dict[str, Any]:
     form = adapter.form
     limit = rank if isinstance(rank, int) else None
     modules = {name: _shrink(form.delta(name), limit) for name in form.modules}
@@ -49,31 +99,46 @@ def expand(
     # A module without any part still needs factors that PEFT can load: rank 1, zero.
     least = largest if rank == "uniform" else 1
     modules = {name: _pad(factors, least) for name, factors in modules.items()}
-    config = dict(adapter.config)
-    if base_model is not None:
-        config["base_model_name_or_path"] = base_model
-    stored = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
     kinds = {name: module.kind for name, module in form.modules.items()}
-    with landing(out, overwrite) as place:
-        save_lora(place, modules, kinds, adapter.carried, config, stored)
-        copy_tokenizer(Path(compact), place)
-        written = load_lora(place)
-        lost = energy = 0.0
-        for name in form.modules:
-            target = form.delta(name)
-            grams = Grams.of(target)
-            energy += grams.energy
-            lost += residual_energy(target, grams, written.modules[name].factors())
-        ranks = [module.rank for module in written.modules.values()]
-        return {
-            "modules": len(ranks),
-            "ranks": {"min": min(ranks), "max": max(ranks)},
-            "parameters": written.parameters,
-            "bytes": (place / WEIGHTS_NAME).stat().st_size,
-            "dtype": dtype_name(stored),
-            "base_model": written.config.raw.get("base_model_name_or_path"),
-            "relative_error": (lost / energy) ** 0.5 if energy else 0.0,
-        }
+    save_lora(place, modules, kinds, adapter.carried, config, dtype)
+    written = load_lora(place)
+    ranks = [module.rank for module in written.modules.values()]
+    return {
+        "modules": len(ranks),
+        "ranks": {"min": min(ranks), "max": max(ranks)},
+        "parameters": written.parameters,
+        "relative_error": _error(form, lambda name: written.modules[name].factors()),
+    }
+
+
+def _write_official(
+    adapter: CompactAdapter, place: Path, config: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    if adapter.carried:
+        raise Refused(
+            f"{adapter.path}: the adapter carries {next(iter(adapter.carried))}, and the authors' layout holds factors only; "
+            "expand it to a LoRA instead"
+        )
+    save_official(adapter.form.to(dtype), place, config)
+    written = load_official(place)
+    local = max(module.local.rank for module in written.form.modules.values())
+    return {
+        "modules": len(written.form.modules),
+        "ranks": {"local": local, **{level: written.form.shared_rank(level) for level in LEVELS}},
+        "parameters": written.stored,
+        "relative_error": _error(adapter.form, written.form.delta),
+    }
+
+
+def _error(form: BsloraForm, written: Callable[[str], Factors]) -> float:
+    """‖ΔW − ΔŴ‖ / ‖ΔW‖ of what was written, by module name, over all modules."""
+    lost = energy = 0.0
+    for name in form.modules:
+        target = form.delta(name)
+        grams = Grams.of(target)
+        energy += grams.energy
+        lost += residual_energy(target, grams, written(name))
+    return float((lost / energy) ** 0.5) if energy else 0.0
 
 
 def _shrink(factors: Factors, rank: int | None) -> Factors:

@@ -103,8 +103,11 @@ def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, fl
     return along, float((own_b * own_a).sum())
 
 
-def svd_baselines(source: Source, parameters: int) -> dict[str, dict[str, float]]:
-    """Plain truncated SVD within `parameters` numbers: one rank for all modules, and the best rank for each."""
+def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict[str, float]]:
+    """Plain truncated SVD within `parameters` numbers: one rank for all modules, and the best rank for each.
+
+    whole: the numbers that a ratio of one stands for.
+    """
     limits = {name: len(values) for name, values in source.spectra.items()}
     choices = {
         "svd_uniform": allocate.uniform(limits, source.costs, parameters),
@@ -112,7 +115,7 @@ def svd_baselines(source: Source, parameters: int) -> dict[str, dict[str, float]
     }
     return {
         name: {
-            "parameter_ratio": allocate.cost_of(ranks, source.costs) / source.parameters,
+            "parameter_ratio": allocate.cost_of(ranks, source.costs) / whole,
             "relative_error": _ratio(allocate.lost_energy(source.spectra, ranks), source.energy),
         }
         for name, ranks in choices.items()

@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from bslora_convert.bslora.factors import Shape
-from bslora_convert.bslora.form import kind_of
+from bslora_convert.bslora.form import BsloraForm, kind_of
+from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
+from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
 from bslora_convert.errors import Refused
 from bslora_convert.fit.convert import measure
@@ -28,11 +30,10 @@ from bslora_convert.tensorfile import dtype_name, read_json, read_tensors
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
 SLOT_BYTES = 2  # bf16 and fp16 slots
-OFFICIAL_TYPE = "SHARELORA"
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Describes a LoRA or compact directory.
+    """Describes a LoRA directory, a compact one or one in the BSLoRA authors' layout.
 
     :raises InputError: when files are missing or damaged.
     """
@@ -44,6 +45,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     reasons: list[str] = []
     adapter = None
     try:
+        if kind == OFFICIAL_TYPE:
+            return _official(load_official(path))
         adapter = load_lora(path)
     except Refused as refusal:
         reasons = [str(refusal)]
@@ -80,29 +83,52 @@ def slot_bytes(shapes: Mapping[str, Shape], rank: int) -> dict[str, int]:
 
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:
     adapter = load_compact(directory)
-    form = adapter.form
-    shapes = {name: module.shape for name, module in form.modules.items()}
-    ranks = {name: form.expanded_rank(name) for name in form.modules}
-    width = next(iter(form.tensors())).element_size()
-    locals_ = [module.local.rank for module in form.modules.values()]
     return {
         "kind": "bslora",
         "convertible": False,
         "reasons": ["already in BSLoRA form; `expand` gives the LoRA back"],
         "base_model": adapter.config.get("base_model_name_or_path"),
+        **_form(adapter.form, weights, _carried_bytes(adapter.carried, adapter.config)),
+        "notes": [],
+    }
+
+
+def _official(adapter: OfficialAdapter) -> dict[str, Any]:
+    width = adapter.dtype.itemsize
+    repeated = {"copies": adapter.copied * width}
+    idle = adapter.stored - adapter.copied - adapter.form.parameters
+    if idle:
+        repeated["without_effect"] = idle * width  # kernels and gates of a path of rank 0
+    return {
+        "kind": "official-bslora",
+        "convertible": True,
+        "reasons": [],
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        **_form(adapter.form, adapter.weights, repeated),
+        "stored_parameters": adapter.stored,
+        "notes": list(adapter.notes),
+    }
+
+
+def _form(form: BsloraForm, weights: Path, beside: Mapping[str, int]) -> dict[str, Any]:
+    """What there is to say of a form; `beside`: bytes of the file that are not the form's, by part."""
+    shapes = {name: module.shape for name, module in form.modules.items()}
+    ranks = {name: form.expanded_rank(name) for name in form.modules}
+    dtype = next(form.tensors()).dtype
+    locals_ = [module.local.rank for module in form.modules.values()]
+    parts = {part: count * dtype.itemsize for part, count in form.parts_parameters().items()}
+    return {
         "modules": len(form.modules),
         "parameters": form.parameters,
         "bytes": weights.stat().st_size,
-        "dtype": dtype_name(adapter.dtype),
-        "bytes_by_part": {part: count * width for part, count in form.parts_parameters().items()}
-        | _carried_bytes(adapter.carried, adapter.config),
+        "dtype": dtype_name(dtype),
+        "bytes_by_part": parts | dict(beside),
         "ranks": {"min": min(locals_), "max": max(locals_)},
         "expanded_rank": max(ranks.values()),
         "slot_bytes": slot_bytes(shapes, max(ranks.values())),
         "transform": form.transform.name if form.transform else "none",
         "shared_ranks": {"intra": form.shared_rank("intra"), "inter": form.shared_rank("inter")},
         "kinds": _kinds(shapes, ranks),
-        "notes": [],
     }
 
 
@@ -134,16 +160,17 @@ def _carried_part(name: str, config: Mapping[str, Any]) -> str:
 
 
 def _raw(weights: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of an adapter that can't be read as a LoRA."""
+    """Sizes of an adapter that can't be read as what it says it is."""
     parts: dict[str, int] = {}
     ranks, modules, parameters = [], set(), 0
     for key, tensor in read_tensors(weights).items():
         name = canonical(key)
-        match = FACTOR.match(name) or EMBEDDING_FACTOR.match(name)
+        official = KEY.match(name)
+        match = official or FACTOR.match(name) or EMBEDDING_FACTOR.match(name)
         if match:
             modules.add(match["module"])
             parameters += tensor.numel()
-            if match["side"] == "A" and tensor.ndim:
+            if not official and match["side"] == "A" and tensor.ndim:
                 ranks.append(tensor.shape[0])
         part = "lora" if ".lora_" in name or "sharelora_" in name else _carried_part(name, config)
         parts[part] = parts.get(part, 0) + tensor.nbytes

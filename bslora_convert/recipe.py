@@ -11,6 +11,7 @@ WINDOW_NAMES = ("center", "top-left", "bottom-right")
 KERNEL_NAMES = ("r_1", "1_r", "2_r")
 LOCAL_RANKS = ("uniform", "adaptive")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FORMATS = ("lora", "official")  # what `expand` writes
 METRICS = ("input", "two-sided")
 DEFAULT_BUDGET = 0.4459  # the paper's share of LoRA's parameters, the mean over its models and transforms
 LARGEST_RANK = 4096

@@ -18,12 +18,13 @@ from bslora_convert.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What the base model contributed: the records of calibration and training, the training's steps, notes."""
+    """What there is beside the fit: the records of calibration, training and de-duplication, the training's steps, notes."""
 
     calibration: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     log: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
+    deduplication: Mapping[str, Any] | None = None
 
 
 def write_result(
@@ -60,10 +61,11 @@ def write_result(
         "recipe": dict(recipe),
         "compact": _compact_record(compact, place, adapter),
         "weight": fidelity.compare(measured, compact.form).to_dict(),
-        "baselines": fidelity.svd_baselines(measured, compact.form.parameters),
+        "baselines": fidelity.svd_baselines(measured, compact.form.parameters, adapter.parameters),
         "functional": None,
         **({"calibration": dict(extras.calibration)} if extras.calibration else {}),
         **({"training": dict(extras.training)} if extras.training else {}),
+        **({"deduplication": dict(extras.deduplication)} if extras.deduplication else {}),
         "notes": list(extras.notes),
     }
     if seconds is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bslora_convert.cli import main
+from tests.official import official
 from tests.planting import random_products, write_lora
 
 
@@ -124,6 +125,26 @@ def test_exit_codes(lora: Path, tmp_path: Path) -> None:
     expanded = run("expand", lora, out)
     assert expanded.returncode == 2
     assert "BSLORA" in one_line(expanded)
+
+
+def test_the_authors_layout_through_every_verb(tmp_path: Path) -> None:
+    source = official(tmp_path / "official", "slice")
+    shown = run("inspect", source, COLUMNS="120")
+    assert "every module has its own copy of what is shared" in shown.stdout
+    assert "copies" in shown.stdout
+    compressed = run("compress", source, tmp_path / "compact", "--budget", "0.3", COLUMNS="120")
+    assert compressed.returncode == 0, compressed.stderr
+    assert "Nothing was fitted" in compressed.stdout
+    assert "without effect: --budget" in compressed.stderr
+    back = run("expand", tmp_path / "compact", tmp_path / "again", "--format", "official", COLUMNS="120")
+    assert "ranks 2,4,8" in back.stdout
+    weights = [(directory / "adapter_model.safetensors").stat().st_size for directory in (source, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    expanded = run("expand", source, tmp_path / "lora", "--json")
+    assert json.loads(expanded.stdout)["ranks"] == {"min": 14, "max": 14}
+    refused = run("expand", source, tmp_path / "other", "--format", "official", "--rank", "2")
+    assert refused.returncode == 2
+    assert "only a LoRA" in one_line(refused)
 
 
 def test_a_full_output_is_refused_without_overwrite(lora: Path, tmp_path: Path) -> None:

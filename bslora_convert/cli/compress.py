@@ -115,7 +115,8 @@ def recipe_options(function: Any) -> Any:
 def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any) -> None:
     """Converts one LoRA adapter into BSLoRA form.
 
-    Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR.
+    Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR. A directory in the BSLoRA
+    authors' layout is converted without a fit: every tensor is kept, each once.
 
     \b
     Example:
@@ -153,7 +154,13 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     table.add_column("")
     for column in ("parameters", "share", "bytes", "relative error"):
         table.add_column(column, justify="right")
-    table.add_row("source LoRA", f"{source['parameters']:,}", "100.00 %", f"{source['bytes']:,}", "0")
+    table.add_row(
+        "source, every copy" if "deduplication" in record else "source LoRA",
+        f"{source['parameters']:,}",
+        "100.00 %",
+        f"{source['bytes']:,}",
+        "0",
+    )
     table.add_row(
         "this result, as written",
         f"{compact['parameters']:,}",

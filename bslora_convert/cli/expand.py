@@ -1,4 +1,4 @@
-"""`expand`: a compact adapter back as a standard PEFT LoRA."""
+"""`expand`: a compact adapter back as a standard PEFT LoRA, or in the BSLoRA authors' layout."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe import DTYPES
+from bslora_convert.recipe import DTYPES, FORMATS
 
 
 class Rank(click.ParamType[int | str]):
@@ -40,17 +40,26 @@ class Rank(click.ParamType[int | str]):
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
 )
+@click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    default="lora",
+    show_default=True,
+    help="lora, or official for the layout of the BSLoRA authors' code.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
 @verb
 def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
     """Writes a compact adapter back as a standard PEFT LoRA.
 
-    All scaling is in B and lora_alpha equals r, so that every engine computes the same update.
+    All scaling is in B and lora_alpha equals r, so that every engine computes the same update. COMPACT_DIR may also be
+    in the BSLoRA authors' layout, which --format official writes.
 
     \b
     Example:
       bslora-convert expand ./my-lora-compact ./my-lora-again
       bslora-convert expand ./my-lora-compact ./for-server --rank 8 --base-model my-org/my-model
+      bslora-convert expand ./my-lora-compact ./as-the-authors --format official
     """
     from bslora_convert.expansion import expand as run
 
@@ -61,7 +70,10 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
 
 def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     ranks = result["ranks"]
-    rank = f"rank {ranks['max']}" if ranks["min"] == ranks["max"] else f"ranks {ranks['min']} to {ranks['max']}"
+    if result["format"] == "official":
+        rank = f"ranks {ranks['local']},{ranks['intra']},{ranks['inter']}"
+    else:
+        rank = f"rank {ranks['max']}" if ranks["min"] == ranks["max"] else f"ranks {ranks['min']} to {ranks['max']}"
     console.print(
         f"{result['modules']} modules, {rank}, {result['parameters']:,} parameters, {result['bytes']:,} bytes "
         f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}. Written to {out_dir}",

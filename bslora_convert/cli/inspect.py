@@ -37,6 +37,8 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
         f"{result['modules']} modules, {result['parameters']:,} parameters, {result['bytes']:,} bytes, "
         f"rank {ranks['min']} to {ranks['max']}, expanded rank {result['expanded_rank']}"
     )
+    if "stored_parameters" in result:
+        say(f"The file holds {result['stored_parameters']:,} numbers: every module has its own copy of what is shared.")
     if result["convertible"]:
         say("Can be converted.", style="green")
     else:

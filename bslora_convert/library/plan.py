@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.library.convert import Job, Result, failure, job_key, marked
 from bslora_convert.library.discovery import open_url
@@ -75,9 +76,10 @@ def _look(item: Item) -> tuple[str, int]:
     """
     if item.is_remote:
         return _look_remote(item)
-    adapter = load_lora(item.uri, headers_only=True)
     directory, weights = locate(Path(item.uri))
-    return f"{sha256(weights)} {sha256(directory / CONFIG_NAME)}", weights.stat().st_size if adapter.modules else 0
+    if not is_official(item.uri):
+        load_lora(item.uri, headers_only=True)
+    return f"{sha256(weights)} {sha256(directory / CONFIG_NAME)}", weights.stat().st_size
 
 
 def _look_remote(item: Item) -> tuple[str, int]:

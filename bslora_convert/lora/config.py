@@ -6,7 +6,7 @@ key whose regular expression matches the end of the module's name wins.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,14 @@ def check_convertible(raw: Mapping[str, Any], path: Path) -> list[str]:
     kind = raw.get("peft_type", "LORA")
     if kind != "LORA":
         return [f"peft_type is {kind!r}, only 'LORA' adapters are converted"]
+    return unfaithful(raw)
+
+
+def unfaithful(raw: Mapping[str, Any], understood: Collection[str] = UNDERSTOOD) -> list[str]:
+    """Every setting of a PEFT configuration that changes the update in a way that factors alone don't show.
+
+    understood: fields that don't.
+    """
     reasons = [
         f"{field} is {_brief(raw[field])}: {why}"
         for field, (refused, why) in REFUSALS.items()
@@ -145,7 +153,7 @@ def check_convertible(raw: Mapping[str, Any], path: Path) -> list[str]:
     reasons += [
         f"{field} is {_brief(value)}: a setting that this version does not know, which may change the update"
         for field, value in raw.items()
-        if field not in UNDERSTOOD and field not in REFUSALS and _is_set(value)
+        if field not in understood and field not in REFUSALS and _is_set(value)
     ]
     return reasons
 

@@ -9,6 +9,8 @@ TIE = 0.002  # relative difference of errors under which two results are called 
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """Two or three sentences that answer what a reader asks first."""
     compact, weight, baselines = record["compact"], record["weight"], record["baselines"]
+    if "deduplication" in record:
+        return [_deduplicated(record)]
     said = [
         f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
         f"({compact['byte_ratio']:.1%} of the bytes)."
@@ -35,6 +37,16 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
 def _fitted_to_behaviour(record: Mapping[str, Any]) -> bool:
     calibration, training = record.get("calibration"), record.get("training")
     return bool((calibration and calibration["kept"] == "calibrated") or (training and training["kept_step"]))
+
+
+def _deduplicated(record: Mapping[str, Any]) -> str:
+    compact, weight = record["compact"], record["weight"]
+    return (
+        f"Nothing was fitted: of the source's {record['source']['parameters']:,} numbers "
+        f"{record['deduplication']['copied_parameters']:,} were copies of shared ones, and each stands here once "
+        f"({compact['byte_ratio']:.1%} of the bytes, relative error {weight['relative_error']:.2g}; "
+        f"plain SVD of this size {record['baselines']['svd_adaptive']['relative_error']:.4f})."
+    )
 
 
 def _against_svd(transform: str, error: float, svd: float) -> str:
