@@ -1,11 +1,12 @@
 """What every other form of an adapter has in common: a fit within a number of parameters, and what it makes of each module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import kind_of, layer_of
@@ -42,6 +43,28 @@ class Fit(Protocol):
 
         :raises OutOfReach: when even the least form stores more.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Made(Mapping[str, Factors]):
+    """Modules' factors that are made when asked for: written out, a form with wide random factors takes gigabytes."""
+
+    names: Sequence[str]
+    make: Callable[[str], Factors]
+
+    def __getitem__(self, name: str) -> Factors:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def rounded(tensor: Tensor, storage: torch.dtype) -> Tensor:
+    """The numbers as they come back from a file of this dtype, float32 at least."""
+    return tensor.to(storage).to(torch.promote_types(storage, torch.float32))
 
 
 def kinds(source: Source) -> dict[tuple[str, Shape], list[str]]:
