@@ -1,1 +1,21 @@
 """The other forms that an adapter can take, each a least-squares fit: what BSLoRA is compared with."""
+
+from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach
+from bslora_convert.baselines.sharelora import sharelora_a, sharelora_a_qkv, sharelora_ab, sharelora_b
+from bslora_convert.baselines.tied_lora import tied_lora_tl5, tied_lora_tl6
+from bslora_convert.baselines.truncated import svd_adaptive, svd_uniform
+from bslora_convert.baselines.vera import vera
+
+__all__ = ["BASELINES", "Fit", "Fitted", "OutOfReach"]
+
+BASELINES: dict[str, Fit] = {
+    "svd_uniform": svd_uniform,
+    "svd_adaptive": svd_adaptive,
+    "sharelora_a": sharelora_a,
+    "sharelora_b": sharelora_b,
+    "sharelora_ab": sharelora_ab,
+    "sharelora_a_qkv": sharelora_a_qkv,
+    "tied_lora_tl5": tied_lora_tl5,
+    "tied_lora_tl6": tied_lora_tl6,
+    "vera": vera,
+}

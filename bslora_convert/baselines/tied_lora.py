@@ -17,7 +17,8 @@ Q_i (R, in). With C_i = Q_i Aᵀ (R, p), G = A Aᵀ, and ∘ the product entry b
     v_io          ⟨P_i[o] C_i, u_i ∘ b_o⟩ / (u_i ∘ b_o)ᵀ G (u_i ∘ b_o)                              a number
 
 The systems are solved for the change, with a ridge of rounding size on it, so a singular one leaves alone what it doesn't
-determine and no step raises the objective. The problem has local optima; two starts run for a few sweeps and the better goes on:
+determine and no step raises the objective. Alternation creeps along valleys, so a sweep starts ahead, on the line through the
+last two points; where that ends higher than the last sweep it is taken back. The problem has local optima; two starts run for a few sweeps and the better goes on:
 
     mean      B A = the truncated mean update, u = v = 1
     stacked   A from ShareA's closed form, and for each of its components u_it b_t = the best rank-1 fit of the L columns, v = 1
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, Made, kinds, largest, rounded
+from bslora_convert.baselines.proximal import toward_optimum
 from bslora_convert.baselines.sharelora import mean_pair, mean_svd, sharelora_ab
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.fit.lowrank import Grams, gram, product_svd
@@ -40,7 +42,9 @@ SWEEPS = 100
 TRIAL_SWEEPS = 5  # of each start
 TOLERANCE = 1e-3  # share of the objective that a sweep must take off it to be followed by another
 FLOOR = 1e-12  # of the energy: below it the objective is rounding
-RIDGE = 1e-12  # of the largest diagonal entry
+FIRST_STRIDE = 0.5  # how far ahead a sweep starts, as a share of what the last one moved
+STRIDE_GROWTH = 1.5
+LONGEST_STRIDE = 30.0
 CHUNK = 1 << 22  # numbers of the rows' systems that stand in memory together
 
 
@@ -61,6 +65,11 @@ class Tl6:
     a: Tensor
     u: Tensor
     v: Tensor
+
+    def beyond(self, before: "Tl6", stride: float) -> "Tl6":
+        """A point on the line from `before` through this one, `stride` of their distance further on."""
+        pairs = zip((self.b, self.a, self.u, self.v), (before.b, before.a, before.u, before.v), strict=True)
+        return Tl6(*(now + stride * (now - then) for now, then in pairs))
 
     def balanced(self) -> "Tl6":
         """The same updates with u and v of mean square one, B's columns as long as A's rows."""
@@ -173,12 +182,20 @@ def _stacked(terms: Sequence[Factors], rank: int) -> Tl6:
 
 
 def _run(targets: Targets, form: Tl6, sweeps: int) -> tuple[Tl6, list[float]]:
-    """Sweeps until one gains too little."""
-    history: list[float] = []
-    for _ in range(sweeps):
-        form, lost = _sweep(targets, form)
+    """Sweeps until one gains too little; each starts ahead of where the last one ended, unless that proves worse."""
+    before, (form, lost) = form, _sweep(targets, form)
+    history = [lost]
+    ahead = FIRST_STRIDE
+    for _ in range(sweeps - 1):
+        leap, leap_lost = _sweep(targets, form.beyond(before, ahead))
+        if leap_lost < lost:
+            before, form, ahead = form, leap, min(ahead * STRIDE_GROWTH, LONGEST_STRIDE)
+        else:
+            ahead = FIRST_STRIDE
+            before, (form, leap_lost) = form, _sweep(targets, form)
+        gained, lost = lost - leap_lost, leap_lost
         history.append(lost)
-        if lost <= FLOOR * targets.energy or (len(history) > 1 and history[-2] - lost < TOLERANCE * lost):
+        if lost <= FLOOR * targets.energy or gained < TOLERANCE * lost:
             break
     return form, history
 
@@ -191,9 +208,9 @@ def _sweep(targets: Targets, form: Tl6) -> tuple[Tl6, float]:
     w = torch.stack([x.T @ x for x in scaled])  # (L, p, p)
     z = torch.stack([x.T @ p_i for x, p_i in zip(scaled, p, strict=True)])  # (L, p, R)
     normal = torch.einsum("lt,ls,lts->ts", u, u, w)
-    a = _step(normal, torch.einsum("lt,ltr,lri->ti", u, z, targets.q), form.a)
+    a = toward_optimum(normal, torch.einsum("lt,ltr,lri->ti", u, z, targets.q), form.a)
     c, g = targets.q @ a.T, a @ a.T
-    u = _step(w * g, torch.einsum("ltr,lrt->lt", z, c)[..., None], u[..., None])[..., 0]
+    u = toward_optimum(w * g, torch.einsum("ltr,lrt->lt", z, c)[..., None], u[..., None])[..., 0]
     lost = targets.energy
     new = []
     for p_i, c_i, u_i, v_i in zip(p, c, u, v, strict=True):
@@ -220,15 +237,6 @@ def _rows(targets: Targets, form: Tl6) -> Tensor:
         form.v.T.square().split(size), right.split(size), form.b.split(size), strict=True
     ):
         normal = (squares @ outer).view(-1, rank, rank) * g
-        rows.append(_step(normal, wanted[..., None], old[..., None])[..., 0])
+        rows.append(toward_optimum(normal, wanted[..., None], old[..., None])[..., 0])
     return torch.cat(rows)
 
-
-def _step(normal: Tensor, right: Tensor, old: Tensor) -> Tensor:
-    """`old` moved to the solution of normal x = right: (…, p, p), (…, p, n), (…, p, n) -> (…, p, n)."""
-    ridge = RIDGE * normal.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(normal.dtype).tiny / RIDGE)
-    identity = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    factor, failed = torch.linalg.cholesky_ex(normal + ridge[..., None, None] * identity)
-    change = torch.cholesky_solve(right - normal @ old, factor)
-    solved = (failed == 0)[..., None, None] & torch.isfinite(change)
-    return old + torch.where(solved, change, torch.zeros_like(change))
