@@ -1,0 +1,345 @@
+"""VB-LoRA (arXiv 2405.15179): every piece of every factor is a mixture of two vectors of one bank.
+
+    A_m row p, piece q  (b,)  = Σ_{t in top-2} softmax(logits)_t bank[t]        in_m / b pieces, r rows
+    B_m column p, piece q     likewise                                          out_m / b pieces, r columns
+    ΔW_m = B_m A_m,  bank (h, b) shared by all modules, b divides every in and out, no scaling
+
+Stored numbers, with S = Σ_m (in_m + out_m), so that there are r S / b pieces:
+
+    h b + 3 r S / b        the bank; for each piece two indices and one share, the other being what is left of one
+
+as PEFT's `save_only_topk_weights` keeps them. An index counts as one number like a share: two bytes beside bfloat16, exact for
+banks of 256 to 32767 vectors (PEFT writes smaller ones in one byte). Training counts otherwise: all logits, h b + h r S / b, the
+figure that the paper publishes; it is in the settings as `trained`.
+
+b is the largest number up to 256 that divides every side. For a rank the bank takes what the budget leaves. Ranks tried: the
+largest whose pieces each get a vector of their own, the next, and its doublings up to the source's rank; a short fit of each
+chooses.
+
+The fit has two stages:
+
+    pieces     of the balanced truncated factors (B = U √σ, A = √σ Vᵀ), or of the source's own factors where the rank is theirs.
+               A piece's error counts with ω = the squared length of the row or column that it is multiplied with, which is what
+               it costs in ΔW to first order. Alternating least squares for mixtures and bank (`vector_bank`).
+    updates    L-BFGS over bank and shares on the objective itself, the pairs fixed:
+
+                   Σ_m ‖P Q − B A‖² = Σ_m ‖P Q‖² − 2 tr((PᵀB)ᵀ(Q Aᵀ)) + tr(BᵀB A Aᵀ)        r×r matrices only
+
+What is handed on is always the best so far by that objective, so neither stage makes it worse. What the fit can't do: an adapter
+that is in this form can be written with any other gauge (B M)(M⁻¹ A), whose pieces are no mixtures of anything; a planted bank is
+found again from factors that are the mixtures, as trained VB-LoRA's are, not from arbitrary ones. Even then the choice of pairs is
+combinatorial and the optimum found a local one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bslora_convert.baselines.baseline import Fitted, Made, OutOfReach, rounded
+from bslora_convert.baselines.peft_files import save_peft
+from bslora_convert.baselines.vector_bank import Mixing, assign, starts, update_bank
+from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.fit.source import Source
+from bslora_convert.lora.adapter import PREFIX
+
+LONGEST = 256  # of a bank's vectors, the length that the paper uses
+SHORTEST = 8  # below it the indices outweigh the bank
+TOPK = 2
+ROUNDS = 6  # of alternation, at most
+TRIAL_ROUNDS = 1  # of each rank and start
+TOLERANCE = 1e-3  # share of the objective that a round must take off it to be followed by another
+REFINEMENTS = 30  # L-BFGS steps over bank and shares
+FLOOR = 1e-12  # of the energy: below it the objective is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the pieces of each module stand in one table: first those of A, row by row, then those of B, block by block."""
+
+    shapes: Mapping[str, Shape]
+    rank: int
+    length: int
+
+    @property
+    def counts(self) -> list[tuple[int, int]]:
+        """Pieces of A and of B of each module."""
+        return [(self.rank * width // self.length, self.rank * out // self.length) for out, width in self.shapes.values()]
+
+    def pieces(self, factors: Factors) -> Tensor:
+        """A module's factors of at most the layout's rank, padded with zeros, cut up: (n_m, b)."""
+        missing = self.rank - factors.rank
+        a = torch.nn.functional.pad(factors.a, (0, 0, 0, missing))
+        b = torch.nn.functional.pad(factors.b, (0, missing))
+        blocks = b.view(-1, self.length, self.rank).transpose(1, 2)
+        return torch.cat([a.reshape(-1, self.length), blocks.reshape(-1, self.length)])
+
+    def costs(self, factors: Factors) -> Tensor:
+        """What an error of each piece costs in the update, to first order: (n_m,)."""
+        missing = self.rank - factors.rank
+        of_a = torch.nn.functional.pad(factors.b.square().sum(0), (0, missing))
+        of_b = torch.nn.functional.pad(factors.a.square().sum(1), (0, missing))
+        out, width = factors.shape
+        return torch.cat([of_a.repeat_interleave(width // self.length), of_b.repeat(out // self.length)])
+
+    def joined(self, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The table (n, b) as B (out, r) and A (r, in) of each module."""
+        sizes = [count for pair in self.counts for count in pair]
+        parts = iter(vectors.split(sizes))
+        pairs = zip(parts, parts, strict=True)
+        return [
+            (b.view(-1, self.rank, self.length).transpose(1, 2).reshape(-1, self.rank), a.reshape(self.rank, -1))
+            for a, b in pairs
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A bank and its mixtures, float64, and the objective."""
+
+    layout: Layout
+    bank: Tensor
+    mixing: Mixing
+    lost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The pieces (n, b) of one rank, float32, with what an error of each costs (n,)."""
+
+    layout: Layout
+    x: Tensor
+    weights: Tensor
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Modules of one shape and inner rank, by their positions: P (m, out, R), Q (m, R, in), float64."""
+
+    places: Sequence[int]
+    p: Tensor
+    q: Tensor
+
+
+def vb_lora(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """A bank for all modules and two of its vectors for every piece of their factors.
+
+    :raises OutOfReach: when the sides have no common divisor of use, or two vectors and rank 1 are more than the budget.
+    """
+    shapes = source.shapes
+    length = vector_length(shapes)
+    batches = _batches(source)
+    best = None
+    for task in _tasks(source, budget, length):
+        for bank in starts(task.x, task.weights, task.size, seed):
+            state = _alternate(source.energy, batches, task, bank, None, TRIAL_ROUNDS)
+            if best is None or state.lost < best[1].lost:
+                best = task, state
+    assert best is not None  # there is one task at least, and one start of each
+    task, state = best
+    further = _alternate(source.energy, batches, task, state.bank.to(task.x), state.mixing, ROUNDS)
+    state = min(state, further, key=lambda one: one.lost)
+    state = _refine(source.energy, batches, state)
+    return _fitted(source, state, storage)
+
+
+def vector_length(shapes: Mapping[str, Shape]) -> int:
+    """The largest length up to 256 that divides every side.
+
+    :raises OutOfReach: when that is less than 8.
+    """
+    common = math.gcd(*(side for shape in shapes.values() for side in shape))
+    length = max(divisor for divisor in range(1, LONGEST + 1) if common % divisor == 0)
+    if length < SHORTEST:
+        raise OutOfReach(
+            f"VB-LoRA cuts all sides into pieces of one length; the largest that divides them is {length}, "
+            f"{SHORTEST} is the least of use"
+        )
+    return length
+
+
+def vb_parameters(shapes: Mapping[str, Shape], rank: int, length: int, size: int) -> int:
+    """Stored numbers: bank, two indices and one share for each piece."""
+    return size * length + (2 * TOPK - 1) * _pieces(shapes, rank, length)
+
+
+def vb_trained(shapes: Mapping[str, Shape], rank: int, length: int, size: int) -> int:
+    """Numbers that training updates, bank and all logits: the count that the paper publishes."""
+    return size * length + size * _pieces(shapes, rank, length)
+
+
+def _pieces(shapes: Mapping[str, Shape], rank: int, length: int) -> int:
+    return rank * sum(sum(shape) for shape in shapes.values()) // length
+
+
+def _tasks(source: Source, budget: int, length: int) -> list[Task]:
+    """The ranks that are tried, each with the bank that the budget leaves it (module docstring).
+
+    :raises OutOfReach: when two vectors and rank 1 are more than the budget.
+    """
+    shapes = source.shapes
+    least = vb_parameters(shapes, 1, length, TOPK)
+    if least > budget:
+        raise OutOfReach(f"VB-LoRA needs {least} numbers at least, the budget is {budget}")
+    inner = {delta.rank for delta in source.deltas.values()}
+    sizes = {
+        rank: (budget - vb_parameters(shapes, rank, length, 0)) // length
+        for rank in range(1, max(inner) + 1)
+        if vb_parameters(shapes, rank, length, TOPK) <= budget
+    }
+    exact = max((rank for rank, size in sizes.items() if _pieces(shapes, rank, length) <= size), default=1)
+    ranks = {exact, exact + 1, max(sizes), *(exact * 2**power for power in range(1, 12))} & set(sizes)
+    tasks = []
+    for rank in sorted(ranks):
+        layout = Layout(shapes, rank, length)
+        size = max(min(sizes[rank], _pieces(shapes, rank, length) + 1), TOPK)
+        factors = {name: delta.factors() for name, delta in source.deltas.items()}
+        short = [source.svds[name].truncate([term], rank) for name, term in factors.items()]
+        tasks.append(_task(layout, short, size))
+        if inner == {rank}:
+            tasks.append(_task(layout, list(factors.values()), size))
+    return tasks
+
+
+def _task(layout: Layout, factors: Sequence[Factors], size: int) -> Task:
+    x = torch.cat([layout.pieces(pair) for pair in factors])
+    return Task(layout, x, torch.cat([layout.costs(pair) for pair in factors]), size)
+
+
+def _batches(source: Source) -> list[Batch]:
+    places: dict[tuple[Shape, int], list[int]] = {}
+    deltas = list(source.deltas.values())
+    for place, delta in enumerate(deltas):
+        places.setdefault((delta.shape, delta.rank), []).append(place)
+    batches = []
+    for members in places.values():
+        factors = [deltas[place].factors() for place in members]
+        p, q = (torch.stack([getattr(pair, side) for pair in factors]).double() for side in ("b", "a"))
+        batches.append(Batch(members, p, q))
+    return batches
+
+
+def _lost(energy: float, batches: Sequence[Batch], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ ‖ΔW − BA‖², a float64 scalar that gradients pass through."""
+    total = torch.as_tensor(energy, dtype=torch.float64, device=batches[0].p.device)
+    for batch in batches:
+        b = torch.stack([pairs[place][0] for place in batch.places])
+        a = torch.stack([pairs[place][1] for place in batch.places])
+        cross = (batch.p.mT @ b) * (batch.q @ a.mT)
+        own = (b.mT @ b) * (a @ a.mT)
+        total = total - 2 * cross.sum() + own.sum()
+    return total
+
+
+def _state(energy: float, batches: Sequence[Batch], layout: Layout, bank: Tensor, mixing: Mixing) -> State:
+    bank = bank.double()
+    mixing = Mixing(mixing.first, mixing.second, mixing.share.double())
+    lost = float(_lost(energy, batches, layout.joined(mixing.of(bank))))
+    return State(layout, bank, mixing, lost)
+
+
+def _alternate(
+    energy: float, batches: Sequence[Batch], task: Task, bank: Tensor, held: Mixing | None, rounds: int
+) -> State:
+    """Rounds of bank and mixtures on the pieces, until one gains too little."""
+    mixing, left = assign(task.x, bank, None if held is None else Mixing(held.first, held.second, held.share.to(bank)))
+    lost = float((task.weights * left).double().sum())
+    floor = FLOOR * float((task.weights * task.x.square().sum(1)).double().sum())
+    for _ in range(rounds):
+        bank = update_bank(task.x, task.weights, mixing, bank)
+        mixing, left = assign(task.x, bank, mixing)
+        before, lost = lost, float((task.weights * left).double().sum())
+        if lost <= floor or before - lost < TOLERANCE * lost:
+            break
+    return _state(energy, batches, task.layout, bank, mixing)
+
+
+def _refine(energy: float, batches: Sequence[Batch], state: State) -> State:
+    """L-BFGS over bank and shares, the pairs fixed; the state as it was where that doesn't help."""
+    if state.lost <= FLOOR * energy:
+        return state
+    bank = state.bank.clone().requires_grad_()
+    share = state.mixing.share.clone().requires_grad_()
+    steps = torch.optim.LBFGS([bank, share], max_iter=REFINEMENTS, history_size=10, line_search_fn="strong_wolfe",
+                              tolerance_grad=0.0, tolerance_change=0.0)  # fmt: skip
+
+    def mixed() -> Mixing:
+        return Mixing(state.mixing.first, state.mixing.second, share.clamp(0, 1))
+
+    def objective() -> Tensor:
+        steps.zero_grad()
+        lost = _lost(energy, batches, state.layout.joined(mixed().of(bank))) / energy
+        lost.backward()  # type: ignore[no-untyped-call]
+        return lost
+
+    steps.step(objective)  # type: ignore[arg-type]
+    with torch.no_grad():
+        refined = _state(energy, batches, state.layout, bank.detach(), mixed())
+    return min(state, refined, key=lambda one: one.lost)
+
+
+def _fitted(source: Source, state: State, storage: torch.dtype) -> Fitted:
+    layout, shapes = state.layout, source.shapes
+    mixing = state.mixing.larger_first()
+    bank = rounded(state.bank, storage)
+    mixing = Mixing(mixing.first, mixing.second, rounded(mixing.share, storage))
+    size = len(bank)
+    rows = [first + second for first, second in layout.counts]
+    stored = {
+        name: Mixing(*parts)
+        for name, *parts in zip(
+            shapes, *(part.split(rows) for part in (mixing.first, mixing.second, mixing.share)), strict=True
+        )
+    }
+
+    def make(name: str) -> Factors:
+        ((b, a),) = Layout({name: shapes[name]}, layout.rank, layout.length).joined(stored[name].of(bank))
+        return Factors(b, a)
+
+    def save(directory: Path, config: Mapping[str, Any]) -> None:
+        """A PEFT VB-LoRA adapter; shares stand in float32, the only dtype that PEFT reads them in."""
+        own = {
+            "peft_type": "VBLORA",
+            "r": layout.rank,
+            "num_vectors": size,
+            "vector_length": layout.length,
+            "topk": TOPK,
+            "save_only_topk_weights": True,
+            "target_modules": list(shapes),
+            "vblora_dropout": 0.0,
+        }
+        tensors = {"base_model.vblora_vector_bank": bank.to(storage)}
+        for name, kept in stored.items():
+            tensors |= _saved(name, shapes[name], kept, layout, size)
+        save_peft(directory, config, own, tensors)
+
+    settings = {
+        "rank": layout.rank,
+        "vectors": size,
+        "length": layout.length,
+        "trained": vb_trained(shapes, layout.rank, layout.length, size),
+    }
+    linear = all(source.kind(name) == "linear" for name in shapes)  # PEFT's VB-LoRA has no embeddings
+    stored_numbers = vb_parameters(shapes, layout.rank, layout.length, size)
+    return Fitted(Made(list(shapes), make), stored_numbers, settings, save if linear else None)
+
+
+def _saved(name: str, shape: Shape, mixing: Mixing, layout: Layout, size: int) -> dict[str, Tensor]:
+    """One module's tensors in PEFT's names and shapes: indices (…, 2), shares (…, 1) of the first."""
+    out, width = shape
+    index_dtype = torch.uint8 if size < 2**8 else torch.int16 if size < 2**15 else torch.int32
+    grids = {"A": (layout.rank, width // layout.length), "B": (out // layout.length, layout.rank)}
+    counts = [math.prod(grid) for grid in grids.values()]
+    indices = torch.stack([mixing.first, mixing.second], dim=-1).to(index_dtype).split(counts)
+    shares = mixing.share[:, None].float().split(counts)
+    tensors = {}
+    for (side, grid), pair, share in zip(grids.items(), indices, shares, strict=True):
+        key = f"{PREFIX}{name}.vblora_logits_{side}"
+        tensors[f"{key}_topk_indices"] = pair.reshape(*grid, TOPK)
+        tensors[f"{key}_topk_weights"] = share.reshape(*grid, TOPK - 1)
+    return tensors

@@ -1,0 +1,164 @@
+"""Vectors as mixtures of two out of a bank: who mixes what, and the bank itself, by alternating least squares.
+
+    x_n ≈ w_n c_{i_n} + (1 − w_n) c_{j_n}        0 ≤ w_n ≤ 1;  bank c (h, b);  min Σ_n ω_n ‖x_n − x̂_n‖²
+
+    partner     given i, the best j of all h and its share, in closed form: with t = ⟨x − c_i, c_j − c_i⟩ and
+                s = ‖c_j − c_i‖², the share of j is t / s cut to [0, 1] and takes 2 share t − share² s off ‖x − c_i‖²
+    assignment  the partner search from the nearest vector, then from each of the two held, each taken only if it is better
+    bank        linear least squares, a sparse h×h system, by conjugate gradients from the bank as it is
+
+None of the steps raises the objective. Which pairs to mix is a choice among h² for each vector, so a local optimum is what is
+found; two starts are compared:
+
+    farthest    zero, then again and again the vectors that the bank so far leaves most of, half as many as it has
+    clusters    the centres of weighted k-means, for banks small enough for it
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # numbers of one (vectors, bank) table that stand in memory together
+CLUSTERED = 1024  # largest bank that k-means is tried for
+GRADIENT_STEPS = 12  # of the bank's conjugate gradients, each round
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """Which two vectors of the bank each vector mixes, i and j (n,), and the share w (n,) of the first."""
+
+    first: Tensor
+    second: Tensor
+    share: Tensor
+
+    def of(self, bank: Tensor) -> Tensor:
+        """The mixtures: (h, b) -> (n, b)."""
+        w = self.share[:, None]
+        return w * bank[self.first] + (1 - w) * bank[self.second]
+
+    def larger_first(self) -> "Mixing":
+        """The same mixtures with shares of a half at least, as top-k orders them."""
+        turned = self.share < 0.5
+        return Mixing(
+            torch.where(turned, self.second, self.first),
+            torch.where(turned, self.first, self.second),
+            torch.where(turned, 1 - self.share, self.share),
+        )
+
+
+def assign(x: Tensor, bank: Tensor, held: Mixing | None) -> tuple[Mixing, Tensor]:
+    """The best mixture found for each vector, no worse than the one it holds, and ‖x − x̂‖²: (n, b), (h, b) -> …, (n,)."""
+    gram = bank @ bank.T
+    rows = max(CHUNK // len(bank), 1)
+    found = []
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        old = None if held is None else Mixing(held.first[part], held.second[part], held.share[part])
+        found.append(_assign(x[part], bank, gram, old))
+    return (
+        Mixing(*(torch.cat([getattr(mixing, field) for mixing, _ in found]) for field in ("first", "second", "share"))),
+        torch.cat([left for _, left in found]),
+    )
+
+
+def update_bank(x: Tensor, weights: Tensor, mixing: Mixing, bank: Tensor) -> Tensor:
+    """A bank of lower objective for these mixtures, by conjugate gradients with a diagonal preconditioner."""
+    w, omega = mixing.share[:, None], weights[:, None]
+
+    def gathered(y: Tensor) -> Tensor:
+        """Sum over the vectors that use each of the bank: (n, b) -> (h, b)."""
+        total = torch.zeros_like(bank)
+        return total.index_add_(0, mixing.first, w * y).index_add_(0, mixing.second, (1 - w) * y)
+
+    diagonal = torch.zeros_like(bank[:, :1])
+    diagonal.index_add_(0, mixing.first, omega * w * w).index_add_(0, mixing.second, omega * (1 - w) ** 2)
+    inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
+    left = gathered(omega * (x - mixing.of(bank)))
+    direction = inverse * left
+    slope = (left * direction).sum()
+    for _ in range(GRADIENT_STEPS):
+        image = gathered(omega * mixing.of(direction))
+        curvature = (direction * image).sum()
+        if not float(curvature) > 0:
+            break
+        length = slope / curvature
+        bank, left = bank + length * direction, left - length * image
+        ahead = inverse * left
+        slope, former = (left * ahead).sum(), slope
+        direction = ahead + (slope / former) * direction
+    return bank
+
+
+def farthest(x: Tensor, weights: Tensor, size: int) -> Tensor:
+    """A starting bank (size, b): zero and the vectors that are worst mixed from what is there already."""
+    bank = x.new_zeros((1, x.shape[1]))
+    left, mixing = x.square().sum(1), None
+    while len(bank) < size:
+        count = min(max(len(bank) // 2, 1), size - len(bank), len(x))
+        worst = (weights * left).topk(count).indices
+        bank = torch.cat([bank, x[worst]])
+        if len(bank) < size:
+            mixing, left = assign(x, bank, mixing)
+    return bank
+
+
+def clusters(x: Tensor, weights: Tensor, size: int, seed: int) -> Tensor:
+    """A starting bank (size, b) of k-means centres."""
+    from sklearn.cluster import KMeans
+
+    means = KMeans(size, n_init=1, max_iter=20, random_state=seed)
+    means.fit(x.cpu().numpy(), sample_weight=weights.cpu().numpy())
+    return torch.from_numpy(means.cluster_centers_).to(x)
+
+
+def starts(x: Tensor, weights: Tensor, size: int, seed: int) -> list[Tensor]:
+    """The banks to start from."""
+    banks = [farthest(x, weights, size)]
+    if size <= min(CLUSTERED, len(x)):
+        banks.append(clusters(x, weights, size, seed))
+    return banks
+
+
+def _assign(x: Tensor, bank: Tensor, gram: Tensor, held: Mixing | None) -> tuple[Mixing, Tensor]:
+    products, norms = x @ bank.T, gram.diagonal()
+    squares = x.square().sum(1)
+    nearest = (norms - 2 * products).argmin(1)
+    best, left = _partner(products, norms, gram, squares, nearest)
+    if held is not None:
+        i, j, w = held.first, held.second, held.share
+        at_i, at_j = (products.gather(1, k[:, None])[:, 0] for k in (i, j))
+        size = w * w * norms[i] + 2 * w * (1 - w) * gram[i, j] + (1 - w) ** 2 * norms[j]
+        best, left = _better(best, left, held, squares - 2 * (w * at_i + (1 - w) * at_j) + size)
+    for one in (best.first, best.second):
+        best, left = _better(best, left, *_partner(products, norms, gram, squares, one))
+    return best, left.clamp_min(0)
+
+
+def _partner(products: Tensor, norms: Tensor, gram: Tensor, squares: Tensor, one: Tensor) -> tuple[Mixing, Tensor]:
+    """The best second vector for each first one (module docstring)."""
+    beside = gram[one]
+    at_one = products.gather(1, one[:, None])
+    t = products - at_one
+    t += norms[one, None] - beside
+    s = beside.mul_(-2).add_(norms).add_(norms[one, None]).clamp_min_(torch.finfo(products.dtype).tiny)
+    share = (t / s).clamp_(0, 1)
+    gain = t.mul_(2).sub_(share * s).mul_(share)
+    gain.scatter_(1, one[:, None], 0.0)
+    most, other = gain.max(1)
+    taken = share.gather(1, other[:, None])[:, 0]
+    taken = torch.where(other == one, torch.zeros_like(taken), taken)
+    return Mixing(one, other, 1 - taken), squares - 2 * at_one[:, 0] + norms[one] - most
+
+
+def _better(mixing: Mixing, left: Tensor, other: Mixing, other_left: Tensor) -> tuple[Mixing, Tensor]:
+    """Of two mixtures of each vector the one that leaves less."""
+    take = other_left < left
+    return (
+        Mixing(
+            torch.where(take, other.first, mixing.first),
+            torch.where(take, other.second, mixing.second),
+            torch.where(take, other.share, mixing.share),
+        ),
+        torch.where(take, other_left, left),
+    )
