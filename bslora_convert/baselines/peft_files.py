@@ -14,7 +14,9 @@ from bslora_convert.tensorfile import write_tensors
 INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "revision", "task_type")
 
 
-def save_peft(directory: Path, config: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def save_peft(
+    directory: Path, config: Mapping[str, Any], own: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into an existing directory.
 
     config: the source's own fields, of which those are taken that say what it belongs to. own: the method's fields.

@@ -233,10 +233,7 @@ def _rows(targets: Targets, form: Tl6) -> Tensor:
     outer = torch.einsum("lt,ls->lts", form.u, form.u).flatten(1)  # (L, p²)
     size = max(CHUNK // rank**2, 1)
     rows = []
-    for squares, wanted, old in zip(
-        form.v.T.square().split(size), right.split(size), form.b.split(size), strict=True
-    ):
+    for squares, wanted, old in zip(form.v.T.square().split(size), right.split(size), form.b.split(size), strict=True):
         normal = (squares @ outer).view(-1, rank, rank) * g
         rows.append(toward_optimum(normal, wanted[..., None], old[..., None])[..., 0])
     return torch.cat(rows)
-

@@ -13,8 +13,8 @@ banks of 256 to 32767 vectors (PEFT writes smaller ones in one byte). Training c
 figure that the paper publishes; it is in the settings as `trained`.
 
 b is the largest number up to 256 that divides every side. For a rank the bank takes what the budget leaves. Ranks tried: the
-largest whose pieces each get a vector of their own, the next, and its doublings up to the source's rank; a short fit of each
-chooses.
+largest whose pieces each get a vector of their own, the next, its double, and the largest that there is; what each is from its
+starts chooses.
 
 The fit has two stages:
 
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, Made, OutOfReach, rounded
 from bslora_convert.baselines.peft_files import save_peft
-from bslora_convert.baselines.vector_bank import Mixing, assign, starts, update_bank
+from bslora_convert.baselines.vector_bank import Mixing, assign, exchanged, starts, update_bank
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.fit.source import Source
 from bslora_convert.lora.adapter import PREFIX
@@ -51,7 +51,6 @@ LONGEST = 256  # of a bank's vectors, the length that the paper uses
 SHORTEST = 8  # below it the indices outweigh the bank
 TOPK = 2
 ROUNDS = 6  # of alternation, at most
-TRIAL_ROUNDS = 1  # of each rank and start
 TOLERANCE = 1e-3  # share of the objective that a round must take off it to be followed by another
 REFINEMENTS = 30  # L-BFGS steps over bank and shares
 FLOOR = 1e-12  # of the energy: below it the objective is rounding
@@ -68,7 +67,9 @@ class Layout:
     @property
     def counts(self) -> list[tuple[int, int]]:
         """Pieces of A and of B of each module."""
-        return [(self.rank * width // self.length, self.rank * out // self.length) for out, width in self.shapes.values()]
+        return [
+            (self.rank * width // self.length, self.rank * out // self.length) for out, width in self.shapes.values()
+        ]
 
     def pieces(self, factors: Factors) -> Tensor:
         """A module's factors of at most the layout's rank, padded with zeros, cut up: (n_m, b)."""
@@ -126,7 +127,7 @@ class Batch:
     q: Tensor
 
 
-def vb_lora(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+def fit_vb_lora(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """A bank for all modules and two of its vectors for every piece of their factors.
 
     :raises OutOfReach: when the sides have no common divisor of use, or two vectors and rank 1 are more than the budget.
@@ -137,12 +138,14 @@ def vb_lora(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fit
     best = None
     for task in _tasks(source, budget, length):
         for bank in starts(task.x, task.weights, task.size, seed):
-            state = _alternate(source.energy, batches, task, bank, None, TRIAL_ROUNDS)
+            mixing, _ = assign(task.x, bank, None)
+            bank = update_bank(task.x, task.weights, mixing, bank)
+            state = _state(source.energy, batches, task.layout, bank, mixing)
             if best is None or state.lost < best[1].lost:
                 best = task, state
     assert best is not None  # there is one task at least, and one start of each
     task, state = best
-    further = _alternate(source.energy, batches, task, state.bank.to(task.x), state.mixing, ROUNDS)
+    further = _alternate(source.energy, batches, task, state.bank.to(task.x), state.mixing)
     state = min(state, further, key=lambda one: one.lost)
     state = _refine(source.energy, batches, state)
     return _fitted(source, state, storage)
@@ -193,7 +196,7 @@ def _tasks(source: Source, budget: int, length: int) -> list[Task]:
         if vb_parameters(shapes, rank, length, TOPK) <= budget
     }
     exact = max((rank for rank, size in sizes.items() if _pieces(shapes, rank, length) <= size), default=1)
-    ranks = {exact, exact + 1, max(sizes), *(exact * 2**power for power in range(1, 12))} & set(sizes)
+    ranks = {exact, exact + 1, 2 * exact, max(sizes)} & set(sizes)
     tasks = []
     for rank in sorted(ranks):
         layout = Layout(shapes, rank, length)
@@ -243,17 +246,21 @@ def _state(energy: float, batches: Sequence[Batch], layout: Layout, bank: Tensor
     return State(layout, bank, mixing, lost)
 
 
-def _alternate(
-    energy: float, batches: Sequence[Batch], task: Task, bank: Tensor, held: Mixing | None, rounds: int
-) -> State:
-    """Rounds of bank and mixtures on the pieces, until one gains too little."""
-    mixing, left = assign(task.x, bank, None if held is None else Mixing(held.first, held.second, held.share.to(bank)))
-    lost = float((task.weights * left).double().sum())
-    floor = FLOOR * float((task.weights * task.x.square().sum(1)).double().sum())
-    for _ in range(rounds):
-        bank = update_bank(task.x, task.weights, mixing, bank)
-        mixing, left = assign(task.x, bank, mixing)
-        before, lost = lost, float((task.weights * left).double().sum())
+def _alternate(energy: float, batches: Sequence[Batch], task: Task, bank: Tensor, held: Mixing) -> State:
+    """Rounds of bank and mixtures on the pieces, until one gains too little even with some of the bank exchanged."""
+    x, weights = task.x, task.weights
+    mixing, left = assign(x, bank, Mixing(held.first, held.second, held.share.to(bank)))
+    lost = float((weights * left).double().sum())
+    floor = FLOOR * float((weights * x.square().sum(1)).double().sum())
+    for _ in range(ROUNDS):
+        before = lost
+        for trial in (bank, exchanged(x, weights, mixing, bank, left)):
+            new_mixing, _ = assign(x, trial, mixing)
+            new_bank = update_bank(x, weights, new_mixing, trial)
+            new_mixing, new_left = assign(x, new_bank, new_mixing)
+            new_lost = float((weights * new_left).double().sum())
+            if new_lost < lost:
+                bank, mixing, left, lost = new_bank, new_mixing, new_left, new_lost
         if lost <= floor or before - lost < TOLERANCE * lost:
             break
     return _state(energy, batches, task.layout, bank, mixing)

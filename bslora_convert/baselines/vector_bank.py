@@ -2,15 +2,19 @@
 
     x_n ≈ w_n c_{i_n} + (1 − w_n) c_{j_n}        0 ≤ w_n ≤ 1;  bank c (h, b);  min Σ_n ω_n ‖x_n − x̂_n‖²
 
-    partner     given i, the best j of all h and its share, in closed form: with t = ⟨x − c_i, c_j − c_i⟩ and
+    partner     given i, the best j of a shortlist and its share, in closed form: with t = ⟨x − c_i, c_j − c_i⟩ and
                 s = ‖c_j − c_i‖², the share of j is t / s cut to [0, 1] and takes 2 share t − share² s off ‖x − c_i‖²
-    assignment  the partner search from the nearest vector, then from each of the two held, each taken only if it is better
+    assignment  the shortlist is what lies nearest to x, what points most its way, and the pair that it holds; the partner
+                search starts from the first few of each and ends from the best pair's two, each taken only if it is better
     bank        linear least squares, a sparse h×h system, by conjugate gradients from the bank as it is
+
+    exchange    vectors that are missed least give way to the worst mixed pieces; kept if the next round ends lower
 
 None of the steps raises the objective. Which pairs to mix is a choice among h² for each vector, so a local optimum is what is
 found; two starts are compared:
 
-    farthest    zero, then again and again the vectors that the bank so far leaves most of, half as many as it has
+    farthest    zero, then again and again the vectors that the bank so far leaves most of: one at a time, later as many as
+                the bank has
     clusters    the centres of weighted k-means, for banks small enough for it
 """
 
@@ -19,8 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SHORTLIST = 32  # of each sort; small banks are searched whole
+FIRSTS = 4  # of each sort
 CHUNK = 1 << 22  # numbers of one (vectors, bank) table that stand in memory together
 CLUSTERED = 1024  # largest bank that k-means is tried for
+EXCHANGED = 16  # one in so many vectors of the bank may be exchanged at a time
 GRADIENT_STEPS = 12  # of the bank's conjugate gradients, each round
 
 
@@ -90,12 +97,29 @@ def update_bank(x: Tensor, weights: Tensor, mixing: Mixing, bank: Tensor) -> Ten
     return bank
 
 
+def exchanged(x: Tensor, weights: Tensor, mixing: Mixing, bank: Tensor, left: Tensor) -> Tensor:
+    """The bank with those vectors that are missed least replaced by the pieces that are mixed worst, where these lose more.
+
+    Without c_i its users fall back to their other vector, which costs ω w² ‖c_i − c_j‖² each. left: ‖x − x̂‖² (n,).
+    """
+    apart = weights * (bank[mixing.first] - bank[mixing.second]).square().sum(1)
+    missed = torch.zeros_like(bank[:, 0])
+    missed.index_add_(0, mixing.first, apart * mixing.share.square())
+    missed.index_add_(0, mixing.second, apart * (1 - mixing.share).square())
+    count = min(max(len(bank) // EXCHANGED, 1), len(x))
+    least, worst = missed.topk(count, largest=False), (weights * left).topk(count)
+    worth = worst.values > least.values
+    bank = bank.clone()
+    bank[least.indices[worth]] = x[worst.indices[worth]]
+    return bank
+
+
 def farthest(x: Tensor, weights: Tensor, size: int) -> Tensor:
     """A starting bank (size, b): zero and the vectors that are worst mixed from what is there already."""
     bank = x.new_zeros((1, x.shape[1]))
     left, mixing = x.square().sum(1), None
     while len(bank) < size:
-        count = min(max(len(bank) // 2, 1), size - len(bank), len(x))
+        count = min(1 if len(bank) < SHORTLIST else len(bank), size - len(bank), len(x))
         worst = (weights * left).topk(count).indices
         bank = torch.cat([bank, x[worst]])
         if len(bank) < size:
@@ -123,32 +147,45 @@ def starts(x: Tensor, weights: Tensor, size: int, seed: int) -> list[Tensor]:
 def _assign(x: Tensor, bank: Tensor, gram: Tensor, held: Mixing | None) -> tuple[Mixing, Tensor]:
     products, norms = x @ bank.T, gram.diagonal()
     squares = x.square().sum(1)
-    nearest = (norms - 2 * products).argmin(1)
-    best, left = _partner(products, norms, gram, squares, nearest)
+    count = min(SHORTLIST, len(bank))
+    near = torch.sub(products, norms, alpha=0.5).topk(count).indices
+    along = (products / norms.sqrt().clamp_min(torch.finfo(x.dtype).tiny)).topk(count).indices
+    options = torch.cat([near, along] + ([] if held is None else [held.first[:, None], held.second[:, None]]), dim=1)
+    at = products.gather(1, options)
+
+    def partner(one: Tensor) -> tuple[Mixing, Tensor]:
+        return _partner(one, products.gather(1, one[:, None]), options, at, norms, gram, squares)
+
+    best, left = partner(near[:, 0])
     if held is not None:
         i, j, w = held.first, held.second, held.share
         at_i, at_j = (products.gather(1, k[:, None])[:, 0] for k in (i, j))
         size = w * w * norms[i] + 2 * w * (1 - w) * gram[i, j] + (1 - w) ** 2 * norms[j]
         best, left = _better(best, left, held, squares - 2 * (w * at_i + (1 - w) * at_j) + size)
+    for one in (*near[:, 1:FIRSTS].unbind(1), *along[:, :FIRSTS].unbind(1)):
+        best, left = _better(best, left, *partner(one))
     for one in (best.first, best.second):
-        best, left = _better(best, left, *_partner(products, norms, gram, squares, one))
+        best, left = _better(best, left, *partner(one))
     return best, left.clamp_min(0)
 
 
-def _partner(products: Tensor, norms: Tensor, gram: Tensor, squares: Tensor, one: Tensor) -> tuple[Mixing, Tensor]:
-    """The best second vector for each first one (module docstring)."""
-    beside = gram[one]
-    at_one = products.gather(1, one[:, None])
-    t = products - at_one
-    t += norms[one, None] - beside
-    s = beside.mul_(-2).add_(norms).add_(norms[one, None]).clamp_min_(torch.finfo(products.dtype).tiny)
-    share = (t / s).clamp_(0, 1)
-    gain = t.mul_(2).sub_(share * s).mul_(share)
-    gain.scatter_(1, one[:, None], 0.0)
-    most, other = gain.max(1)
-    taken = share.gather(1, other[:, None])[:, 0]
-    taken = torch.where(other == one, torch.zeros_like(taken), taken)
-    return Mixing(one, other, 1 - taken), squares - 2 * at_one[:, 0] + norms[one] - most
+def _partner(
+    one: Tensor, at_one: Tensor, options: Tensor, at: Tensor, norms: Tensor, gram: Tensor, squares: Tensor
+) -> tuple[Mixing, Tensor]:
+    """The best second vector for each first one, of the shortlist (module docstring).
+
+    one: (n,). at_one: ⟨x, c_i⟩ (n, 1). options, at: the shortlist and ⟨x, c_j⟩ for it, (n, K).
+    """
+    beside = gram[one[:, None], options]
+    own = norms[one][:, None]
+    t = at - at_one + own - beside
+    s = (norms[options] - 2 * beside + own).clamp_min(torch.finfo(at.dtype).tiny)
+    share = (t / s).clamp(0, 1)
+    most, place = (share * (2 * t - share * s)).max(1)
+    other, share = (table.gather(1, place[:, None])[:, 0] for table in (options, share))
+    same = other == one  # nothing helps: any other vector, with no share
+    other, share = torch.where(same, (one + 1) % len(norms), other), torch.where(same, 0.0, share)
+    return Mixing(one, other, 1 - share), squares - 2 * at_one[:, 0] + norms[one] - most
 
 
 def _better(mixing: Mixing, left: Tensor, other: Mixing, other_left: Tensor) -> tuple[Mixing, Tensor]:

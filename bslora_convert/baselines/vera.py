@@ -86,7 +86,7 @@ class Side:
         return cls(a, gram, a if int(failed) else root)
 
 
-def vera(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+def fit_vera(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """λ_b and λ_d of every module, between the random matrices of this seed.
 
     :raises OutOfReach: when rank 1 is more than the budget.
