@@ -13,8 +13,8 @@ banks of 256 to 32767 vectors (PEFT writes smaller ones in one byte). Training c
 figure that the paper publishes; it is in the settings as `trained`.
 
 b is the largest number up to 256 that divides every side. For a rank the bank takes what the budget leaves. Ranks tried: the
-largest whose pieces each get a vector of their own, the next, its double, and the largest that there is; what each is from its
-starts chooses.
+largest whose pieces each get a vector of their own, the next, its double, and, where few enough pieces look for few enough vectors,
+the largest that there is; what each gives from its starts chooses.
 
 The fit has two stages:
 
@@ -50,8 +50,9 @@ from bslora_convert.lora.adapter import PREFIX
 LONGEST = 256  # of a bank's vectors, the length that the paper uses
 SHORTEST = 8  # below it the indices outweigh the bank
 TOPK = 2
+LARGEST_SEARCH = 1 << 26  # pieces times vectors up to which the source's own rank is tried
 ROUNDS = 6  # of alternation, at most
-TOLERANCE = 1e-3  # share of the objective that a round must take off it to be followed by another
+TOLERANCE = 1e-2  # share of the objective that a round must take off it to be followed by another
 REFINEMENTS = 30  # L-BFGS steps over bank and shares
 FLOOR = 1e-12  # of the energy: below it the objective is rounding
 
@@ -196,7 +197,10 @@ def _tasks(source: Source, budget: int, length: int) -> list[Task]:
         if vb_parameters(shapes, rank, length, TOPK) <= budget
     }
     exact = max((rank for rank, size in sizes.items() if _pieces(shapes, rank, length) <= size), default=1)
-    ranks = {exact, exact + 1, 2 * exact, max(sizes)} & set(sizes)
+    whole = max(sizes)
+    ranks = {exact, exact + 1, 2 * exact} & set(sizes)
+    if _pieces(shapes, whole, length) * sizes[whole] <= LARGEST_SEARCH:
+        ranks.add(whole)
     tasks = []
     for rank in sorted(ranks):
         layout = Layout(shapes, rank, length)
@@ -204,7 +208,7 @@ def _tasks(source: Source, budget: int, length: int) -> list[Task]:
         factors = {name: delta.factors() for name, delta in source.deltas.items()}
         short = [source.svds[name].truncate([term], rank) for name, term in factors.items()]
         tasks.append(_task(layout, short, size))
-        if inner == {rank}:
+        if inner == {rank} and rank == whole:
             tasks.append(_task(layout, list(factors.values()), size))
     return tasks
 
@@ -254,8 +258,11 @@ def _alternate(energy: float, batches: Sequence[Batch], task: Task, bank: Tensor
     floor = FLOOR * float((weights * x.square().sum(1)).double().sum())
     for _ in range(ROUNDS):
         before = lost
-        for trial in (bank, exchanged(x, weights, mixing, bank, left)):
-            new_mixing, _ = assign(x, trial, mixing)
+        for exchange in (False, True):
+            trial, new_mixing = bank, mixing
+            if exchange:
+                trial = exchanged(x, weights, mixing, bank, left)
+                new_mixing, _ = assign(x, trial, mixing)
             new_bank = update_bank(x, weights, new_mixing, trial)
             new_mixing, new_left = assign(x, new_bank, new_mixing)
             new_lost = float((weights * new_left).double().sum())

@@ -13,8 +13,8 @@
 None of the steps raises the objective. Which pairs to mix is a choice among h² for each vector, so a local optimum is what is
 found; two starts are compared:
 
-    farthest    zero, then again and again the vectors that the bank so far leaves most of: one at a time, later as many as
-                the bank has
+    farthest    zero, then again and again the vectors that the bank so far leaves most of: one at a time, or for a large
+                bank as many as it has
     clusters    the centres of weighted k-means, for banks small enough for it
 """
 
@@ -27,6 +27,7 @@ SHORTLIST = 32  # of each sort; small banks are searched whole
 FIRSTS = 4  # of each sort
 CHUNK = 1 << 22  # numbers of one (vectors, bank) table that stand in memory together
 CLUSTERED = 1024  # largest bank that k-means is tried for
+SINGLY = 64  # largest starting bank that grows by one vector at a time
 EXCHANGED = 16  # one in so many vectors of the bank may be exchanged at a time
 GRADIENT_STEPS = 12  # of the bank's conjugate gradients, each round
 
@@ -119,7 +120,7 @@ def farthest(x: Tensor, weights: Tensor, size: int) -> Tensor:
     bank = x.new_zeros((1, x.shape[1]))
     left, mixing = x.square().sum(1), None
     while len(bank) < size:
-        count = min(1 if len(bank) < SHORTLIST else len(bank), size - len(bank), len(x))
+        count = min(1 if size <= SINGLY else len(bank), size - len(bank), len(x))
         worst = (weights * left).topk(count).indices
         bank = torch.cat([bank, x[worst]])
         if len(bank) < size:
