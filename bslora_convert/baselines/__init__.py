@@ -4,8 +4,8 @@ from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach
 from bslora_convert.baselines.sharelora import sharelora_a, sharelora_a_qkv, sharelora_ab, sharelora_b
 from bslora_convert.baselines.tied_lora import tied_lora_tl5, tied_lora_tl6
 from bslora_convert.baselines.truncated import svd_adaptive, svd_uniform
-from bslora_convert.baselines.vera import fit_vera
 from bslora_convert.baselines.vb_lora import fit_vb_lora
+from bslora_convert.baselines.vera import fit_vera
 
 __all__ = ["BASELINES", "Fit", "Fitted", "OutOfReach"]
 

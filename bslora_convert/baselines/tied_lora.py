@@ -18,7 +18,9 @@ Q_i (R, in). With C_i = Q_i Aᵀ (R, p), G = A Aᵀ, and ∘ the product entry b
 
 The systems are solved for the change, with a ridge of rounding size on it, so a singular one leaves alone what it doesn't
 determine and no step raises the objective. Alternation creeps along valleys, so a sweep starts ahead, on the line through the
-last two points; where that ends higher than the last sweep it is taken back. The problem has local optima; two starts run for a few sweeps and the better goes on:
+last two points; where that ends higher than the last sweep it is taken back. The problem has local optima: factors planted with
+u and v around one, where they start in training, are found again, those with u and v of any sign not always. Two starts run for a
+few sweeps and the better goes on:
 
     mean      B A = the truncated mean update, u = v = 1
     stacked   A from ShareA's closed form, and for each of its components u_it b_t = the best rank-1 fit of the L columns, v = 1
@@ -38,9 +40,10 @@ from bslora_convert.fit.lowrank import Grams, gram, product_svd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 
-SWEEPS = 100
+SWEEPS = 200
 TRIAL_SWEEPS = 5  # of each start
-TOLERANCE = 1e-3  # share of the objective that a sweep must take off it to be followed by another
+PATIENCE = 3
+TOLERANCE = 3e-3  # share of the objective that so many sweeps together must take off it to be followed by another
 FLOOR = 1e-12  # of the energy: below it the objective is rounding
 FIRST_STRIDE = 0.5  # how far ahead a sweep starts, as a share of what the last one moved
 STRIDE_GROWTH = 1.5
@@ -193,9 +196,11 @@ def _run(targets: Targets, form: Tl6, sweeps: int) -> tuple[Tl6, list[float]]:
         else:
             ahead = FIRST_STRIDE
             before, (form, leap_lost) = form, _sweep(targets, form)
-        gained, lost = lost - leap_lost, leap_lost
+        lost = leap_lost
         history.append(lost)
-        if lost <= FLOOR * targets.energy or gained < TOLERANCE * lost:
+        if lost <= FLOOR * targets.energy or (
+            len(history) > PATIENCE and history[-1 - PATIENCE] - lost < TOLERANCE * lost
+        ):
             break
     return form, history
 

@@ -13,8 +13,8 @@ banks of 256 to 32767 vectors (PEFT writes smaller ones in one byte). Training c
 figure that the paper publishes; it is in the settings as `trained`.
 
 b is the largest number up to 256 that divides every side. For a rank the bank takes what the budget leaves. Ranks tried: the
-largest whose pieces each get a vector of their own, the next, its double, and, where few enough pieces look for few enough vectors,
-the largest that there is; what each gives from its starts chooses.
+largest whose pieces each get a vector of their own, the next, half as much again, and the largest that there is, where the pieces
+and vectors are few enough for it; what each gives from its starts chooses.
 
 The fit has two stages:
 
@@ -27,8 +27,8 @@ The fit has two stages:
 
 What is handed on is always the best so far by that objective, so neither stage makes it worse. What the fit can't do: an adapter
 that is in this form can be written with any other gauge (B M)(M⁻¹ A), whose pieces are no mixtures of anything; a planted bank is
-found again from factors that are the mixtures, as trained VB-LoRA's are, not from arbitrary ones. Even then the choice of pairs is
-combinatorial and the optimum found a local one.
+found again from factors that are the mixtures, as trained VB-LoRA's are, not from arbitrary ones. Even then the choice of pairs
+is combinatorial and the optimum found a local one.
 """
 
 import math
@@ -198,7 +198,7 @@ def _tasks(source: Source, budget: int, length: int) -> list[Task]:
     }
     exact = max((rank for rank, size in sizes.items() if _pieces(shapes, rank, length) <= size), default=1)
     whole = max(sizes)
-    ranks = {exact, exact + 1, 2 * exact} & set(sizes)
+    ranks = {exact, exact + 1, math.ceil(1.5 * (exact + 1))} & set(sizes)
     if _pieces(shapes, whole, length) * sizes[whole] <= LARGEST_SEARCH:
         ranks.add(whole)
     tasks = []
@@ -288,10 +288,10 @@ def _refine(energy: float, batches: Sequence[Batch], state: State) -> State:
     def objective() -> Tensor:
         steps.zero_grad()
         lost = _lost(energy, batches, state.layout.joined(mixed().of(bank))) / energy
-        lost.backward()  # type: ignore[no-untyped-call]
+        lost.backward()
         return lost
 
-    steps.step(objective)  # type: ignore[arg-type]
+    steps.step(objective)
     with torch.no_grad():
         refined = _state(energy, batches, state.layout, bank.detach(), mixed())
     return min(state, refined, key=lambda one: one.lost)
