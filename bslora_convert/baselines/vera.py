@@ -172,8 +172,9 @@ def fit_scales(target: Factors, b: Tensor, side: Side) -> tuple[Scales, list[flo
 
 def _leading(c: Tensor) -> Tensor:
     """The leading right singular vector of (out, r), by power steps from the longest row."""
-    d: Tensor = c[c.square().sum(1).argmax()]
+    d = c[c.square().sum(1).argmax()]
     for _ in range(POWER_STEPS):
         d = d / d.norm().clamp_min(torch.finfo(d.dtype).tiny)
         d = c.T @ (c @ d)
-    return d / d.norm().clamp_min(torch.finfo(d.dtype).tiny)
+    unit: Tensor = d / d.norm().clamp_min(torch.finfo(d.dtype).tiny)
+    return unit
