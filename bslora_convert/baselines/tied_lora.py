@@ -19,8 +19,8 @@ Q_i (R, in). With C_i = Q_i Aᵀ (R, p), G = A Aᵀ, and ∘ the product entry b
 The systems are solved for the change, with a ridge of rounding size on it, so a singular one leaves alone what it doesn't
 determine and no step raises the objective. Alternation creeps along valleys, so a sweep starts ahead, on the line through the
 last two points; where that ends higher than the last sweep it is taken back. The problem has local optima: factors planted with
-u and v around one, where they start in training, are mostly found again, those with u and v of any sign often not. Two starts run for a
-few sweeps and the better goes on:
+u and v around one, where they start in training, are mostly found again, those with u and v of any sign often not. Two starts
+run for a few sweeps and the better goes on:
 
     mean      B A = the truncated mean update, u = v = 1
     stacked   A from ShareA's closed form, and for each of its components u_it b_t = the best rank-1 fit of the L columns, v = 1
