@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach, kinds, largest, rounded
-from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.fit.lowrank import Grams, ProductSvd, gram, product_svd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
@@ -114,7 +114,7 @@ def mean_svd(terms: Terms, names: Sequence[str]) -> Tied:
     b = torch.cat([terms[name].b for name in names], dim=1)
     a = torch.cat([terms[name].a for name in names])
     grams = Grams(gram(b) / len(names) ** 2, gram(a.T))
-    return Tied(names, product_svd(grams), b.shape[0] + a.shape[1])
+    return Tied(names, product_svd(grams), unit_of([(b.shape[0], a.shape[1])]))
 
 
 def mean_pair(terms: Terms, tied: Tied, rank: int) -> Factors:
@@ -122,6 +122,11 @@ def mean_pair(terms: Terms, tied: Tied, rank: int) -> Factors:
     members = [terms[name] for name in tied.names]
     scaled = [Factors(term.b / len(members), term.a) for term in members]
     return tied.svd.truncate(scaled, min(rank, tied.limit))
+
+
+def unit_of(shapes: Sequence[Shape]) -> int:
+    """Numbers that one rank stores where modules of these shapes share A: in + Σ out."""
+    return shapes[0][1] + sum(out for out, _ in shapes)
 
 
 def cost(tied: Iterable[Tied], rank: int) -> int:
@@ -169,8 +174,7 @@ def _stacker(terms: Terms) -> Callable[[Sequence[str]], Tied]:
     def stacked(names: Sequence[str]) -> Tied:
         left = torch.block_diag(*(gram(terms[name].b) for name in names))
         right = gram(torch.cat([terms[name].a for name in names]).T)
-        unit = terms[names[0]].a.shape[1] + sum(terms[name].b.shape[0] for name in names)
-        return Tied(names, product_svd(Grams(left, right)), unit)
+        return Tied(names, product_svd(Grams(left, right)), unit_of([terms[name].shape for name in names]))
 
     return stacked
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from bslora_convert.baselines.sharelora import unit_of
 from bslora_convert.baselines.tied_lora import tl6_parameters
 from bslora_convert.baselines.vb_lora import vb_parameters, vb_trained, vector_length
 from bslora_convert.baselines.vera import vera_parameters
@@ -22,6 +23,19 @@ Model = tuple[list[Shape], int]
 def modules(model: Model) -> dict[str, Shape]:
     shapes, layers = model
     return {f"{layer}.{kind}": shape for layer in range(layers) for kind, shape in enumerate(shapes)}
+
+
+def test_sharelora_of_rank_1() -> None:
+    shapes, layers = LLAMA_8B
+    flipped = [(width, out) for out, width in shapes]
+    assert sum(unit_of([shape] * layers) for shape in shapes) == 817_152
+    assert sum(unit_of([shape] * layers) for shape in flipped) == 1_007_616
+    assert sum(unit_of([shape]) for shape in shapes) == 55_296
+
+
+@pytest.mark.parametrize(("model", "published"), [(LLAMA_7B, 438_272), (LLAMA_8B, 442_368), (LLAMA_13B, 548_864)])
+def test_tied_lora_tl5(model: Model, published: int) -> None:
+    assert 8 * sum(unit_of([shape]) for shape in model[0]) == published
 
 
 @pytest.mark.parametrize(("model", "published"), [(LLAMA_7B, 1_316_096), (LLAMA_8B, 1_230_080), (LLAMA_13B, 1_922_624)])
