@@ -16,11 +16,10 @@ from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget
-from bslora_convert.fit.search import problem_of, shared_parameters
+from bslora_convert.fit.search import LARGEST_SHARED_RANK, problem_of, shared_parameters
 from bslora_convert.fit.source import Source
 
 PAPER = {"ss": (2, 4, 32), "gt": (2, 8, 16), "ke": (2, 4, 16)}
-LARGEST_RANK = 256
 
 
 def fitted(form: BsloraForm, storage: torch.dtype) -> Fitted:
@@ -61,7 +60,7 @@ def one_level(transform: str, level: str, source: Source, budget: int, storage: 
     def levels(rank: int) -> dict[str, int]:
         return {name: rank if name == level else 0 for name in LEVELS}
 
-    limit = min(LARGEST_RANK, *problem.transform.pair_sizes)
+    limit = min(LARGEST_SHARED_RANK, *problem.transform.pair_sizes)
     name = f"bslora_{transform}_{level}"
     rank = largest(lambda tried: shared_parameters(problem, levels(tried)), budget, limit, name)
     ranks = levels(rank)

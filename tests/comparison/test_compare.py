@@ -31,6 +31,9 @@ CHEAP = (
 )
 
 
+TWICE = {kind: (2 * out, 2 * width) for kind, (out, width) in KINDS.items()}
+
+
 def row_of(record: dict[str, Any], form: str) -> dict[str, Any]:
     return next(row for row in record["rows"] if row["form"] == form)
 
@@ -88,7 +91,7 @@ def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "planted"),
     [
-        ("bslora_ke", plant(Kronecker(32), (1, 2, 4), layers=3)),
+        ("bslora_ke", plant(Kronecker(64), (1, 4, 8), layers=4, kinds=TWICE)),
         ("bslora_ss", plant(Slice.covering(KINDS.values()), (1, 2, 4), layers=3)),
         ("bslora_ke_inter", plant(Kronecker(32), (0, 0, 8), layers=3)),
         ("bslora_ke_intra", plant(Kronecker(32), (0, 8, 0), layers=3)),
