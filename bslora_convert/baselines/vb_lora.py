@@ -336,7 +336,7 @@ def _fitted(source: Source, state: State, storage: torch.dtype) -> Fitted:
         "rank": layout.rank,
         "vectors": size,
         "length": layout.length,
-        "trained": vb_trained(shapes, layout.rank, layout.length, size),
+        "trained_numbers": vb_trained(shapes, layout.rank, layout.length, size),
     }
     linear = all(source.kind(name) == "linear" for name in shapes)  # PEFT's VB-LoRA has no embeddings
     stored_numbers = vb_parameters(shapes, layout.rank, layout.length, size)

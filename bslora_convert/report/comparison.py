@@ -35,6 +35,7 @@ def write(place: Path, record: Mapping[str, Any]) -> None:
         record=record,
         best=winners(record),
         rows=ordered(record["rows"]),
+        behaviour=any(row["functional"] for row in record["rows"]),
         figures={title: data_uri(figure) for title, figure in drawn.values()},
     )  # fmt: skip
     (place / PAGE).write_text(page, encoding="utf-8")
@@ -72,9 +73,12 @@ def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str) -> Figur
                       linewidth=1.6 if ours else 0.9, markersize=5, linestyle="-" if ours else "--")  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("share of the LoRA's parameters")
+        axes.set_xlabel("share of the LoRA's parameters, %")
         axes.set_ylabel(title)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+        ticks = sorted({row["budget"] for row in rows})
+        axes.set_xticks(ticks, [f"{100 * share:.3g}" for share in ticks])
         axes.grid(alpha=0.25, which="both")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     return figure

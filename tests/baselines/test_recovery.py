@@ -93,7 +93,7 @@ def test_a_bank_from_factors_that_mix_it(seed: int, size: int) -> None:
     pairs = layout.joined(mixing.of(bank))
     source = source_of({name: Factors(b, a) for name, (b, a) in zip(shapes, pairs, strict=True)})
     fitted = BASELINES["vb_lora"](source, vb_parameters(shapes, 4, 32, size), torch.float32, 0)
-    assert fitted.settings | {"trained": 0} == {"rank": 4, "vectors": size, "length": 32, "trained": 0}
+    assert fitted.settings | {"trained_numbers": 0} == {"rank": 4, "vectors": size, "length": 32, "trained_numbers": 0}
     assert relative_error(source, fitted) < 1e-3
 
 
