@@ -35,7 +35,7 @@ from bslora_convert.fit.convert import (
 )
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.groups import candidates
-from bslora_convert.landing import check_output, landing
+from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
@@ -79,7 +79,7 @@ def compress(
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
-    _check_paths(adapter.weights, out)
+    check_apart(adapter.weights.parent, out)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)
@@ -235,10 +235,3 @@ def _check_magnitude(source: Source, weights: Path) -> None:
                 f"{weights}: the update of {name} has the norm {math.sqrt(abs(grams.energy)):.3g}; "
                 f"from {SMALLEST_NORM:g} to {LARGEST_NORM:g} can be fitted in float32"
             )
-
-
-def _check_paths(weights: Path, out: Path) -> None:
-    """Refuses an output place that would replace the source."""
-    source, target = weights.resolve().parent, out.resolve()
-    if target == source or target in source.parents:
-        raise InputError(f"{out}: the output would replace the source {source}")

@@ -1,12 +1,13 @@
 """Results land whole or not at all: written beside the output place, then renamed into it."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bslora_convert.errors import OutputError
+from bslora_convert.errors import InputError, OutputError
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -24,6 +25,16 @@ def check_output(out: Path, overwrite: bool) -> None:
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise OutputError(f"{out}: {ancestor} can't be written to")
+
+
+def check_apart(source: Path, out: Path) -> None:
+    """Refuses an output place that would replace the source directory.
+
+    :raises InputError: naming both.
+    """
+    source, target = source.resolve(), out.resolve()
+    if target == source or target in source.parents:
+        raise InputError(f"{out}: the output would replace the source {source}")
 
 
 @contextmanager
@@ -53,7 +64,9 @@ def replace_file(path: Path, text: str) -> None:
 
     :raises OutputError: when it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(
+        f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    )  # other hosts have this number too
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

@@ -12,7 +12,7 @@ from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
-from bslora_convert.landing import check_output, landing
+from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.tensorfile import sha256
@@ -59,6 +59,8 @@ def analyze(
         rows = Prompts.read(prompts, limit)
     progress("reading", 0, 0)
     adapter = load_lora(lora)
+    if out is not None:
+        check_apart(adapter.weights.parent, Path(out))
     others = {str(path): load_lora(path) for path in beside}
     with modules_over_cores():
         source = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})

@@ -6,7 +6,7 @@
     distance    1 − similarity; a layer's signature is the sum of its modules'
 
 Agglomerative clustering with average linkage; the number of clusters is that of the highest silhouette. Where even that is below
-`LEAST_SILHOUETTE`, or the similarity within clusters is not above what chance would give, everything is one cluster.
+`LEAST_SILHOUETTE`, everything is one cluster.
 """
 
 from collections.abc import Mapping, Sequence

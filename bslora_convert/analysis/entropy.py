@@ -33,7 +33,9 @@ class Pool:
 
     @property
     def variance(self) -> float:
-        """Mean square minus squared mean."""
+        """Mean square minus squared mean; 0 of nothing."""
+        if not self.count:
+            return 0.0
         return max(self.squares / self.count - (self.total / self.count) ** 2, 0.0)
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bslora_convert.analysis.sharing import gathered
+from bslora_convert.analysis.sharing import most_above_chance
 
 CONVINCING = 3.0  # z-score from which a shared factor explains more than chance
 WORTH = 0.02  # share of the energy above chance from which sharing is likely to earn its numbers
@@ -14,18 +14,19 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     said = [_rank(record)]
     if not record["shared_energy"]:
         return [*said, "No two modules stand in numbered layers, so there is nothing to share: use --transform none."]
-    transform, level, row = gathered(record["shared_energy"])
-    gain = row["energy"] - row["null_mean"]
-    where = "within layers" if level == "intra" else "across layers"
-    if row["z"] < CONVINCING:
+    found = most_above_chance(record["shared_energy"], CONVINCING)
+    if found is None:
         said.append(
             "No shared factor explains more than random subspaces of the same spectra would give: sharing will not pay. "
             "Use --transform none."
         )
     else:
+        transform, level, row = found
+        gain = row["energy"] - row["null_mean"]
+        where = "within layers" if level == "intra" else "across layers"
         said.append(
-            f"The most that a shared factor explains is {row['energy']:.2%} of the energy ({transform}, rank {row['rank']}, "
-            f"{where}), {gain:.2%} above chance (z = {row['z']:.1f})."
+            f"The shared factor that explains most above chance ({transform}, rank {row['rank']}, "
+            f"{where}) explains {row['energy']:.2%} of the energy, {gain:.2%} above chance (z = {row['z']:.1f})."
         )
         said.append(
             f"That may earn its numbers: compare --transform {transform} with --transform none at your size (`compare`)."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import LEVELS
+from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
 
 PAPER_RANKS = {"intra": 4, "inter": 16}  # of the paper's triple for KE
@@ -103,25 +104,33 @@ def shared_energy(
         mean, spread = fmean(values), stdev(values)
         z = (own[transform, level] - mean) / max(spread, Z_LEAST * mean, 1e-300)
         result.setdefault(transform, {})[level] = {
-            "rank": PAPER_RANKS[level], "energy": own[transform, level], "null_mean": mean, "null_std": spread, "z": z,
+            "rank": max(_ranks(source, level)), "energy": own[transform, level], "null_mean": mean, "null_std": spread, "z": z,
         }  # fmt: skip
     return result
 
 
 def explained(source: Source, transform: str, level: str, seed: int = 0) -> float:
     """Share of the energy that the pairs of one level explain without anything else."""
-    fit = fit_by_hand(source, Options(transform, uniform=True, seed=seed), _ranks(source, transform, level))
+    fit = fit_by_hand(source, Options(transform, uniform=True, seed=seed), _ranks(source, level))
     return 1 - fit.lost / source.energy
 
 
-def _ranks(source: Source, transform: str, level: str) -> tuple[int, int, int]:
+def _ranks(source: Source, level: str) -> tuple[int, int, int]:
     """(0, rank, 0) or (0, 0, rank): the paper's, cut to what the pair's size can have."""
-    smallest = min(min(shape) for shape in source.shapes.values())
+    sharing = [name for members in source.groups["inter"].values() for name in members]
+    smallest = Kronecker.dividing([source.shapes[name] for name in sharing]).size
     ranks = {name: min(PAPER_RANKS[name], smallest) if name == level else 0 for name in LEVELS}
     return 0, ranks["intra"], ranks["inter"]
 
 
-def gathered(energies: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[str, str, Mapping[str, Any]]:
-    """The transform and level that explain most above their null, and what they explain."""
-    rows = [(transform, level, row) for transform, levels in energies.items() for level, row in levels.items()]
-    return max(rows, key=lambda row: row[2]["energy"] - row[2]["null_mean"])
+def most_above_chance(
+    energies: Mapping[str, Mapping[str, Mapping[str, Any]]], least_z: float
+) -> tuple[str, str, Mapping[str, Any]] | None:
+    """The transform and level that explain most above their null, of those with this z at least; None where there is none."""
+    rows = [
+        (transform, level, row)
+        for transform, levels in energies.items()
+        for level, row in levels.items()
+        if row["z"] >= least_z
+    ]
+    return max(rows, key=lambda row: row[2]["energy"] - row[2]["null_mean"], default=None)

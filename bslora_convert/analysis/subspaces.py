@@ -36,7 +36,7 @@ class Spaces:
     def of(cls, factors: Factors) -> "Spaces":
         """Bases of B A."""
         svd = product_svd(Grams.of(factors))
-        kept = svd.energies > NULL * svd.energies.max().clamp_min(torch.finfo(torch.float64).tiny)
+        kept = svd.energies > NULL * svd.energies[:1].sum().clamp_min(torch.finfo(torch.float64).tiny)
         sigma = svd.energies[kept].sqrt()
         columns = factors.b.double() @ svd.left[:, kept] / sigma
         rows = svd.right[kept] @ factors.a.double()

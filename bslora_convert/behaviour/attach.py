@@ -29,6 +29,7 @@ class Attached:
         :raises InputError: when the model is not the one that the adapter was made for.
         """
         check_fits(Layout.of(form).modules, model, what)
+        self.carried = carried
         self._swaps = [_swap(model, name, tensor, what) for name, tensor in carried.items()]
         self._enabled = False
         moved = _Moved()

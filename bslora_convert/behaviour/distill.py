@@ -9,7 +9,8 @@ The state with the lowest KL on held-out rows is kept, the starting state includ
 states are measured as they would be stored, rounded to the storage dtype.
 
 With several processes (`accelerate launch`) each takes its share of every batch's rows and of the held-out ones; gradients and
-sums are added up, so that the run is the same as with one process, up to the order of the sums. The first one writes.
+sums are added up, so that the run is the same as with one process, up to the order of the sums (the hidden term is a ratio of
+each share's own sums). The first one writes.
 """
 
 import json
@@ -121,7 +122,7 @@ class Run:
             name: tensor.detach().to(base.device, torch.float32, copy=True)
             for name, tensor in named_tensors(form).items()
         }
-        self.student = Student(base, start, self.layout, training.train)
+        self.student = Student(base, start, self.layout, training.train, reference.carried)
         # Experts that no token has reached have no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(cpu=base.device.type == "cpu", kwargs_handlers=[unused])

@@ -49,7 +49,7 @@ def calibrated(
     workshop.progress("measuring both fits", 0, 0)
     kl = {}
     for name, candidate in (("data_free", form), ("calibrated", refitted)):
-        attached = Attached(workshop.base.model, candidate, {}, name, enabled=False)
+        attached = Attached(workshop.base.model, candidate, workshop.adapter.carried, name, enabled=False)
         kl[name] = heldout_kl(workshop.base, workshop.reference, attached, held, prompts.batch_size)
         attached.remove()
     kept = min(kl, key=lambda name: kl[name])

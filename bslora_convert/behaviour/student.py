@@ -1,6 +1,6 @@
 """The compact adapter as a module in training: its tensors are the parameters, the base stays frozen beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,8 +19,13 @@ from bslora_convert.errors import RecipeError
 class Student(nn.Module):
     """The compact adapter on the base as a module whose parameters are what is trained."""
 
-    def __init__(self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str) -> None:
-        """tensors: the adapter's, by key without PEFT's prefix, float32; those that `train` names become the parameters.
+    def __init__(
+        self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str, carried: Mapping[str, Tensor]
+    ) -> None:
+        """The tensors that `train` names become the parameters.
+
+        tensors: the adapter's, by key without PEFT's prefix, float32.
+        carried: whole weights of the original, which the compact adapter carries along unchanged.
 
         :raises RecipeError: when the adapter has no such part.
         """
@@ -36,7 +41,9 @@ class Student(nn.Module):
         self.parameters_by_place = nn.ParameterList([nn.Parameter(tensors[name]) for name in chosen])
         self.trained = dict(zip(chosen, self.parameters_by_place, strict=True))
         self.tensors: dict[str, Tensor] = {**tensors, **self.trained}
-        self.attached = Attached(base.model, assemble(layout, self.tensors), {}, "the compact adapter", enabled=False)
+        self.attached = Attached(
+            base.model, assemble(layout, self.tensors), carried, "the compact adapter", enabled=False
+        )
 
     def forward(self, batch: Batch, hidden: Tensor, logits: Tensor, training: Training) -> Tensor:
         """Summed loss of a batch; hidden, logits: the reference's. `attached` is on, and stays on in the backward pass."""

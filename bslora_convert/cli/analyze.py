@@ -60,7 +60,7 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
         table = Table(title="subspaces across layers", title_justify="left")
         for column in ("kind", "side"):
             table.add_column(column)
-        for column in ("mean cos²", "z", "CKA"):
+        for column in ("mean cos²", "mean z", "CKA"):
             table.add_column(column, justify="right")
         for row in record["subspaces_across"]:
             table.add_row(row["kind"], row["side"], f"{row['overlap']:.4f}", f"{row['z']:.1f}", f"{row['cka']:.4f}")

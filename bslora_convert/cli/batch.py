@@ -84,8 +84,9 @@ def batch(output: Output, library: str, out: Path, workers: int | None, dry_run:
                 **own,
             )
     except KeyboardInterrupt:
-        output.notes([f"what is done stays in {out}; the same command goes on from there"])
-        raise
+        raise KeyboardInterrupt(
+            f"interrupted; what is done stays in {out}, and the same command goes on from there"
+        ) from None
     output.result(summary, lambda console: _show(console, summary, out))
     if summary.get("bad") if dry_run else is_failed(summary):
         sys.exit(1)

@@ -107,8 +107,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             if debug:
                 raise
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", INTERRUPTED)
+        except KeyboardInterrupt as stop:
+            _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED)
         except MemoryError:
             _fail("out of memory; nothing was written", 1)
         except (click.ClickException, click.exceptions.Exit):

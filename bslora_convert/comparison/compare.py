@@ -18,7 +18,7 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, measure
-from bslora_convert.landing import check_output, landing
+from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.progress import Progress, silent
@@ -63,6 +63,8 @@ def compare(
     rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
     progress("reading", 0, 0)
     adapter = load_lora(lora)
+    if out is not None:
+        check_apart(adapter.weights.parent, Path(out))
     storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
     chosen = [name for name in FORMS if not forms or name in forms]
     tasks = [(name, budget) for budget in budgets for name in chosen if name in WITHIN_BUDGET]
@@ -112,6 +114,7 @@ def _row(
     except OutOfReach as reason:
         nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "relative_error"))
         seconds = time.perf_counter() - began
+        row["budget"] = 1.0 if math.isnan(budget) else budget
         return {**row, **nothing, "seconds": seconds, "note": str(reason), "settings": {}, "functional": None}, None
     seconds = time.perf_counter() - began
     lost = sum(
@@ -148,9 +151,10 @@ def _add_functional(
 
     workshop = open_workshop(lora, base_model, device, "auto", progress)
     examples = workshop.encode(prompts).examples
+    carried = workshop.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
     attached = {
-        index: Attached(workshop.base.model, _as_form(fitted, workshop.adapter.form), {}, index, enabled=False)
+        index: Attached(workshop.base.model, _as_form(fitted, workshop.adapter.form), carried, index, enabled=False)
         for index, fitted in fits.items()
     }
     measured = diverge_all(

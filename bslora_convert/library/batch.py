@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.landing import landing, replace_file
-from bslora_convert.library.convert import STATE, Job, Result, mark
+from bslora_convert.library.convert import STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
@@ -58,19 +59,26 @@ def batch(
     """
     recipe = recipe or Recipe()
     _check(engine, workers, shard, max_failures)
-    out = Path(out)
-    items = discover(str(library))
+    out = Path(out).absolute()
+    for name in ("calibration", "finetune"):
+        if getattr(recipe, name) is not None:
+            read_prompts(getattr(recipe, name))
+    items = discover(str(library), out)
     _check_place(items, out)
     own = shard_of(items, shard)
-    options = recipe.to_dict(), (training.to_dict() if training is not None else {})
-    found = plan(own, out, *options, html=report_html, resume=resume, retry_failed=retry_failed, progress=progress)
+    settings = recipe.to_dict(), (training.to_dict() if training is not None else {})
+    options = options_key(*settings, report_html)
+    found = plan(
+        own, out, *settings, options, html=report_html, resume=resume, retry_failed=retry_failed, progress=progress
+    )
     if dry_run:
         return _dry(found, items, own)
     _make(out)
     began = time.perf_counter()
     limit = 1 if fail_fast else max_failures
     rows = _run(found, out, engine, workers, limit, progress)
-    return _finish(items, rows, out, shard, time.perf_counter() - began)
+    gave_up = len(rows) < len(own)
+    return _finish(items, rows, out, options, shard, time.perf_counter() - began, gave_up)
 
 
 def _run(
@@ -90,9 +98,12 @@ def _run(
 
         for result in found.known:
             if result.status != "skipped":
-                mark(Job(Item(result.id, result.uri), str(out), {}, {}, result.key), result)
+                mark(Job(Item(result.id, result.uri), str(out), {}, {}, result.key, result.options), result)
+                failures += 1
             take(result)
         jobs = {job.item.id: job for job in found.jobs}
+        if max_failures is not None and failures >= max_failures:
+            return rows
         with closing(ENGINES[engine](found.jobs, workers)) as results:
             for result in results:
                 if result.error == "WorkerDied":
@@ -110,34 +121,44 @@ def _copy(first: Job, job: Job, result: Result) -> Result:
     """The same source under another id: the same result, copied."""
     same = replace(result, id=job.item.id, uri=job.item.uri, duplicate_of=first.item.id, seconds=None)
     if result.status == "ok":
-        with landing(job.destination, overwrite=True) as place:
-            shutil.copytree(first.destination, place, dirs_exist_ok=True)
+        try:
+            with landing(job.destination, overwrite=is_ours(job)) as place:
+                shutil.copytree(first.destination, place, dirs_exist_ok=True)
+        except (OSError, OutputError) as error:
+            same = failure(job, "failed", "OutputError", str(error))
     mark(job, same)
     return same
 
 
 def _finish(
-    items: Sequence[Item], rows: Sequence[Result], out: Path, shard: tuple[int, int], seconds: float
+    items: Sequence[Item],
+    rows: Sequence[Result],
+    out: Path,
+    options: str,
+    shard: tuple[int, int],
+    seconds: float,
+    gave_up: bool,
 ) -> dict[str, Any]:
-    """Manifest, summary and page of everything that is done, this run's and earlier ones'."""
+    """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options."""
     from bslora_convert.report import library as report
 
     mine = {row.id: row for row in rows}
-    everyone = [mine.get(item.id) or _known(out, item.id) for item in items]
+    everyone = [mine.get(item.id) or _known(out, item.id, options) for item in items]
     final = [row for row in everyone if row is not None]
     replace_file(out / MANIFEST, "".join(json.dumps(row.to_dict()) + "\n" for row in final))
     summary = summarise(final, len(items), seconds if shard == (1, 1) else None)
+    bad = sum(row.status in ("failed", "refused") for row in rows)
+    summary["run"] = {"shard": f"{shard[0]}/{shard[1]}", "items": len(rows), "bad": bad, "gave_up": gave_up}
     replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     replace_file(out / PAGE, report.render(summary, [row.to_dict() for row in final]))
     return summary
 
 
-def _known(out: Path, name: str) -> Result | None:
-    """The marker of an item that this run did not look at."""
-    from bslora_convert.library.convert import marker_of
-
+def _known(out: Path, name: str, options: str) -> Result | None:
+    """The marker that another run or shard with the same options left for an item that this run did not come to."""
     with suppress(OSError, ValueError, TypeError):
-        return Result(**json.loads(marker_of(out, name).read_text(encoding="utf-8")))
+        result = Result(**json.loads(marker_of(out, name).read_text(encoding="utf-8")))
+        return result if result.options == options else None
     return None
 
 
@@ -198,4 +219,4 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
 
 def is_failed(summary: Mapping[str, Any]) -> bool:
     """Whether a batch ends with exit code 1."""
-    return bool(summary.get("failed") or summary.get("refused") or summary.get("pending"))
+    return bool(summary["run"]["bad"] or summary["run"]["gave_up"])

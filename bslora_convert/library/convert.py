@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.errors import BsloraConvertError, Refused
+from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.landing import replace_file
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
+from bslora_convert.tensorfile import sha256
 from bslora_convert.version import __version__
 
 STATE = ".batch"  # directory of the output that holds a marker for each adapter
@@ -27,6 +28,7 @@ class Job:
     recipe: Mapping[str, Any]
     training: Mapping[str, Any]
     key: str
+    options: str
     bytes: int = 0
     html: bool = True
 
@@ -46,6 +48,7 @@ class Result:
     """How one adapter ended, a row of the manifest.
 
     status: `ok`, `skipped` (done before), `failed` or `refused`. error, message: class and words of what went wrong.
+    final: whether the same source would end in the same way again. options: hash of the options alone.
     """
 
     id: str
@@ -61,6 +64,8 @@ class Result:
     relative_error: float | None = None
     heldout_kl: float | None = None
     seconds: float | None = None
+    final: bool = False
+    options: str = ""
     duplicate_of: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -68,21 +73,23 @@ class Result:
         """The row."""
         return asdict(self)
 
-    @property
-    def is_final(self) -> bool:
-        """Whether the same source would end in the same way again: done, or bad input."""
-        return self.status in ("ok", "refused") or (self.status == "failed" and self.error == "InputError")
-
 
 def marker_of(out: Path, name: str) -> Path:
     """Where an adapter's marker stands."""
     return out / STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
 
-def job_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool, source: str) -> str:
-    """Hash of the source's content, the options and the tool's version."""
-    text = json.dumps([source, recipe, training, html, __version__], sort_keys=True)
+def options_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool) -> str:
+    """Hash of the options, of what the files that they name hold, and of the tool's version."""
+    files = {name: recipe.get(name) for name in ("calibration", "finetune", "groups")}
+    held = {name: sha256(Path(path)) for name, path in files.items() if path is not None and Path(path).is_file()}
+    text = json.dumps([recipe, held, training, html, __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def job_key(options: str, source: str) -> str:
+    """Hash of the options and of the source's content."""
+    return hashlib.sha256(f"{options} {source}".encode()).hexdigest()
 
 
 def convert_one(job: Job) -> Result:
@@ -95,8 +102,10 @@ def convert_one(job: Job) -> Result:
     from bslora_convert.recipe import Recipe
 
     began = time.perf_counter()
+    place = job.item.uri
     try:
         with local_copy(job.item) as source:
+            place = str(source)
             record = compress(
                 source,
                 job.destination,
@@ -105,12 +114,13 @@ def convert_one(job: Job) -> Result:
                 source_name=job.item.uri,
                 report_html=job.html,
                 timed=False,
-                overwrite=True,
+                overwrite=is_ours(job),
             )
         result = done(job, record)
     except BsloraConvertError as error:
         status = "refused" if isinstance(error, Refused) else "failed"
-        result = failure(job, status, type(error).__name__, str(error))
+        final = isinstance(error, Refused | InputError) and place in str(error)  # the source's own fault
+        result = failure(job, status, type(error).__name__, str(error), final)
     except MemoryError:
         result = failure(job, "failed", "MemoryError", "out of memory; fewer workers need less")
     except Exception as error:  # whatever it was, it is this item's and not the library's
@@ -129,6 +139,8 @@ def done(job: Job, record: Mapping[str, Any]) -> Result:
         parameter_ratio=record["compact"]["parameter_ratio"],
         relative_error=record["weight"]["relative_error"],
         heldout_kl=record.get("training", {}).get("heldout_kl_after"),
+        final=True,
+        options=job.options,
         settings={
             "transform": record["compact"]["transform"],
             "expanded_rank": record["compact"]["expanded_rank"],
@@ -138,9 +150,22 @@ def done(job: Job, record: Mapping[str, Any]) -> Result:
     )  # fmt: skip
 
 
-def failure(job: Job, status: str, error: str, message: str) -> Result:
+def failure(job: Job, status: str, error: str, message: str, final: bool = False) -> Result:
     """The row of one that did not."""
-    return Result(job.item.id, job.item.uri, status, job.key, error=error, message=message)
+    return Result(
+        job.item.id, job.item.uri, status, job.key, error=error, message=message, final=final, options=job.options
+    )
+
+
+def is_ours(job: Job) -> bool:
+    """Whether what stands at the destination was made from this item, so that it may be replaced."""
+    if job.marker.is_file():
+        return True
+    try:
+        record = json.loads((job.destination / "fidelity.json").read_text(encoding="utf-8"))
+        return bool(record["source"]["path"] == job.item.uri)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def mark(job: Job, result: Result) -> None:
@@ -158,7 +183,7 @@ def marked(job: Job) -> Result | None:
         result = Result(**json.loads(job.marker.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    if result.key != job.key or not result.is_final:
+    if result.key != job.key or not result.final:
         return None
     if result.status == "ok":
         weights = job.destination / "adapter_model.safetensors"

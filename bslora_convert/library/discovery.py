@@ -15,22 +15,22 @@ MANIFESTS = (".jsonl", ".csv")
 LARGEST_MANIFEST = 256 << 20
 
 
-def discover(library: str) -> list[Item]:
+def discover(library: str, out: Path | None = None) -> list[Item]:
     """Every adapter of a library, by id.
 
-    A directory is searched at any depth for PEFT directories and for weight files with a configuration of their own name beside
-    them (`x.safetensors` and `x.json`). A manifest (`.jsonl`, `.csv`) names `id`, `uri` and optionally `revision`; its relative
-    paths start from its own directory.
+    A directory is searched at any depth for PEFT directories. A manifest (`.jsonl`, `.csv`) names `id`, `uri` and optionally
+    `revision`; its relative paths start from its own directory. out: a directory that is passed over, where results go.
 
     :raises InputError: when there is nothing, or a manifest is damaged. :raises RecipeError: when a URL needs a missing package.
     """
+    library = _plain(library)
     if "://" in library:
         items = _remote(library)
     else:
         path = Path(library)
         if not path.exists():
             raise InputError(f"{library}: no such file or directory")
-        items = _manifest(path) if path.is_file() and path.suffix in MANIFESTS else _tree(path)
+        items = _manifest(path) if path.is_file() and path.suffix in MANIFESTS else _tree(path, out)
     if not items:
         raise InputError(
             f"{library}: holds no adapter; a directory with {CONFIG_NAME} and weights, or a manifest, is expected"
@@ -40,17 +40,37 @@ def discover(library: str) -> list[Item]:
     return items
 
 
-def _tree(root: Path) -> list[Item]:
+def _plain(uri: str) -> str:
+    """A path for `file://`, other URLs as they are.
+
+    :raises InputError: for a URL with credentials, which would end up in records.
+    """
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return uri
+    if scheme in ("file", "local"):
+        return rest
+    if "?" in rest or (scheme != "hf" and "@" in rest.split("/")[0]):
+        raise InputError(
+            f"{scheme}://…: credentials belong in the environment, not in a URL that is written into records"
+        )
+    return uri
+
+
+def _tree(root: Path, out: Path | None) -> list[Item]:
     if root.is_file():
         raise InputError(f"{root}: a directory, a manifest ({', '.join(MANIFESTS)}) or a URL is expected")
     found = []
+    skipped = out.resolve() if out is not None else None
     for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != skipped
+        )
         if CONFIG_NAME in files:
             found.append(Path(folder))
             folders.clear()  # what lies inside of an adapter belongs to it
     names = safe_ids([path.relative_to(root).as_posix() if path != root else root.resolve().name for path in found])
-    return [Item(name, str(path)) for name, path in zip(names, found, strict=True)]
+    return [Item(name, str(path.absolute())) for name, path in zip(names, found, strict=True)]
 
 
 def _manifest(path: Path) -> list[Item]:
@@ -64,9 +84,9 @@ def _manifest(path: Path) -> list[Item]:
             raise InputError(f"{where}: id and uri are needed, both text")
         if values["revision"] is not None and not isinstance(values["revision"], str):
             raise InputError(f"{where}: revision is {type(values['revision']).__name__}, text is expected")
-        uri = str(values["uri"])
+        uri = _plain(str(values["uri"]))
         if "://" not in uri and not Path(uri).is_absolute():
-            uri = str(path.parent / uri)
+            uri = str((path.parent / uri).absolute())
         items.append(Item(str(values["id"]), uri, values["revision"] or None))
     return items
 

@@ -21,8 +21,7 @@ def local_copy(item: Item) -> Iterator[Path]:
     if not item.is_remote:
         yield Path(item.uri)
         return
-    url = item.uri if item.revision is None else _at_revision(item)
-    filesystem, root, _ = open_url(url)
+    filesystem, root, _ = open_url(at_revision(item))
     with TemporaryDirectory(prefix="bslora-") as place:
         try:
             names = {PurePosixPath(name).name: name for name in filesystem.ls(root, detail=False)}
@@ -36,11 +35,13 @@ def local_copy(item: Item) -> Iterator[Path]:
         yield Path(place)
 
 
-def _at_revision(item: Item) -> str:
-    """`hf://org/repo@revision/sub`; other file systems have no revisions.
+def at_revision(item: Item) -> str:
+    """The URL at its revision, `hf://org/repo@revision/sub`; other file systems have none.
 
     :raises InputError: for those.
     """
+    if item.revision is None:
+        return item.uri
     scheme, _, path = item.uri.partition("://")
     parts = path.split("/")
     if scheme != "hf" or len(parts) < 2 or "@" in parts[1]:

@@ -37,7 +37,7 @@ def check_ids(items: Sequence[Item], where: str) -> None:
             raise InputError(
                 f"{where}: id {item.id!r}: letters, digits and . _ + = @ - between slashes are allowed, {LONGEST_ID} at most"
             )
-        if item.id in OWN_FILES:
+        if parts[0] in OWN_FILES:
             raise InputError(f"{where}: id {item.id!r} is the name of a file that the result has itself")
         if item.id in seen:
             raise InputError(f"{where}: id {item.id!r} stands there twice")

@@ -10,6 +10,7 @@ from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.library.convert import Job, Result, failure, job_key, marked
 from bslora_convert.library.discovery import open_url
+from bslora_convert.library.fetch import at_revision
 from bslora_convert.library.items import Item
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
 from bslora_convert.progress import Progress, silent
@@ -35,27 +36,33 @@ def plan(
     out: Path,
     recipe: Mapping[str, Any],
     training: Mapping[str, Any],
+    options: str,
     *,
     html: bool = True,
     resume: bool = True,
     retry_failed: bool = False,
     progress: Progress = silent,
 ) -> Plan:
-    """Looks at every item without reading its numbers, but for a hash of the file."""
+    """Looks at every item: its headers, and a hash of its files."""
     jobs: list[Job] = []
     known: list[Result] = []
     first: dict[str, Job] = {}
     duplicates: dict[str, list[Job]] = {}
     for done, item in enumerate(items):
         progress("checking headers", done, len(items))
-        job = Job(item, str(out), recipe, training, job_key(recipe, training, html, f"unread {item.uri}"), html=html)
+        job = Job(item, str(out), recipe, training, job_key(options, f"unread {item.uri}"), options, html=html)
         try:
             source, size = _look(item)
         except BsloraConvertError as error:
             status = "refused" if isinstance(error, Refused) else "failed"
             known.append(failure(job, status, type(error).__name__, str(error)))
             continue
-        job = replace(job, key=job_key(recipe, training, html, source), bytes=size)
+        except Exception as error:  # unreadable files, what remote file systems raise: this item's, not the library's
+            known.append(
+                failure(job, "failed", type(error).__name__, f"{item.id}: can't be read ({type(error).__name__})")
+            )
+            continue
+        job = replace(job, key=job_key(options, source), bytes=size)
         before = marked(job) if resume else None
         if before is not None and (before.status == "ok" or not retry_failed):
             known.append(replace(before, status="skipped") if before.status == "ok" else before)
@@ -83,7 +90,7 @@ def _look(item: Item) -> tuple[str, int]:
 
 
 def _look_remote(item: Item) -> tuple[str, int]:
-    filesystem, root, _ = open_url(item.uri)
+    filesystem, root, _ = open_url(at_revision(item))
     try:
         files = filesystem.ls(root, detail=True)
         stamps = sorted(f"{file['name']} {filesystem.ukey(file['name'])}" for file in files if file["type"] == "file")

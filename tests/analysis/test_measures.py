@@ -91,6 +91,8 @@ def test_random_subspaces_have_a_z_around_zero_and_unit_spread() -> None:
 def test_a_module_without_an_update_is_no_obstacle() -> None:
     zero = subspaces.Spaces.of(Factors(torch.zeros(6, 2), torch.ones(2, 5)))
     other = subspaces.Spaces.of(Factors(torch.eye(6)[:, :2], torch.ones(2, 5)))
+    assert subspaces.Spaces.of(Factors(torch.ones(6, 2), torch.zeros(2, 5))).singular.numel() == 0
+    assert entropy.NOTHING.variance == 0.0
     found = subspaces.pairs([zero, other], "columns")
     assert all(torch.isfinite(matrix).all() for matrix in (found.overlap, found.z, found.cka))
     assert float(found.cka[0, 1]) == 0.0

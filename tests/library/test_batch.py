@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from bslora_convert import Recipe, batch, compress
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.library.batch import read_manifest
+from bslora_convert.library.batch import is_failed, read_manifest
 from bslora_convert.library.capacity import capacity
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
@@ -178,12 +178,56 @@ def test_an_interrupt_leaves_whole_results_and_goes_on(
     assert done == {name: content for name, content in tree(whole).items() if name in done}
 
 
+def test_what_batch_did_not_make_is_not_replaced(tmp_path: Path) -> None:
+    write_lora(tmp_path / "in" / "llama", random_products(layers=1))
+    (tmp_path / "out" / "llama").mkdir(parents=True)
+    (tmp_path / "out" / "llama" / "precious").write_text("mine")
+    summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert (summary["failed"], summary["errors"]) == (1, {"OutputError": 1})
+    assert (tmp_path / "out" / "llama" / "precious").read_text() == "mine"
+
+
+def test_files_that_the_recipe_names_are_part_of_the_key(tmp_path: Path) -> None:
+    write_lora(tmp_path / "in" / "a", random_products(layers=2))
+    groups = tmp_path / "groups.json"
+    recipe = Recipe(transform="ke", ranks=(1, 1, 1), groups=str(groups))
+    groups.write_text("{")
+    assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)["failed"] == 1
+    groups.write_text('{"up": ["*.up_proj"]}')
+    assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)["ok"] == 1
+    groups.write_text('{"up": ["*.mlp.*"]}')
+    assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)["ok"] == 1
+    with pytest.raises(InputError, match="no such file"):
+        batch(tmp_path / "in", tmp_path / "out", Recipe(base_model="b", finetune=str(tmp_path / "none.jsonl")))
+
+
+def test_an_unreadable_adapter_is_one_failed_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bslora_convert.library import plan
+
+    for name in ("a", "b"):
+        write_lora(tmp_path / "in" / name, random_products(layers=1, seed=ord(name)))
+    whole = plan.sha256
+
+    def breaks(path: Path) -> str:
+        if path.parent.name == "a":
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(plan, "sha256", breaks)
+    summary = batch(tmp_path / "in", tmp_path / "in" / "out", RECIPE, workers=0, report_html=False)
+    assert (summary["ok"], summary["errors"]) == (1, {"PermissionError": 1})
+    monkeypatch.undo()
+    again = batch(tmp_path / "in", tmp_path / "in" / "out", RECIPE, workers=0, report_html=False)
+    assert (again["items"], again["ok"], again["skipped"]) == (2, 1, 1)
+
+
 def test_two_shards_equal_one_run(tmp_path: Path) -> None:
-    make_library(tmp_path / "in", 20)
+    make_library(tmp_path / "in", 20, broken=False)
     batch(tmp_path / "in", tmp_path / "one", RECIPE, workers=0, report_html=False)
     first = batch(tmp_path / "in", tmp_path / "two", RECIPE, workers=0, shard=(1, 2), report_html=False)
     second = batch(tmp_path / "in", tmp_path / "two", RECIPE, workers=0, shard=(2, 2), report_html=False)
     assert (first["pending"], second["pending"]) == (10, 0)
+    assert [is_failed(done) for done in (first, second)] == [False, False]  # what another shard has to do is no failure
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     strip = {"seconds", "status"}
     one, two = (

@@ -41,7 +41,7 @@ def _run(ray: Any, jobs: Sequence[Job], workers: int) -> Generator[Result, None,
     try:
         while True:
             for job in waiting:
-                gpus = GPU_SHARE if _wants_gpu(job) else 0
+                gpus = GPU_SHARE if _wants_gpu(job, ray) else 0
                 pending[remote.options(num_gpus=gpus).remote(job)] = job
                 if len(pending) >= AHEAD * workers:
                     break
@@ -65,6 +65,9 @@ def _task(job: Job) -> Result:
     return convert_one(job)
 
 
-def _wants_gpu(job: Job) -> bool:
+def _wants_gpu(job: Job, ray: Any) -> bool:
+    """Whether the job runs the base model (or was told to fit) on a GPU: without a share of one, Ray hides them all."""
     device = str(job.recipe.get("device", "auto"))
-    return device.startswith("cuda") and job.recipe.get("finetune") is not None
+    if device == "auto":
+        return job.recipe.get("base_model") is not None and ray.cluster_resources().get("GPU", 0) > 0
+    return device.startswith("cuda")
