@@ -138,16 +138,14 @@ def test_auto_finds_planted_groups_and_earns_its_place(tmp_path: Path) -> None:
     by = {}
     for groups in ("layer", "auto"):
         recipe = Recipe(transform="ke", ranks=(1, 6, 1), groups=groups, shared_size=32)
-        by[groups] = compress(source, tmp_path / groups, recipe)
+        by[groups] = compress(source, tmp_path / groups, recipe, report_html=False)
     sizes = {name: record["compact"]["parameters"] for name, record in by.items()}
     assert all(record["weight"]["relative_error"] < 1e-3 for record in by.values())
     assert sizes["layer"] - sizes["auto"] == 2 * 2 * 6 * 32  # four layers' pairs against two clusters'
     budget = by["auto"]["compact"]["parameter_ratio"]
-    for groups in ("layer", "auto"):
-        recipe = Recipe(transform="ke", budget=budget, groups=groups, shared_size=32)
-        by[f"{groups} in budget"] = compress(source, tmp_path / f"{groups}-budget", recipe)
-    errors = {name: by[f"{name} in budget"]["weight"]["relative_error"] for name in ("layer", "auto")}
-    assert errors["auto"] < 0.5 * errors["layer"]
+    recipe = Recipe(transform="ke", budget=budget, shared_size=32)
+    layers = compress(source, tmp_path / "layers in as much", recipe, report_html=False)
+    assert layers["weight"]["relative_error"] > 0.05
     assert any("clusters of layers" in note and "kept" in note for note in by["auto"]["notes"])
     form = load_compact(tmp_path / "auto").form
     assert set(form.shared["intra"]) == {"layers-0", "layers-1"}
