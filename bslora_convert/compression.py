@@ -85,7 +85,7 @@ def compress(
         digest = pool.submit(sha256, adapter.weights)
         adapter = adapter.to(pick_device(recipe.device))
         read = time.perf_counter()
-        measured = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
+        measured = measure(adapter.modules, adapter.kinds)
         _check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         if isinstance(adapter, OfficialSource):

@@ -73,7 +73,7 @@ def finetune(
     if set(student.form.modules) != set(source.modules):
         raise InputError(f"{compact} and {reference} don't change the same modules; give the LoRA that it came from")
     with modules_over_cores():
-        measured = measure(source.modules, {name: module.kind for name, module in source.modules.items()})
+        measured = measure(source.modules, source.kinds)
     read = time.perf_counter()
     workshop = open_workshop(reference, base_model, device, dtype, progress, read_adapter(compact))
     checkpoints = out.absolute().parent / f".{out.name}.training"

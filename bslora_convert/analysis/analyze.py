@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
-from bslora_convert.analysis.clusters import clusters, layer_signatures, signatures, similarities
+from bslora_convert.analysis.clusters import clustered
 from bslora_convert.bslora.form import kind_of, natural_order
-from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
@@ -63,7 +62,7 @@ def analyze(
         check_apart(adapter.weights.parent, Path(out))
     others = {str(path): load_lora(path) for path in beside}
     with modules_over_cores():
-        source = measure(adapter.modules, {name: module.kind for name, module in adapter.modules.items()})
+        source = measure(adapter.modules, adapter.kinds)
         record = _measured(adapter, others, source, draws, seed, progress)
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools
@@ -89,7 +88,7 @@ def _measured(
     progress("comparing subspaces", 0, 0)
     spaces = {name: subspaces.Spaces.of(delta.factors()) for name, delta in source.deltas.items()}
     within, across = _subspaces(source, spaces)
-    sharable = bool(source.groups["inter"]) and source.energy > 0
+    sharable = bool(source.sharing) and source.energy > 0
     return {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
@@ -146,7 +145,7 @@ def _subspaces(
                 subspaces.pairs([spaces[n] for n in same], side) for same in sizes.values() if len(same) > 1
             ]
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
-    for name in source.groups["inter"].get("all", []):
+    for name in source.sharing:
         kinds.setdefault((kind_of(name), source.shapes[name]), []).append(name)
     across = [
         {"kind": kind, "side": side, **_means([subspaces.pairs([spaces[name] for name in members], side)])}
@@ -191,19 +190,16 @@ def _starts(adapter: LoraAdapter, others: Mapping[str, LoraAdapter]) -> dict[str
 
 def _groups(source: Source) -> dict[str, Any]:
     """Clusters of layers and of modules."""
-    names = source.groups["inter"]["all"]
-    own = signatures(source, Kronecker.dividing([source.shapes[name] for name in names]))
-    layers = layer_signatures(source, own)
-    result: dict[str, Any] = {}
-    for title, signed in (("layers", layers), ("modules", own)):
-        similarity = similarities(list(signed.values()))
-        found = clusters(list(signed), similarity)
-        result[title] = {
-            "clusters": [list(members) for members in found.members],
-            "silhouette": found.silhouette,
+    found = clustered(source)
+    result = {
+        title: {
+            "clusters": [list(members) for members in clusters.members],
+            "silhouette": clusters.silhouette,
             "mean_similarity": subspaces.off_diagonal_mean(similarity),
-            **({"names": list(signed), "similarity": similarity.tolist()} if title == "layers" else {}),
         }
+        for title, (similarity, clusters) in found.items()
+    }
+    result["layers"] |= {"names": _ordered(source), "similarity": found["layers"][0].tolist()}
     return result
 
 

@@ -35,7 +35,6 @@ class Clusters:
 
 def signatures(source: Source, transform: Kronecker) -> dict[str, Tensor]:
     """Each sharing module's block Gram matrices of columns and rows, not yet centred: (2, s, s) float64."""
-    names = [name for members in source.groups["inter"].values() for name in members]
 
     def signature(name: str) -> Tensor:
         factors = source.deltas[name].factors()
@@ -43,7 +42,7 @@ def signatures(source: Source, transform: Kronecker) -> dict[str, Tensor]:
         outputs = _blocks(transform, factors.b, source.grams[name].a)
         return torch.stack([inputs, outputs])
 
-    return dict(zip(names, each(signature, names), strict=True))
+    return dict(zip(source.sharing, each(signature, source.sharing), strict=True))
 
 
 def _blocks(transform: Kronecker, side: Tensor, inner: Tensor) -> Tensor:
@@ -95,23 +94,29 @@ def layer_signatures(source: Source, modules: Mapping[str, Tensor]) -> dict[str,
     }
 
 
+def clustered(source: Source) -> dict[str, tuple[Tensor, Clusters]]:
+    """Similarity (n, n) and clusters of the `layers`, in order, and of the `modules` that may share."""
+    own = signatures(source, Kronecker.dividing([source.shapes[name] for name in source.sharing]))
+    found = {}
+    for title, signed in (("layers", layer_signatures(source, own)), ("modules", own)):
+        similarity = similarities(list(signed.values()))
+        found[title] = similarity, clusters(list(signed), similarity)
+    return found
+
+
 def partitions(source: Source) -> dict[str, dict[str, list[str]]]:
     """Groupings that the clusters suggest, by name; none where nothing separates.
 
     Clusters of layers, and clusters of single modules; a module that stands alone is in no group.
     """
-    everyone = [name for members in source.groups["inter"].values() for name in members]
-    if len(everyone) < 3:
+    if not source.sharing:
         return {}
-    own = signatures(source, Kronecker.dividing([source.shapes[name] for name in everyone]))
-    layers = layer_signatures(source, own)
+    by = {title: found for title, (_, found) in clustered(source).items()}
     found = {}
-    by_layer = clusters(list(layers), similarities(list(layers.values())))
-    if len(by_layer.members) > 1:
-        found["clusters of layers"] = groups_of_layers(source, by_layer)
-    by_module = clusters(list(own), similarities(list(own.values())))
-    if len(by_module.members) > 1:
-        several = [list(members) for members in by_module.members if len(members) > 1]
+    if len(by["layers"].members) > 1:
+        found["clusters of layers"] = groups_of_layers(source, by["layers"])
+    if len(by["modules"].members) > 1:
+        several = [list(members) for members in by["modules"].members if len(members) > 1]
         found["clusters of modules"] = {f"modules-{number}": members for number, members in enumerate(several)}
     return found
 

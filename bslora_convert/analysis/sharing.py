@@ -9,51 +9,19 @@ number, so its energy is that of each module's leading component, the same for e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
+from bslora_convert.lora import LoraModule
 
 PAPER_RANKS = {"intra": 4, "inter": 16}  # of the paper's triple for KE
 Z_LEAST = 1e-6  # a standard deviation below this share of the mean is rounding
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A random product as the fits take a module."""
-
-    held: Factors
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in)."""
-        return self.held.shape
-
-    @property
-    def rank(self) -> int:
-        """Inner size."""
-        return self.held.rank
-
-    @property
-    def stored(self) -> Factors:
-        """The factors."""
-        return self.held
-
-    @property
-    def scaling(self) -> float:
-        """1."""
-        return 1.0
-
-    def factors(self) -> Factors:
-        """The factors."""
-        return self.held
 
 
 def random_like(source: Source, generator: torch.Generator) -> Source:
@@ -67,8 +35,8 @@ def random_like(source: Source, generator: torch.Generator) -> Source:
     for name, (out, width) in source.shapes.items():
         root = source.spectra[name].cpu().pow(0.25)
         rank = min(len(root), out, width)
-        factors = Factors(basis(out, rank) * root[:rank], root[:rank, None] * basis(width, rank).T)
-        deltas[name] = Drawn(factors.to(torch.float32))
+        b, a = basis(out, rank) * root[:rank], root[:rank, None] * basis(width, rank).T
+        deltas[name] = LoraModule(b.float(), a.float(), 1.0)
     return measure(deltas, source.kinds)
 
 
@@ -117,8 +85,7 @@ def explained(source: Source, transform: str, level: str, seed: int = 0) -> floa
 
 def _ranks(source: Source, level: str) -> tuple[int, int, int]:
     """(0, rank, 0) or (0, 0, rank): the paper's, cut to what the pair's size can have."""
-    sharing = [name for members in source.groups["inter"].values() for name in members]
-    smallest = Kronecker.dividing([source.shapes[name] for name in sharing]).size
+    smallest = Kronecker.dividing([source.shapes[name] for name in source.sharing]).size
     ranks = {name: min(PAPER_RANKS[name], smallest) if name == level else 0 for name in LEVELS}
     return 0, ranks["intra"], ranks["inter"]
 

@@ -71,9 +71,7 @@ def compare(
     tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
     found: list[tuple[dict[str, Any], Fitted | None]] = []
     with modules_over_cores():
-        source = measure(
-            adapter.to(pick_device(device)).modules, {name: module.kind for name, module in adapter.modules.items()}
-        )
+        source = measure(adapter.to(pick_device(device)).modules, adapter.kinds)
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
             found.append(_row(name, budget, source, storage, seed))
@@ -187,7 +185,6 @@ def _save(
     found: Sequence[tuple[dict[str, Any], Fitted | None]], place: Path, adapter: LoraAdapter, storage: torch.dtype
 ) -> None:
     """Every fit as a directory of its own: in its own method where PEFT has it, as an expanded LoRA otherwise."""
-    kinds = {name: module.kind for name, module in adapter.modules.items()}
     for row, fitted in found:
         if fitted is None:
             continue
@@ -196,7 +193,7 @@ def _save(
         if fitted.save is not None:
             fitted.save(directory, adapter.config.raw)
         else:
-            save_lora(directory, fitted.deltas, kinds, adapter.carried, adapter.config.raw, storage)
+            save_lora(directory, fitted.deltas, adapter.kinds, adapter.carried, adapter.config.raw, storage)
 
 
 def _check(

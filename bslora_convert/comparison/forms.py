@@ -52,7 +52,7 @@ def by_paper(transform: str, source: Source, budget: int, storage: torch.dtype, 
 
 def one_level(transform: str, level: str, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """One level's pairs alone."""
-    if not source.groups["inter"]:
+    if not source.sharing:
         raise OutOfReach("no module stands in a numbered layer, so nothing is shared")
     options = Options(transform, uniform=True, seed=seed)
     problem = problem_of(source, options)

@@ -34,7 +34,7 @@ def fit_to_budget(source: Source, options: Options, budget: int, progress: Progr
     """
     if options.transform == "auto":
         return _best(source, options, budget, progress)
-    if options.transform == "none" or not source.groups["inter"] or _may_drop_gates(options):
+    if options.transform == "none" or not source.sharing or _may_drop_gates(options):
         return _plain(source, options, within(source, budget, options.uniform))
     if options.transform == "gt":
         return gated_to_budget(source, options, budget)
@@ -55,7 +55,7 @@ def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], p
         def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
             return allocate.within_budget(spectra, source.costs, numbers)
 
-    if options.transform == "none" or not any(level_ranks) or not source.groups["inter"]:
+    if options.transform == "none" or not any(level_ranks) or not source.sharing:
         return _plain(source, options, allocation)
     if options.transform == "gt":
         return gated_by_hand(source, options, levels, local)
@@ -76,7 +76,7 @@ def fit_to_error(source: Source, options: Options, error: float, progress: Progr
         return allocate.within_energy(spectra, source.costs, allowed)
 
     plain = _plain(source, options, allocation)
-    if options.transform == "none" or not source.groups["inter"] or _may_drop_gates(options):
+    if options.transform == "none" or not source.sharing or _may_drop_gates(options):
         return plain
     low, high = 0, plain.form.parameters
     best = plain
@@ -128,7 +128,7 @@ def _may_drop_gates(options: Options) -> bool:
 def _best(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
     """The lowest error over the transforms; the plain form where they tie. Gates never win (see `_may_drop_gates`)."""
     best = _plain(source, options, within(source, budget, options.uniform))
-    if not source.groups["inter"]:
+    if not source.sharing:
         return best
     tried = ["none"]
     for name in ("ke", "ss"):

@@ -17,7 +17,7 @@ from bslora_convert.bslora.transforms import Gate
 from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
-from bslora_convert.fit.source import ENTIRE, Fit, Options, Source, too_small
+from bslora_convert.fit.source import Fit, Options, Source, too_small
 
 SIZE_SHARE = 0.05  # share of a budget that may go into the shared size of gates
 
@@ -42,7 +42,7 @@ def gated_to_budget(source: Source, options: Options, budget: int) -> Fit:
     the result and nothing else. Where gates alone exceed the budget, those that gain least are left out.
     """
     levels = dict.fromkeys(LEVELS, max(options.min_shared, 1))
-    members = source.groups["inter"][ENTIRE]
+    members = source.sharing
     pairs = sum(rank * len(source.groups[level]) for level, rank in levels.items())
     size = options.shared_size or DEFAULT_SIZE
 

@@ -17,7 +17,7 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.source import ENTIRE, Fit, Options, Progress, Source, quiet, too_small, within
+from bslora_convert.fit.source import Fit, Options, Progress, Source, quiet, too_small, within
 
 TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
 FLOOR = 1e-12  # share of the energy under which the objective is rounding
@@ -30,7 +30,7 @@ LARGEST_SHARED_RANK = 64
 def problem_of(source: Source, options: Options) -> Problem:
     """The adapter with the transform that the options name, sized for its shapes."""
     groups = source.groups
-    shapes = [source.shapes[name] for name in groups["inter"][ENTIRE]]
+    shapes = [source.shapes[name] for name in source.sharing]
     transform: Kronecker | Slice
     if options.transform == "ke":
         transform = Kronecker.dividing(shapes, options.shared_size)

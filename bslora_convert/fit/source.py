@@ -60,6 +60,11 @@ class Source:
         return self.kinds.get(name, "linear")
 
     @property
+    def sharing(self) -> list[str]:
+        """Modules that may share: linear ones of a numbered layer."""
+        return self.groups["inter"].get(ENTIRE, [])
+
+    @property
     def groups(self) -> dict[str, dict[str, list[str]]]:
         """Who shares: modules of a numbered layer with their layer or partition (intra) and all of them (inter)."""
         layers: dict[str, list[str]] = {}

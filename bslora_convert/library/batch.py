@@ -22,13 +22,11 @@ from bslora_convert.landing import landing, replace_file
 from bslora_convert.library.convert import STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
-from bslora_convert.library.items import Item, shard_of
+from bslora_convert.library.items import MANIFEST, PAGE, SUMMARY, Item, shard_of
 from bslora_convert.library.plan import Plan, plan
 from bslora_convert.library.summary import summarise
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
-
-MANIFEST, SUMMARY, PAGE = "manifest.jsonl", "summary.json", "report.html"
 
 
 def batch(
@@ -98,7 +96,7 @@ def _run(
 
         for result in found.known:
             if result.status != "skipped":
-                mark(Job(Item(result.id, result.uri), str(out), {}, {}, result.key, result.options), result)
+                mark(out, result)
                 failures += 1
             take(result)
         jobs = {job.item.id: job for job in found.jobs}
@@ -107,7 +105,7 @@ def _run(
         with closing(ENGINES[engine](found.jobs, workers)) as results:
             for result in results:
                 if result.error == "WorkerDied":
-                    mark(jobs[result.id], result)
+                    mark(out, result)
                 take(result)
                 for job in found.duplicates.get(result.id, ()):
                     take(_copy(jobs[result.id], job, result))
@@ -126,7 +124,7 @@ def _copy(first: Job, job: Job, result: Result) -> Result:
                 shutil.copytree(first.destination, place, dirs_exist_ok=True)
         except (OSError, OutputError) as error:
             same = failure(job, "failed", "OutputError", str(error))
-    mark(job, same)
+    mark(Path(job.out), same)
     return same
 
 

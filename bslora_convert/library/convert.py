@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def convert_one(job: Job) -> Result:
         result = failure(job, "failed", "MemoryError", "out of memory; fewer workers need less")
     except Exception as error:  # whatever it was, it is this item's and not the library's
         result = failure(job, "failed", type(error).__name__, str(error) or type(error).__name__)
-    mark(job, result)
-    return Result(**{**result.to_dict(), "seconds": time.perf_counter() - began})
+    mark(Path(job.out), result)
+    return replace(result, seconds=time.perf_counter() - began)
 
 
 def done(job: Job, record: Mapping[str, Any]) -> Result:
@@ -168,11 +168,12 @@ def is_ours(job: Job) -> bool:
         return False
 
 
-def mark(job: Job, result: Result) -> None:
+def mark(out: Path, result: Result) -> None:
     """Writes the marker; without one the adapter is converted again."""
+    marker = marker_of(out, result.id)
     try:
-        job.marker.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(job.marker, json.dumps(result.to_dict(), sort_keys=True) + "\n")
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(marker, json.dumps(result.to_dict(), sort_keys=True) + "\n")
     except (OSError, BsloraConvertError):
         return
 

@@ -8,7 +8,7 @@ from bslora_convert.errors import InputError
 
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 LONGEST_ID = 200
-OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # what the output directory holds beside the adapters
+MANIFEST, SUMMARY, PAGE = OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # beside the adapters
 
 
 @dataclass(frozen=True, slots=True)

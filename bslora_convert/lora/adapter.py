@@ -87,6 +87,11 @@ class LoraAdapter:
         return sum(module.b.numel() + module.a.numel() for module in self.modules.values())
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """`linear` or `embedding`, by module."""
+        return {name: module.kind for name, module in self.modules.items()}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that most of the factors' numbers are stored in."""
         counts: dict[torch.dtype, int] = {}

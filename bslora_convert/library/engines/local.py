@@ -4,7 +4,6 @@ Jobs in flight are bounded by memory: each is taken to need `MEMORY_FACTOR` time
 """
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -133,4 +132,4 @@ def _how(exitcode: int | None) -> str:
         name = signal.Signals(-exitcode).name if -exitcode in set(signal.Signals) else str(-exitcode)
         hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
         return f"the worker was ended by {name}{hint}"
-    return f"the worker ended with code {exitcode} (process {os.getpid()})"
+    return f"the worker ended with code {exitcode}"
