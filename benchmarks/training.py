@@ -9,7 +9,7 @@ of each counts. Distillation does at least a third more work a token: one more f
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,20 @@ from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, compress, load_compact
 from bslora_convert.behaviour.distill import Run
-from bslora_convert.behaviour.prompts import Batch, Prompts, batches
+from bslora_convert.behaviour.prompts import Example, Prompts, batches
 from bslora_convert.behaviour.workshop import open_workshop
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def lora_step(base: str, rank: int) -> Callable[[Batch], None]:
+def lora_step(base: str, rank: int, pad: int) -> Callable[[Sequence[Example]], None]:
     """One step of plain LoRA training."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGETS)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step(batch: Batch) -> None:
+    def step(rows: Sequence[Example]) -> None:
+        batch = next(batches(rows, len(rows), pad))
         labels = batch.ids.roll(-1, 1).masked_fill(~batch.predicts, -100).roll(1, 1)
         model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss.backward()
         optimizer.step()
@@ -54,20 +55,22 @@ def main() -> None:
     options = parser.parse_args()
     workshop = open_workshop(options.lora, options.base_model)
     examples = workshop.encode(Prompts.read(options.prompts, 8 * options.steps)).examples
-    steps: dict[str, Callable[[Batch], Any]] = {
-        f"LoRA {options.rank} in PEFT": lora_step(options.base_model, options.rank)
+    steps: dict[str, Callable[[Sequence[Example]], Any]] = {
+        f"LoRA {options.rank} in PEFT": lora_step(options.base_model, options.rank, workshop.base.pad)
     }
     for name, ranks in (("none", (options.rank, 0, 0)), ("ke", (options.rank, 4, 16))):
         compress(options.lora, options.place / name, Recipe(transform=name, ranks=ranks), overwrite=True)
         form = load_compact(options.place / name).form
         run = Run(workshop.base, workshop.reference, form, examples, examples[:1], Training(), None, 0.0)
-        steps[f"distil {name}"] = lambda batch, run=run: run.one_step(iter([batch]))
+        steps[f"distil {name}"] = lambda rows, run=run: run.one_step(iter([rows]))
     found = dict.fromkeys(steps, 0.0)
-    for batch in batches(examples, 8, workshop.base.pad):
+    for start in range(0, len(examples), 8):
+        rows = examples[start : start + 8]
+        tokens = sum(len(example.ids) for example in rows)
         for name, step in steps.items():
             began = time.perf_counter()
-            step(batch)
-            found[name] = max(found[name], int(batch.mask.sum()) / (time.perf_counter() - began))
+            step(rows)
+            found[name] = max(found[name], tokens / (time.perf_counter() - began))
     first = next(iter(found))
     table = Table(title=f"{torch.get_num_threads()} threads, float32, batches of 8")
     for column in ("", "tokens/s", f"/ {first}"):

@@ -2,11 +2,14 @@
 
 A fit starts from the local parts; where the shared parts then earn more than their numbers would as local ranks, it also
 starts from the shared parts and keeps the better. The search for shared ranks starts from the least ranks allowed and doubles
-one level's rank at a time for as long as that lowers the error at the same total size.
+one level's rank at a time for as long as that lowers the error at the same total size. Growing keeps what the smaller parts have
+learnt, which may be what another level should hold; so where sharing earned more than the least ranks, it then starts afresh at
+those ranks and at their neighbours (a level doubled, halved, or one doubled and the other halved) until none is better.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -53,45 +56,99 @@ def shared_parameters(problem: Problem, levels: Mapping[str, int]) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Ranks of the levels, the fit at them, and its objective after each sweep."""
+
+    levels: Mapping[str, int]
+    state: State
+    history: list[float]
+
+
 def search(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
     """Shared ranks and local ranks of lowest error at `budget`."""
     problem = problem_of(source, options)
+    limit = min(LARGEST_SHARED_RANK, *problem.transform.pair_sizes)
 
     def allocation_for(levels: Mapping[str, int]) -> Allocation | None:
         rest = budget - shared_parameters(problem, levels)
-        return within(source, rest, options.uniform) if rest >= 0 else None
+        return within(source, rest, options.uniform) if rest >= 0 and max(levels.values()) <= limit else None
 
-    levels = dict.fromkeys(LEVELS, options.min_shared)
-    allocation = allocation_for(levels)
+    least = dict.fromkeys(LEVELS, options.min_shared)
+    allocation = allocation_for(least)
     if allocation is None:
-        raise too_small(budget, source, shared_parameters(problem, levels), options.transform)
-    state, history = fit_at(problem, levels, allocation, options.seed, progress)
+        raise too_small(budget, source, shared_parameters(problem, least), options.transform)
+    found = Found(least, *fit_at(problem, least, allocation, options.seed, progress))
+    found = _grown(problem, found, allocation_for, options.seed, progress)
+    if found.levels != least:
+        found = _moved(problem, found, allocation_for, options, progress)
+    return finish(problem, source, options, found.state, found.history)
+
+
+def _grown(
+    problem: Problem,
+    found: Found,
+    allocation_for: Callable[[Mapping[str, int]], Allocation | None],
+    seed: int,
+    progress: Progress,
+) -> Found:
+    """One level's rank doubled at a time, going on from the fit so far, for as long as the error falls."""
     improved = True
     while improved:
         improved = False
         for level in LEVELS:
+            levels, state = found.levels, found.state
             larger = {**levels, level: max(1, 2 * levels[level])}
             allocation = allocation_for(larger)
-            if allocation is None or larger[level] > _rank_limit(problem):
-                continue
-            if _hopeless(problem, state, level, levels, larger):
+            if allocation is None or _hopeless(problem, state, level, levels, larger):
                 continue
             progress(f"trying ranks {larger['intra']} within layers, {larger['inter']} across")
-            trial = _run(problem, state, larger, allocation, options.seed, TRIAL_SWEEPS)[0]
+            trial = _run(problem, state, larger, allocation, seed, TRIAL_SWEEPS)[0]
             if not levels[level] and trial.lost >= state.lost:
-                trial = _run(problem, State(math.inf), larger, allocation, options.seed, TRIAL_SWEEPS)[0]
+                trial = _run(problem, State(math.inf), larger, allocation, seed, TRIAL_SWEEPS)[0]
             if trial.lost < state.lost * (1 - TOLERANCE):
-                state, more = _run(problem, trial, larger, allocation, options.seed, SWEEPS)
-                levels, improved = larger, True
-                history = more
-    if any(levels[level] > options.min_shared for level in LEVELS):
-        # Growing rank by rank leaves local ranks that suited smaller shared parts: start afresh at the ranks found.
-        fresh_allocation = allocation_for(levels)
-        assert fresh_allocation is not None  # the search has just used it
-        fresh, fresh_history = fit_at(problem, levels, fresh_allocation, options.seed, progress)
-        if fresh.lost < state.lost:
-            state, history = fresh, fresh_history
-    return finish(problem, source, options, state, history)
+                found = Found(larger, *_run(problem, trial, larger, allocation, seed, SWEEPS))
+                improved = True
+    return found
+
+
+def _moved(
+    problem: Problem,
+    found: Found,
+    allocation_for: Callable[[Mapping[str, int]], Allocation | None],
+    options: Options,
+    progress: Progress,
+) -> Found:
+    """Afresh, shared parts first, at the ranks found and from neighbour to neighbour while one is better."""
+    tried = []
+    untried = [found.levels]
+    while untried:
+        levels = untried.pop(0)
+        tried.append(levels)
+        allocation = allocation_for(levels)
+        if allocation is None:
+            continue
+        progress(f"starting afresh at ranks {levels['intra']} within layers, {levels['inter']} across")
+        fresh, early = _run(problem, State(math.inf), levels, allocation, options.seed, TRIAL_SWEEPS)
+        if levels != found.levels and fresh.lost >= found.state.lost:
+            continue
+        fresh, late = _run(problem, fresh, levels, allocation, options.seed, SWEEPS, progress)
+        if fresh.lost < found.state.lost:
+            found = Found(levels, fresh, early + late)
+        if levels == found.levels:
+            untried = [ranks for ranks in _neighbours(levels, options.min_shared) if ranks not in tried]
+    return found
+
+
+def _neighbours(levels: Mapping[str, int], least: int) -> list[dict[str, int]]:
+    """Ranks one step away: a level doubled, halved, or one doubled and the other halved."""
+    steps = [(2, 1), (1, 2), (2, 0.5), (0.5, 2), (0.5, 1), (1, 0.5)]
+    found = []
+    for step in steps:
+        moved = {level: math.floor(rank * factor) for (level, rank), factor in zip(levels.items(), step, strict=True)}
+        if min(moved.values()) >= least and moved != levels:
+            found.append(moved)
+    return found
 
 
 def _hopeless(problem: Problem, state: State, level: str, levels: Mapping[str, int], larger: Mapping[str, int]) -> bool:
@@ -99,10 +156,6 @@ def _hopeless(problem: Problem, state: State, level: str, levels: Mapping[str, i
     headroom = sum(value for (at, _), value in state.headroom.items() if at == level) if levels[level] else math.inf
     added = shared_parameters(problem, larger) - shared_parameters(problem, levels)
     return CAUTION * headroom < state.price * added
-
-
-def _rank_limit(problem: Problem) -> int:
-    return min(LARGEST_SHARED_RANK, *problem.transform.pair_sizes)
 
 
 def fit_at(

@@ -150,6 +150,15 @@ def test_the_search_finds_planted_ranks_at_the_planted_size() -> None:
         assert dense_error(source, fit.form) < 1e-3, name
 
 
+def test_ranks_that_growth_overshoots_are_found_among_their_neighbours() -> None:
+    kinds = {name: (4 * out, 4 * width) for name, (out, width) in KINDS.items()}
+    form = plant(Kronecker(128), (2, 4, 8), layers=4, kinds=kinds)
+    source = measure(deltas_of(form))
+    fit = fit_to_budget(source, Options("ke", shared_size=128, min_shared=1), form.parameters)
+    assert (fit.form.shared_rank("intra"), fit.form.shared_rank("inter")) == (4, 8)
+    assert dense_error(source, fit.form) < 1e-3
+
+
 def test_auto_falls_back_to_none_where_nothing_is_shared() -> None:
     source = measure(random_products(rank=8))
     budget = int(0.5 * source.parameters)
