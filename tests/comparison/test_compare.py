@@ -16,6 +16,7 @@ from bslora_convert.cli import main
 from bslora_convert.comparison.compare import winners
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE, WITHIN_BUDGET
 from bslora_convert.errors import InputError, RecipeError
+from tests.baselines.planted import PLANTED
 from tests.conftest import FIXTURES
 from tests.planting import KINDS, deltas_of, plant, write_lora
 
@@ -105,6 +106,25 @@ def test_the_form_that_an_adapter_was_made_in_wins_at_its_own_size(tmp_path: Pat
     record = compare(lora, budgets=[budget], forms=forms)
     assert winners(record)[budget] == form
     assert row_of(record, form)["relative_error"] < 1e-3
+
+
+# Whatever is of one form is of these too, at no more numbers.
+HOLDS = {"svd_uniform": {"svd_adaptive"}, "sharelora_ab": {"tied_lora_tl5"}, "tied_lora_tl5": {"sharelora_ab"}}
+
+
+@pytest.mark.parametrize("form", PLANTED)
+def test_so_does_every_other_form(tmp_path: Path, form: str) -> None:
+    modules, parameters = PLANTED[form]()
+    lora = write_lora(tmp_path / "lora", modules)
+    record = compare(lora, budgets=[parameters / load_lora(lora).parameters], forms=list(WITHIN_BUDGET))
+    own = row_of(record, form)["relative_error"]
+    assert own < 1e-3
+    others = {
+        row["form"]: row["relative_error"]
+        for row in record["rows"]
+        if row["form"] not in {form} | HOLDS.get(form, set())
+    }
+    assert all(error is None or error > 10 * own for error in others.values()), others
 
 
 def test_behaviour_is_what_verify_measures(tmp_path: Path) -> None:
