@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
 BUDGETS = (0.5, 0.25, 0.125)
-MEASURES = ("kl", "retention", "agreement", "nll")
+ATTACHED_SHARE = 0.5  # of the free memory, for the forms that are on the model at the same time
 
 
 def compare(
@@ -144,21 +145,37 @@ def _add_functional(
 ) -> None:
     """Puts behaviour on the prompts into the rows that were fitted."""
     from bslora_convert.behaviour.attach import Attached
-    from bslora_convert.behaviour.divergence import diverge_all
+    from bslora_convert.behaviour.divergence import Divergence, diverge_all
+    from bslora_convert.behaviour.memory import free_bytes
     from bslora_convert.behaviour.workshop import open_workshop
 
     workshop = open_workshop(lora, base_model, device, "auto", progress)
     examples = workshop.encode(prompts).examples
     carried = workshop.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
-    attached = {
-        index: Attached(workshop.base.model, _as_form(fitted, workshop.adapter.form), carried, index, enabled=False)
-        for index, fitted in fits.items()
-    }
-    measured = diverge_all(
-        workshop.base, workshop.reference, attached, examples, prompts.batch_size,
-        lambda done: progress("measuring behaviour", done, len(examples)),
-    )  # fmt: skip
+    most = ATTACHED_SHARE * free_bytes(workshop.base.device)
+    measured: dict[str, Divergence] = {}
+
+    def tell(before: int, present: int, done: int) -> None:
+        progress("measuring behaviour", before * len(examples) + done * present, len(fits) * len(examples))
+
+    for names in handfuls({name: _floats(fitted) for name, fitted in fits.items()}, most / 4):
+        attached = {
+            name: Attached(
+                workshop.base.model, _as_form(fits[name], workshop.adapter.form), carried, name, enabled=False
+            )
+            for name in names
+        }
+        measured |= diverge_all(
+            workshop.base,
+            workshop.reference,
+            attached,
+            examples,
+            prompts.batch_size,
+            partial(tell, len(measured), len(names)),
+        )
+        for adapter in attached.values():
+            adapter.remove()
     for index, divergence in measured.items():
         values = divergence.to_dict()
         found[int(index)][0]["functional"] = {
@@ -170,6 +187,24 @@ def _add_functional(
             "nll_reference": values["nll"]["reference"],
             "rows": len(examples),
         }
+
+
+def handfuls(sizes: Mapping[str, int], most: float) -> list[list[str]]:
+    """Names in order, as many at a time as hold `most` together, one at least."""
+    found: list[list[str]] = []
+    room = 0.0
+    for name, size in sizes.items():
+        if not found or size > room:
+            found.append([])
+            room = most
+        found[-1].append(name)
+        room -= size
+    return found
+
+
+def _floats(fitted: Fitted) -> int:
+    """Numbers that a fit's modules hold when written out as factors."""
+    return sum(factors.parameters for factors in fitted.deltas.values())
 
 
 def _as_form(fitted: Fitted, like: BsloraForm) -> BsloraForm:

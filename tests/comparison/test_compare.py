@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from bslora_convert import compare, load_lora, verify
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
-from bslora_convert.comparison.compare import winners
+from bslora_convert.comparison.compare import handfuls, winners
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE, WITHIN_BUDGET
 from bslora_convert.errors import InputError, RecipeError
 from tests.baselines.planted import PLANTED
@@ -145,6 +145,11 @@ def test_behaviour_is_what_verify_measures(tmp_path: Path) -> None:
         for measure in ("kl", "base_kl", "retention", "agreement"):
             assert row["functional"][measure] == pytest.approx(found[measure], rel=1e-3, abs=1e-6)
     assert (tmp_path / "out" / "kl_by_size.png").is_file()
+
+
+def test_forms_take_turns_where_memory_is_short() -> None:
+    assert handfuls({"a": 3, "b": 4, "c": 5, "d": 20, "e": 1}, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert handfuls({}, 8) == []
 
 
 def test_vera_and_vb_lora_load_in_peft(tmp_path: Path) -> None:
