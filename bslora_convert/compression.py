@@ -19,11 +19,13 @@ from bslora_convert import fidelity
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
+from bslora_convert.bslora.coding.file import file_overhead, to_file
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import is_official
 from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
+from bslora_convert.fit.coded import Aim, CodedForm, code_form
 from bslora_convert.fit.convert import (
     Fit,
     Options,
@@ -36,13 +38,14 @@ from bslora_convert.fit.convert import (
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.groups import candidates
 from bslora_convert.landing import check_apart, check_output, landing
-from bslora_convert.lora import load_lora
+from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
 from bslora_convert.result import Extras, write_result
 from bslora_convert.tensorfile import sha256
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
+TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
 
@@ -91,13 +94,13 @@ def compress(
         if isinstance(adapter, OfficialSource):
             fit, used, extras = as_found(adapter, recipe)
         else:
-            fit = _fit_grouped(measured, recipe, dtype, lambda step: progress(step, 0, 0))
-            used, extras = recipe, Extras()
+            fit, extras = _fit_stored(measured, recipe, dtype, adapter, lambda step: progress(step, 0, 0))
+            used = recipe
         form = _cast(fit.form, dtype)
         notes = (*adapter.notes, *fit.notes)
         del fit  # the float32 form is let go
     if recipe.base_model is not None:
-        form, extras = _improve(form, source, measured, recipe, prompts, training, began, progress)
+        form, extras = _improve(form, extras, source, measured, recipe, prompts, training, began, progress)
     if recipe.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -109,13 +112,71 @@ def compress(
         )  # fmt: skip
         error = record["weight"]["relative_error"]
         if recipe.max_error is not None and recipe.base_model is None and error > recipe.max_error:
-            raise ThresholdMissed(
-                f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
-                f"can hold (reached {error:.4g}); use --dtype float32"
-            )
+            raise ThresholdMissed(_missed(recipe, dtype, error))
     if recipe.finetune is not None:
         meet()
     return record
+
+
+def _missed(recipe: Recipe, dtype: torch.dtype, error: float) -> str:
+    if recipe.is_coded:
+        size = f"--bytes {recipe.bytes:g}" if recipe.bytes is not None else f"--bits {recipe.bits}"
+        return f"--max-error {recipe.max_error:g} can't be reached with {size} (reached {error:.4g}); raise one of them"
+    return (
+        f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
+        f"can hold (reached {error:.4g}); use --dtype float32"
+    )
+
+
+def _fit_stored(
+    source: Source, recipe: Recipe, dtype: torch.dtype, adapter: LoraAdapter, progress: Callable[[str], None]
+) -> tuple[Fit, Extras]:
+    """The fit, in codes where the recipe asks for them."""
+    if not recipe.is_coded:
+        return _fit_grouped(source, recipe, dtype, progress), Extras()
+    room = None
+    if recipe.bytes is not None:
+        size = adapter.weights.stat().st_size
+        room = math.floor(recipe.bytes * size) - file_overhead(adapter.carried)
+        if room <= 0:
+            raise RecipeError(
+                f"bytes is {recipe.bytes:g}: of the source's {size} bytes that leaves nothing beside what it carries along"
+            )
+    best: tuple[Fit, CodedForm] | None = None
+    for name in ("none", "ke", "ss") if recipe.transform == "auto" else (recipe.transform,):
+        fit = _float_for_codes(source, replace(recipe, transform=name), progress)
+        progress(f"coding {name}")
+        coded = _coded(source, fit.form, recipe, room, dtype)
+        if best is None or (coded.lost, coded.bits) < (best[1].lost, best[1].bits):
+            best = fit, coded
+    assert best is not None  # there is a transform
+    fit, coded = best
+    return replace(fit, form=coded.form, lost=coded.lost), Extras(codes=to_file(coded.tensors))
+
+
+def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], None]) -> Fit:
+    """A fit in float32 whose shared parts suit the codes; with `bytes` one of as many numbers as a few bits each allow."""
+    if recipe.bytes is not None:
+        recipe = replace(recipe, bytes=None, max_error=None, budget=min(1.0, recipe.bytes * 16 / TYPICAL_WIDTH))
+    return _fit_grouped(source, recipe, torch.float32, progress)
+
+
+def _coded(source: Source, form: BsloraForm, recipe: Recipe, room: int | None, dtype: torch.dtype) -> CodedForm:
+    """The form in codes; for an error, the fewest bits whose result still has it once written."""
+    aim = Aim(bits=None if room is None else 8 * room, width=recipe.bits)
+    if recipe.max_error is None:
+        ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
+        return code_form(source, form, replace(aim, ranks=ranks), dtype)
+    allowed = recipe.max_error**2 * source.energy
+    lost = allowed
+    coded = code_form(source, form, replace(aim, lost=lost), dtype)
+    for _ in range(ERROR_ATTEMPTS):
+        reached = fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
+        if reached <= allowed:
+            break
+        lost *= 0.99 * allowed / reached
+        coded = code_form(source, form, replace(aim, lost=lost), dtype)
+    return coded
 
 
 def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
@@ -130,6 +191,7 @@ def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
 
 def _improve(
     form: BsloraForm,
+    extras: Extras,
     source: str | Path,
     measured: Source,
     recipe: Recipe,
@@ -144,7 +206,6 @@ def _improve(
 
     assert recipe.base_model is not None  # the caller sees to it
     workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
-    extras = Extras()
     if "calibration" in prompts:
         uniform = recipe.local_ranks == "uniform"
         form, calibration, notes = calibrated(
@@ -152,9 +213,11 @@ def _improve(
         )
         extras = replace(extras, calibration=calibration, notes=tuple(notes))
     if "finetune" in prompts:
-        done = distilled(workshop, form, prompts["finetune"], training, began=began)
+        done = distilled(workshop, form, prompts["finetune"], training, codes=extras.codes, began=began)
         form = done.form
-        extras = replace(extras, training=done.record, log=done.log, notes=(*extras.notes, *done.notes))
+        extras = replace(
+            extras, training=done.record, log=done.log, codes=done.codes, notes=(*extras.notes, *done.notes)
+        )
     return form, extras
 
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from bslora_convert.bslora.coding.file import WIDTHS_NAME
 from bslora_convert.bslora.factors import add
 from bslora_convert.bslora.form import PARTS, BsloraForm
-from bslora_convert.fit import allocate
+from bslora_convert.bslora.storage import CompactAdapter
+from bslora_convert.fit import allocate, rate
 from bslora_convert.fit.lowrank import gram_beside
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
@@ -101,6 +103,30 @@ def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, fl
     columns = (cross_b * cross_a).sum(0).split([part.rank for part in parts.values()])
     along = {part: delta.scaling * float(column.sum()) for part, column in zip(parts, columns, strict=True)}
     return along, float((own_b * own_a).sum())
+
+
+def coding(source: Source, compact: CompactAdapter, relative_error: float) -> dict[str, Any]:
+    """What codes achieve beside the rate–distortion bound (`fit.rate`) for the same spectra.
+
+    bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. bound: the least relative error
+    that so many bits can have. gap: bits a number that the bound needs less for the same error.
+    """
+    bits = 8 * sum(tensor.nbytes for tensor in compact.codes.values())
+    widths, counts = compact.codes[WIDTHS_NAME].unique(return_counts=True)
+    needed, high = 0.0, float(bits)
+    for _ in range(60):
+        middle = (needed + high) / 2
+        reached = rate.bound(source.spectra, source.costs, middle) <= relative_error**2 * source.energy
+        needed, high = (needed, middle) if reached else (middle, high)
+    numbers = compact.form.parameters
+    return {
+        "bits": bits,
+        "numbers": numbers,
+        "bits_per_number": bits / numbers if numbers else 0.0,
+        "widths": dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
+        "bound": _ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
+        "gap": (bits - high) / numbers if numbers else 0.0,
+    }
 
 
 def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict[str, float]]:

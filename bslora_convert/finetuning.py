@@ -82,6 +82,7 @@ def finetune(
         student.form,
         rows,
         training,
+        codes=student.codes,
         heldout=held,
         checkpoints=checkpoints / "state",
         resume=resume,
@@ -90,7 +91,9 @@ def finetune(
     if not is_writer():
         return written_by_another(out)
     known = _known(compact)
-    extras = Extras(known.get("calibration"), done.record, done.log, (*known.get("notes", ()), *done.notes))
+    extras = Extras(
+        known.get("calibration"), done.record, done.log, (*known.get("notes", ()), *done.notes), codes=done.codes
+    )
     record_of = {
         **known.get("recipe", {}),
         "finetune": str(prompts),

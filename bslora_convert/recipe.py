@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.errors import RecipeError
 
 TRANSFORM_NAMES = ("ke", "gt", "ss", "none", "auto")
@@ -21,7 +22,9 @@ LARGEST_RANK = 4096
 class Recipe:
     """How to convert one adapter.
 
-    Exactly one of `budget`, `ranks` and `max_error` decides the size; `budget` is 0.4459 where none is given.
+    Exactly one of `budget`, `ranks`, `bytes` and `max_error` decides the size, though `bytes` may stand beside `max_error`;
+    `budget` is 0.4459 where none is given. `bytes` is a share of the source's file that rank and precision are chosen for
+    together, `bits` codes everything in one width.
     `calibration` and `finetune` are prompt files; they need `base_model`.
     `groups` is `layer`, `auto` or a file of groups: who shares on the intra level.
     `local_ranks` is adaptive for a budget or an error, uniform for ranks given by hand, unless it is set.
@@ -33,6 +36,8 @@ class Recipe:
     budget: float | None = None
     ranks: tuple[int, int, int] | None = None
     max_error: float | None = None
+    bytes: float | None = None
+    bits: int | None = None
     min_shared: int | None = None
     shared_size: int | None = None
     slice: str = "center"
@@ -59,6 +64,8 @@ class Recipe:
         if self.local_ranks is not None:
             _choice("local_ranks", self.local_ranks, LOCAL_RANKS)
         sizes = [name for name in ("budget", "ranks", "max_error") if getattr(self, name) is not None]
+        if self.bytes is not None:
+            sizes = ["bytes", *(name for name in sizes if name != "max_error")]
         if len(sizes) > 1:
             raise RecipeError(f"{sizes[0]} and {sizes[1]} exclude each other: give one of them")
         if not sizes:
@@ -69,6 +76,7 @@ class Recipe:
             raise RecipeError(
                 f"groups is {self.groups!r}: with transform {self.transform} nothing is shared among modules"
             )
+        self._check_coding()
         prompts = [name for name in ("calibration", "finetune") if getattr(self, name) is not None]
         if prompts and self.base_model is None:
             raise RecipeError(f"{prompts[0]} needs the base model: give base_model (--base-model)")
@@ -78,6 +86,19 @@ class Recipe:
             object.__setattr__(self, "local_ranks", "uniform" if self.ranks else "adaptive")
         if self.min_shared is None:
             object.__setattr__(self, "min_shared", 0 if self.transform in ("auto", "none") else 1)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether numbers are stored in codes."""
+        return self.bytes is not None or self.bits is not None
+
+    def _check_coding(self) -> None:
+        if self.bytes is not None and not (_is_number(self.bytes) and 0 < self.bytes <= 1):
+            raise RecipeError(f"bytes is {self.bytes!r}: a share of the source's file, 0 < bytes <= 1, is allowed")
+        if self.bits is not None and self.bits not in WIDTHS:
+            raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed")
+        if self.is_coded and self.calibration is not None:
+            raise RecipeError("calibration can't be combined with bytes or bits: codes are fitted to the weights")
 
     def _check_numbers(self) -> None:
         if self.budget is not None and not (_is_number(self.budget) and 0 < self.budget <= 1):
@@ -136,11 +157,13 @@ class Recipe:
 
     def arguments(self) -> list[str]:
         """The command-line options that say the same, those at their default left out."""
-        plain = Recipe(transform=self.transform, ranks=self.ranks, max_error=self.max_error, budget=self.budget)
+        plain = Recipe(
+            transform=self.transform, ranks=self.ranks, max_error=self.max_error, budget=self.budget, bytes=self.bytes
+        )
         words = ["--transform", self.transform]
         for field in fields(self):
             value = getattr(self, field.name)
-            sizes = field.name in ("budget", "ranks", "max_error")
+            sizes = field.name in ("budget", "ranks", "max_error", "bytes")
             if field.name == "transform" or value is None or (not sizes and value == getattr(plain, field.name)):
                 continue
             text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from bslora_convert import fidelity
 from bslora_convert.bslora.form import BsloraForm
@@ -18,13 +20,17 @@ from bslora_convert.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What there is beside the fit: the records of calibration, training and de-duplication, the training's steps, notes."""
+    """What there is beside the fit: the records of calibration, training and de-duplication, the training's steps, notes.
+
+    codes: what the form was decoded from, as the file takes it; empty where it stores floats.
+    """
 
     calibration: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     log: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     deduplication: Mapping[str, Any] | None = None
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def write_result(
@@ -50,18 +56,20 @@ def write_result(
 
     began = time.perf_counter()
     progress("writing")
-    save_compact(form, place, adapter.config.raw, adapter.carried)
+    save_compact(form, place, adapter.config.raw, adapter.carried, extras.codes)
     copy_tokenizer(adapter.weights.parent, place)
     progress("measuring what was written")
     compact = load_compact(place)
+    weight = fidelity.compare(measured, compact.form).to_dict()
     record = {
         "schema_version": fidelity.SCHEMA_VERSION,
         "tool_version": __version__,
         "source": _source_record(adapter, digest, dtype_name(adapter.dtype), source_name or str(adapter.path)),
         "recipe": dict(recipe),
         "compact": _compact_record(compact, place, adapter),
-        "weight": fidelity.compare(measured, compact.form).to_dict(),
-        "baselines": fidelity.svd_baselines(measured, compact.form.parameters, adapter.parameters),
+        "weight": weight,
+        **({"coding": fidelity.coding(measured, compact, weight["relative_error"])} if compact.codes else {}),
+        "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         "functional": None,
         **({"calibration": dict(extras.calibration)} if extras.calibration else {}),
         **({"training": dict(extras.training)} if extras.training else {}),
@@ -75,6 +83,13 @@ def write_result(
         record["seconds"] = {**spent, "total": sum(spent.values())}
     report.write(place, record, measured.spectra, compact, html=html, log=extras.log)
     return record
+
+
+def _numbers(compact: CompactAdapter) -> int:
+    """Numbers of plain SVD's that take as much room: codes are weighed by their bytes."""
+    if not compact.codes:
+        return compact.form.parameters
+    return sum(tensor.nbytes for tensor in compact.codes.values()) // compact.dtype.itemsize
 
 
 def _source_record(adapter: LoraAdapter, digest: str, dtype: str, name: str) -> dict[str, Any]:

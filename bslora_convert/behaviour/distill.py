@@ -8,6 +8,10 @@ The compact adapter's own tensors are the parameters, in float32; both adapters 
 The state with the lowest KL on held-out rows is kept, the starting state included, so that it never ends worse than it began:
 states are measured as they would be stored, rounded to the storage dtype.
 
+An adapter in codes stays in them: each step's loss and gradient are taken at what its numbers would be once coded, with the
+widths that it began with and scales fitted anew, and move the numbers themselves (the straight-through estimator). The result
+takes as many bytes as it began with.
+
 With several processes (`accelerate launch`) each takes its share of every batch's rows and of the held-out ones; gradients and
 sums are added up, so that the run is the same as with one process, up to the order of the sums (the hidden term is a ratio of
 each share's own sums). The first one writes.
@@ -18,18 +22,21 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import kl_sums
 from bslora_convert.behaviour.memory import enable_checkpointing, peak_bytes
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
+from bslora_convert.behaviour.stored import Stored
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
@@ -46,12 +53,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """What distillation gives: the form to store, the row of every step, and what it says of itself."""
+    """What distillation gives: the form to store, the row of every step, what it says of itself, and the form's codes, if any."""
 
     form: BsloraForm
     log: tuple[Mapping[str, Any], ...]
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def split_heldout(examples: Sequence[Example], training: Training) -> tuple[list[Example], list[Example]]:
@@ -78,6 +86,7 @@ def distill(
     heldout: Sequence[Example],
     training: Training,
     *,
+    codes: Mapping[str, Tensor] | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
     began: float | None = None,
@@ -85,12 +94,13 @@ def distill(
 ) -> Distilled:
     """Trains a form against the reference on these examples; see the module's docstring.
 
+    codes: what the form was decoded from, as its file has it; the result stays in such codes.
     checkpoints: a directory that takes the state after every evaluation; resume: go on from there where there is one.
     began: `time.perf_counter()` at the beginning of the whole command, from which `max_minutes` counts.
 
     :raises InputError: when checkpoints are of another run or damaged.
     """
-    run = Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter())
+    run = Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter(), codes)
     if resume and checkpoints is not None and (checkpoints / STATE).is_file():
         run.load()
     elif checkpoints is not None and run.accelerator.is_main_process:
@@ -111,13 +121,14 @@ class Run:
         training: Training,
         checkpoints: Path | None,
         began: float,
+        codes: Mapping[str, Tensor] | None = None,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.base, self.reference, self.training = base, reference, training
         self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
         self.layout = Layout.of(form)
-        self.stored = next(form.tensors()).dtype
+        self.stored = Stored(self.layout, next(form.tensors()).dtype, codes or {})
         start = {
             name: tensor.detach().to(base.device, torch.float32, copy=True)
             for name, tensor in named_tensors(form).items()
@@ -221,7 +232,7 @@ class Run:
             batch, weight = self._own(rows)
             with torch.no_grad(), self.reference:
                 hidden, logits = self.base.predictions(batch)
-            with self.student.attached:
+            with self.student.attached, self._as_coded():
                 part = self.model(batch, hidden, logits, self.training) * weight / measured
                 self.accelerator.backward(part * self.accelerator.num_processes)  # the mean of all is taken
             loss += float(part.detach())
@@ -239,9 +250,15 @@ class Run:
             "tokens_per_second": tokens / seconds,
         }  # fmt: skip
 
+    def _as_coded(self) -> AbstractContextManager[None]:
+        """Where numbers are stored in codes, the step is taken at the codes' values."""
+        return self.student.rounded(self.stored) if self.stored.codes else nullcontext()
+
     def _heldout(self) -> float:
         began = time.perf_counter()
-        with torch.no_grad(), self.student.rounded(self.stored):
+        # What was read is what is stored; coding it again might move it.
+        present = self.student.rounded(self.stored) if self.step else nullcontext()
+        with torch.no_grad(), present:
             own = self.heldout[self.share]
             sums = kl_sums(self.base, self.reference, self.student.attached, own, self.training.batch_size)
         total, tokens = self._summed(*sums)
@@ -259,7 +276,13 @@ class Run:
         return kl
 
     def _result(self) -> Distilled:
-        form = assemble(self.layout, {name: tensor.cpu() for name, tensor in self.best.items()}).to(self.stored)
+        best = {name: tensor.cpu() for name, tensor in self.best.items()}
+        codes: Mapping[str, Tensor] = self.stored.codes
+        if self.kept_step:
+            kept, codes = self.stored.round(best), self.stored.encoded(best)
+        else:
+            kept = best
+        form = assemble(self.layout, kept).to(self.stored.dtype)
         self.student.attached.remove()
         record = {
             "steps": self.step,
@@ -279,7 +302,7 @@ class Run:
         }
         if self.kept_step == 0:
             self.notes.append("no state was better on the held-out rows than the starting one, which is kept")
-        return Distilled(form, tuple(self.log), record, tuple(self.notes))
+        return Distilled(form, tuple(self.log), record, tuple(self.notes), codes)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
@@ -72,12 +73,16 @@ def distilled(
     prompts: Prompts,
     training: Training,
     *,
+    codes: Mapping[str, Tensor] | None = None,
     heldout: Prompts | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
     began: float | None = None,
 ) -> Distilled:
-    """The form trained against the reference; heldout: rows that choose the state kept, instead of a share of `prompts`."""
+    """The form trained against the reference.
+
+    codes: what it was decoded from, if it was. heldout: rows that choose the state kept, instead of a share of `prompts`.
+    """
     began = began or time.perf_counter()
     cache = checkpoints.with_name(f"{checkpoints.name}.completions.json") if checkpoints else None
     rows = workshop.encode(prompts, cache)
@@ -89,6 +94,6 @@ def distilled(
         examples, held, notes = list(rows.examples), list(other.examples), (*notes, *other.notes)
     done = distill(
         workshop.base, workshop.reference, form, examples, held, training,
-        checkpoints=checkpoints, resume=resume, began=began, progress=workshop.progress,
+        codes=codes, checkpoints=checkpoints, resume=resume, began=began, progress=workshop.progress,
     )  # fmt: skip
-    return Distilled(done.form, done.log, done.record, (*notes, *done.notes))
+    return Distilled(done.form, done.log, done.record, (*notes, *done.notes), done.codes)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import kl_rows
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch
+from bslora_convert.behaviour.stored import Stored
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble
@@ -55,11 +55,14 @@ class Student(nn.Module):
         return loss
 
     @contextmanager
-    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+    def rounded(self, stored: Stored) -> Iterator[None]:
         """Inside, the adapter holds what would be stored."""
         exact = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        kept = stored.round(exact)
         for name, tensor in self.tensors.items():
-            tensor.data.copy_(exact[name].to(dtype))
-        yield
-        for name, tensor in self.tensors.items():
-            tensor.data.copy_(exact[name])
+            tensor.data.copy_(kept[name])
+        try:
+            yield
+        finally:
+            for name, tensor in self.tensors.items():
+                tensor.data.copy_(exact[name])

@@ -10,17 +10,22 @@
 `adapter_config.json` is a PEFT configuration with peft_type BSLORA that holds the layout: `transform`, `shared` (the rank of each
 group's pair) and `modules` (shape, local rank, kind where it isn't a linear layer, groups). Every tensor's shape follows from
 it, and the reader checks them all.
+
+Where the numbers are in codes of few bits the configuration says `coding` and the tensors above are replaced by those of
+`coding/file.py`; `dtype` is then what they are decoded to.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bslora_convert.bslora.coding.coded import GROUP
+from bslora_convert.bslora.coding.file import NAMES, VERSION, from_file
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
@@ -29,6 +34,7 @@ from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_jso
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
+CODED_VERSION = 2
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -47,12 +53,16 @@ INHERITED = (
 
 @dataclass(frozen=True, slots=True)
 class CompactAdapter:
-    """A compact directory as read: the form, the tensors carried along, and the raw configuration."""
+    """A compact directory as read: the form, the tensors carried along, and the raw configuration.
+
+    codes: what the form was decoded from, as the file has it; empty where it holds floats.
+    """
 
     form: BsloraForm
     carried: Mapping[str, Tensor]
     config: Mapping[str, Any]
     path: FilePath
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,18 +71,24 @@ class CompactAdapter:
 
 
 def save_compact(
-    form: BsloraForm, directory: FilePath, source_config: Mapping[str, Any], carried: Mapping[str, Tensor]
+    form: BsloraForm,
+    directory: FilePath,
+    source_config: Mapping[str, Any],
+    carried: Mapping[str, Tensor],
+    codes: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes the two files into an existing directory.
 
     source_config: the LoRA's raw PEFT configuration, from which base model and task are taken over.
     carried: tensors that are not part of the form, by name without PEFT's prefix.
+    codes: the tensors of `coding.file` that the form was decoded from; written in its place.
     """
-    tensors = {PREFIX + name: tensor for name, tensor in named_tensors(form).items()}
+    tensors = {PREFIX + name: tensor for name, tensor in (codes or named_tensors(form)).items()}
     tensors |= {PREFIX + name: tensor for name, tensor in carried.items()}
     config = {
         "peft_type": PEFT_TYPE,
-        "format_version": FORMAT_VERSION,
+        "format_version": CODED_VERSION if codes else FORMAT_VERSION,
+        **({"coding": {"version": VERSION, "group": GROUP}} if codes else {}),
         "inference_mode": True,
         **{field: source_config[field] for field in INHERITED if source_config.get(field) is not None},
         "target_modules": _target_modules(form, source_config),
@@ -98,24 +114,53 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
         raise InputError(
             f"{config_path}: peft_type is {config.get('peft_type')!r}, a compact adapter says {PEFT_TYPE!r}"
         )
-    if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{config_path}: format_version is {config.get('format_version')!r}, this version reads {FORMAT_VERSION}"
-        )
+    coded = is_coded(config, config_path)
     tensors = {}
     for key, tensor in read_tensors(weights_path).items():
         if not key.startswith(PREFIX):
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
     layout = Layout.parse(config, config_path)
-    taken = {key: _take(weights_path, tensors, key, shape) for key, shape in layout.tensors()}
+    codes: dict[str, Tensor] = {}
+    if coded:
+        codes = {name: tensors.pop(name) for name in NAMES if name in tensors}
+        taken = from_file(codes, layout.tensors(), decoded_dtype(config, config_path), weights_path)
+    else:
+        taken = {key: _take(weights_path, tensors, key, shape) for key, shape in layout.tensors()}
     left = [key for key in tensors if ".bslora_" in key]
     if left:
         raise InputError(f"{weights_path}: tensor {left[0]} belongs to no module of {CONFIG_NAME}")
     dtypes = {tensor.dtype for tensor in taken.values()}
     if len(dtypes) > 1:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")
-    return CompactAdapter(assemble(layout, taken), tensors, config, directory)
+    return CompactAdapter(assemble(layout, taken), tensors, config, directory, codes)
+
+
+def is_coded(config: Mapping[str, Any], where: object) -> bool:
+    """Whether the numbers are in codes.
+
+    :raises InputError: when the format or its coding is of a version that can't be read.
+    """
+    version, coding = config.get("format_version"), config.get("coding")
+    known = {FORMAT_VERSION: None, CODED_VERSION: {"version": VERSION, "group": GROUP}}
+    if isinstance(version, bool) or not isinstance(version, int) or version not in known:
+        raise InputError(
+            f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION} and {CODED_VERSION}"
+        )
+    if coding != known[version]:
+        raise InputError(f"{where}: coding is {coding!r}, with format_version {version} {known[version]!r} is expected")
+    return coding is not None
+
+
+def decoded_dtype(config: Mapping[str, Any], where: object) -> torch.dtype:
+    """What codes are decoded to.
+
+    :raises InputError: when the configuration names no float type.
+    """
+    names = {dtype_name(dtype): dtype for dtype in FLOATS}
+    if config.get("dtype") not in names:
+        raise InputError(f"{where}: dtype is {config.get('dtype')!r}: one of {', '.join(names)} is allowed")
+    return names[config["dtype"]]
 
 
 def named_tensors(form: BsloraForm) -> dict[str, Tensor]:

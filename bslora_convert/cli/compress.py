@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.behaviour.training import OPTIONS, Training
+from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.cli.finetune import show_training, training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import (
@@ -49,6 +50,17 @@ def recipe_options(function: Any) -> Any:
                 "--budget", type=float, help="Share of the LoRA's parameters to use, 0 < F <= 1.  [default: 0.4459]"
             ),
             click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, instead of --budget."),
+            click.option(
+                "--bytes",
+                type=float,
+                help="Share of the source's file that the result may use: rank and precision chosen together.",
+            ),
+            click.option(
+                "--bits",
+                type=click.Choice([str(width) for width in WIDTHS]),
+                callback=lambda _, __, value: value and int(value),
+                help="One width for every coded number.",
+            ),
             click.option("--max-error", type=float, help="Smallest result of at most this relative error."),
             click.option(
                 "--min-shared",

@@ -6,8 +6,8 @@ from typing import Any
 from peft import PeftConfig
 
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import CONFIG_NAME, FORMAT_VERSION, PEFT_TYPE
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.bslora.storage import CONFIG_NAME, FORMAT_VERSION, PEFT_TYPE, is_coded
+from bslora_convert.errors import RecipeError
 
 TRAINED = ("local", "shared", "all")
 
@@ -18,10 +18,12 @@ class BsloraConfig(PeftConfig):
 
     transform, shared, modules: the layout, see `docs/format.md`; every tensor's shape follows from it.
     dtype: what the tensors are stored in; weights that are still exact in it are saved in it again.
+    coding: how the file's numbers are coded; None once they are decoded, as they are saved again as floats.
     train: which parts get gradients when the adapter is trainable: `local`, `shared` (pairs, kernels and gates) or `all`.
     """
 
     format_version: int = FORMAT_VERSION
+    coding: dict[str, Any] | None = None
     dtype: str = "float32"
     transform: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -41,10 +43,7 @@ class BsloraConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType[PEFT_TYPE]
-        if self.format_version != FORMAT_VERSION:
-            raise InputError(
-                f"{CONFIG_NAME}: format_version is {self.format_version!r}, this version reads {FORMAT_VERSION}"
-            )
+        is_coded({"format_version": self.format_version, "coding": self.coding}, CONFIG_NAME)
         if self.train not in TRAINED:
             raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
         if isinstance(self.target_modules, list):

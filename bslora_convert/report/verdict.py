@@ -21,6 +21,8 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             f"({weight['relative_error']:.4f}; plain SVD of this size {baselines['svd_adaptive']['relative_error']:.4f}) is no "
             "measure of it; `verify` is."
         )
+    elif "coding" in record:
+        said.append(_in_codes(record))
     else:
         said.append(
             _against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"])
@@ -46,6 +48,15 @@ def _deduplicated(record: Mapping[str, Any]) -> str:
         f"{record['deduplication']['copied_parameters']:,} were copies of shared ones, and each stands here once "
         f"({compact['byte_ratio']:.1%} of the bytes, relative error {weight['relative_error']:.2g}; "
         f"plain SVD of this size {record['baselines']['svd_adaptive']['relative_error']:.4f})."
+    )
+
+
+def _in_codes(record: Mapping[str, Any]) -> str:
+    coding, error = record["coding"], record["weight"]["relative_error"]
+    return (
+        f"In codes of {coding['bits_per_number']:.1f} bits a number; plain SVD in as many bytes of the storage dtype has the relative "
+        f"error {record['baselines']['svd_adaptive']['relative_error']:.4f} against {error:.4f}. No code of these spectra can have "
+        f"less than {coding['bound']:.4f} in as many bits; the gap is {coding['gap']:.2f} bits a number."
     )
 
 

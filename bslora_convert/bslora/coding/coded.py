@@ -1,0 +1,82 @@
+"""A matrix in codes, its vectors coded one by one.
+
+    x̂_v = s_{v,g} · level[w_v](c_v)      v: vector, g: its groups of GROUP numbers (the last may be shorter), w_v its width
+
+Vectors run along what a component has: the columns of B, the rows of A. A kernel or a gate is one vector. A vector of 16 bits is
+in bfloat16, as scales are, and has none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.coding.levels import LEVELS
+from bslora_convert.bslora.factors import Shape
+
+GROUP = 1024
+SCALES = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """n vectors of length L.
+
+    widths (n,) uint8. codes (n, L) uint8, zero where the width is 16. scales (n, groups) bfloat16. exact (n, L) bfloat16, zero
+    where the width is not 16; None where no vector has it.
+    """
+
+    widths: Tensor
+    codes: Tensor
+    scales: Tensor
+    exact: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        """(n, L), float32."""
+        n, length = self.codes.shape
+        values = torch.zeros(n, length)
+        for width in self.widths.unique().tolist():
+            chosen = self.widths == width
+            if width == 16:
+                assert self.exact is not None  # stated by the class
+                values[chosen] = self.exact[chosen].float()
+            else:
+                values[chosen] = LEVELS[width][self.codes[chosen].int()] * spread(self.scales[chosen], length)
+        return values
+
+
+def groups_of(length: int) -> int:
+    """Scales of one vector."""
+    return -(-length // GROUP)
+
+
+def bits_of(length: int, width: int) -> int:
+    """Bits that one vector takes: its numbers, its scales, and the byte that names its width."""
+    return 8 + width * length + (0 if width == 16 else 16 * groups_of(length))
+
+
+def spread(scales: Tensor, length: int) -> Tensor:
+    """(n, groups) -> (n, L), float32: each number's scale."""
+    return scales.float().repeat_interleave(GROUP, 1)[:, :length]
+
+
+def vectors_shape(key: str, shape: Shape) -> Shape:
+    """(n, L) of a form's tensor by its key and shape."""
+    if "_own_" in key:
+        return 1, int(torch.Size(shape).numel())
+    return (shape[1], shape[0]) if key.endswith("_B") else (shape[0], shape[1])
+
+
+def to_vectors(key: str, tensor: Tensor) -> Tensor:
+    """A form's tensor as vectors, (n, L)."""
+    if "_own_" in key:
+        return tensor.reshape(1, -1)
+    return tensor.T if key.endswith("_B") else tensor
+
+
+def from_vectors(key: str, vectors: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor of these vectors."""
+    if "_own_" in key:
+        return vectors.reshape(shape)
+    return vectors.T.contiguous() if key.endswith("_B") else vectors

@@ -1,0 +1,182 @@
+"""Codes of a whole form as a few tensors of a safetensors file, and back.
+
+    bslora_widths    uint8    width of every vector, tensors in the layout's order
+    bslora_scales    bfloat16 scales of the vectors of 1 to 8 bits, in the same order
+    bslora_codes_<w> uint8    codes of the vectors of w bits, in the same order, packed (`packing`)
+    bslora_floats    bfloat16 numbers of the vectors of 16 bits
+
+A tensor for each module would cost a header entry each, at a sixteenth of a small adapter a tenth of the file. How many vectors
+there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, from_vectors, vectors_shape
+from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes
+from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.factors import Shape
+from bslora_convert.errors import InputError
+
+VERSION = 1
+WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
+NAMES = (WIDTHS_NAME, SCALES_NAME, FLOATS_NAME, *(f"bslora_codes_{width}" for width in WIDTHS if width < 16))
+
+
+def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
+    """The file's tensors; an empty one is left out."""
+    codes: dict[int, list[Tensor]] = {width: [] for width in WIDTHS}
+    scales = []
+    for coded in tensors.values():
+        for row, width in enumerate(coded.widths.tolist()):
+            if width == 16:
+                assert coded.exact is not None  # stated by the class
+                codes[width].append(coded.exact[row])
+            else:
+                codes[width].append(coded.codes[row])
+                scales.append(coded.scales[row])
+    found = {WIDTHS_NAME: torch.cat([coded.widths for coded in tensors.values()])}
+    if scales:
+        found[SCALES_NAME] = torch.cat(scales)
+    for width, vectors in codes.items():
+        if vectors:
+            whole = torch.cat(vectors)
+            found[FLOATS_NAME if width == 16 else f"bslora_codes_{width}"] = (
+                whole if width == 16 else pack(whole, width)
+            )
+    return found
+
+
+def widths_of(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, list[int]]:
+    """Width of every vector of the form's tensors, by key in the layout's order."""
+    named = tensors[WIDTHS_NAME].tolist()
+    found, row = {}, 0
+    for key, shape in shapes:
+        count, _ = vectors_shape(key, shape)
+        found[key] = named[row : row + count]
+        row += count
+    return found
+
+
+def from_file(
+    tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]], dtype: torch.dtype, where: object
+) -> dict[str, Tensor]:
+    """The form's tensors in `dtype`, by key. shapes: key and shape of each, in the layout's order.
+
+    :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
+    """
+    shapes = list(shapes)
+    sizes = [vectors_shape(key, shape) for key, shape in shapes]
+    lengths = torch.tensor([length for count, length in sizes for _ in range(count)], dtype=torch.int64)
+    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), len(lengths), where)
+    unknown = set(widths.tolist()) - set(WIDTHS)
+    if unknown:
+        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, WIDTHS))} are allowed")
+    counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
+    scaled = widths != 16
+    groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
+    scales = _taken(tensors, SCALES_NAME, (SCALES,), int(groups[scaled].sum()), where).float()
+    if not bool(scales.isfinite().all()):
+        raise InputError(f"{where}: {SCALES_NAME} holds NaN or infinite values; the adapter is damaged")
+    used = {WIDTHS_NAME, SCALES_NAME, FLOATS_NAME} | {
+        f"bslora_codes_{width}" for width, count in counts.items() if count
+    }
+    left = sorted(set(tensors) - used)
+    if left:
+        raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
+    values = {
+        width: _values(
+            tensors, width, count, lengths[widths == width], _of(scales, groups * scaled, widths == width), where
+        )
+        for width, count in counts.items()
+        if count
+    }
+    return _assembled(shapes, sizes, widths, values, dtype)
+
+
+def _values(
+    tensors: Mapping[str, Tensor], width: int, count: int, lengths: Tensor, scales: Tensor, where: object
+) -> Tensor:
+    """All numbers of one width, (count,), float32."""
+    if width == 16:
+        floats = _taken(tensors, FLOATS_NAME, (SCALES,), count, where)
+        if not bool(floats.isfinite().all()):
+            raise InputError(f"{where}: {FLOATS_NAME} holds NaN or infinite values; the adapter is damaged")
+        return floats.float()
+    name = f"bslora_codes_{width}"
+    packed = _taken(tensors, name, (torch.uint8,), packed_bytes(count, width), where)
+    fill = -count % 8 * width
+    if fill and int(packed[-1]) >> max(8 - fill, 0):
+        raise InputError(f"{where}: {name} has codes beyond its last vector")
+    values = levels_of(packed, width, count)
+    if bool((lengths <= GROUP).all()):
+        return values.mul_(scales.repeat_interleave(lengths))
+    whole, rest = lengths // GROUP, lengths % GROUP
+    pieces = torch.full((int((whole + (rest > 0)).sum()),), GROUP)
+    ends = (whole + (rest > 0)).cumsum(0) - 1
+    pieces[ends[rest > 0]] = rest[rest > 0]
+    return values.mul_(scales.repeat_interleave(pieces))
+
+
+def _of(scales: Tensor, groups: Tensor, chosen: Tensor) -> Tensor:
+    """The scales of the chosen vectors."""
+    return scales[chosen.repeat_interleave(groups)]
+
+
+def _assembled(
+    shapes: list[tuple[str, Shape]],
+    sizes: list[Shape],
+    widths: Tensor,
+    values: Mapping[int, Tensor],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Every tensor, from runs of vectors of one width."""
+    found: dict[str, Tensor] = {}
+    at = dict.fromkeys(values, 0)
+    row, named = 0, widths.tolist()
+    for (key, shape), (count, length) in zip(shapes, sizes, strict=True):
+        runs: list[tuple[int, int]] = []
+        for width in named[row : row + count]:
+            if runs and runs[-1][0] == width:
+                runs[-1] = (width, runs[-1][1] + 1)
+            else:
+                runs.append((width, 1))
+        parts = []
+        for width, rows in runs:
+            end = at[width] + rows * length
+            parts.append(values[width][at[width] : end].to(dtype).view(rows, length))
+            at[width] = end
+        vectors = torch.cat(parts) if parts else torch.zeros(count, length, dtype=dtype)
+        found[key] = from_vectors(key, vectors, shape)
+        row += count
+    return found
+
+
+def _taken(
+    tensors: Mapping[str, Tensor], name: str, dtypes: tuple[torch.dtype, ...], count: int, where: object
+) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None and not count:
+        return torch.zeros(0, dtype=dtypes[0])
+    if tensor is None:
+        raise InputError(f"{where}: tensor {name} is missing")
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != (count,):
+        raise InputError(
+            f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, {dtypes[0]} ({count},) is expected"
+        )
+    return tensor
+
+
+def file_overhead(carried: Mapping[str, Tensor]) -> int:
+    """Bytes of a coded file that are not codes, at most: header entries, filled bytes, and tensors carried along."""
+    entry = 110  # dtype, shape and offsets of ten digits each, and punctuation
+    names = [*NAMES, *carried]
+    return (
+        8
+        + 64
+        + 8 * len(WIDTHS)
+        + sum(len(name) + 32 + entry for name in names)
+        + sum(t.nbytes for t in carried.values())
+    )

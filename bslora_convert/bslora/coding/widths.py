@@ -1,0 +1,3 @@
+"""How many bits a coded number may take."""
+
+WIDTHS = (1, 2, 3, 4, 8, 16)  # 16: as it is, in bfloat16

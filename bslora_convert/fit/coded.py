@@ -1,0 +1,229 @@
+"""A form in codes: widths for all of it within a number of bits, shared parts first, local parts fitted to what those leave.
+
+1. items: components of every module's T = ΔW − shared parts (SVD), and vectors of the shared pairs, kernels and gates
+2. widths for all of them at one price a bit (`precision`)
+3. shared parts are coded; T is taken again, against them as decoded; the bits that are left buy local components anew
+4. each module's local part is coded and refitted (`quantize.code_pair`)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.coding.coded import Coded, bits_of, from_vectors, to_vectors
+from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.factors import Factors, add
+from bslora_convert.bslora.form import BsloraForm, Module, Path
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.lowrank import Grams, ProductSvd, product_svd
+from bslora_convert.fit.parallel import each
+from bslora_convert.fit.precision import Items, within_bits, within_loss
+from bslora_convert.fit.quantize import CodedPair, code_pair, encode, lost_shares
+from bslora_convert.fit.source import Source
+
+PAIRS = tuple(product(range(len(WIDTHS)), repeat=2))
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a coded form may take and lose. bits: of everything that is coded. lost: energy; the fewest bits that reach it.
+
+    width: one width for everything. ranks: each module's local rank, given; the components are then not chosen.
+    """
+
+    bits: int | None = None
+    lost: float | None = None
+    width: int | None = None
+    ranks: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CodedForm:
+    """A form decoded in the storage dtype, its tensors' codes by key, what it loses (float32) and the bits of its codes."""
+
+    form: BsloraForm
+    tensors: Mapping[str, Coded]
+    lost: float
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """A module's target, its components (r vectors of each side, √σ), and their options' bits and losses."""
+
+    target: Factors
+    start: Factors
+    items: Items
+
+
+def code_form(source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype) -> CodedForm:
+    """The form in codes. form: its shared parts are coded as they are, its local parts are made anew.
+
+    :raises RecipeError: when not even the least codes fit in the bits.
+    """
+    locals_ = _locals(source, form, aim)
+    shared = _shared_items(form, aim)
+    chosen = _choose(
+        _joined([*(shared.items() and [_stack(shared)]), *(local.items for local in locals_.values())]), aim
+    )
+    taken = 0
+    tensors: dict[str, Coded] = {}
+    if shared:
+        form, tensors, taken = _coded_shared(form, shared, chosen)
+        locals_ = _locals(source, form, aim)
+        rest = None if aim.bits is None else aim.bits - taken
+        chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
+    coded = _coded_locals(locals_, chosen)
+    bits = taken
+    modules = {}
+    for name, module in form.modules.items():
+        pair = coded[name]
+        tensors[f"{name}.bslora_local_A"], tensors[f"{name}.bslora_local_B"] = pair.a, pair.b
+        bits += sum(_bits(part) for part in (pair.a, pair.b))
+        modules[name] = replace(module, local=pair.factors())
+    decoded = BsloraForm(form.transform, modules, form.shared).to(storage)
+    ordered = {key: tensors[key] for key, _ in Layout.of(decoded).tensors()}
+    return CodedForm(decoded, ordered, sum(pair.lost for pair in coded.values()), bits)
+
+
+def _bits(coded: Coded) -> int:
+    return sum(bits_of(coded.codes.shape[1], width) for width in coded.widths.tolist())
+
+
+def _choose(items: Items, aim: Aim) -> np.ndarray:
+    if aim.lost is not None:
+        found = within_loss(items, aim.lost)
+        if aim.bits is None or items.bits_at(found) <= aim.bits:
+            return found
+    if aim.bits is None:
+        return items.at(0.0)
+    chosen = within_bits(items, aim.bits)
+    if chosen is None:
+        raise RecipeError(
+            f"bytes: {max(aim.bits, 0) // 8} bytes can't hold the least codes of the shared parts; "
+            "raise --bytes or use --transform none"
+        )
+    return chosen
+
+
+def _locals(source: Source, form: BsloraForm, aim: Aim) -> dict[str, _Local]:
+    def local(name: str) -> _Local:
+        own, module = source.deltas[name].factors(), form.modules[name]
+        parts = [part for level in module.paths if (part := form.part(name, level)) is not None]
+        if parts:
+            shared = add(*parts).to(own.b.dtype).to(device=own.b.device)
+            target = Factors(torch.cat([own.b, -shared.b], 1), torch.cat([own.a, shared.a], 0))
+            svd = product_svd(Grams.of(target))
+        else:
+            target, svd = own, source.svds[name]
+        return _local(target, svd, aim, None if aim.ranks is None else aim.ranks[name])
+
+    return dict(zip(form.modules, each(local, form.modules), strict=True))
+
+
+def _local(target: Factors, svd: ProductSvd, aim: Aim, rank: int | None) -> _Local:
+    count = min(int((svd.energies > 0).sum()), *target.shape) if rank is None else rank
+    start = svd.truncate([target], count)
+    energies = svd.energies[: start.rank].double().cpu().numpy()
+    left, right = (lost_shares(side).numpy() for side in (start.b.T, start.a))
+    dropped = 0.0 if rank is None else math.inf
+    bits, lost = [np.zeros(len(energies))], [np.maximum(energies, dropped)]
+    for u, v in PAIRS:
+        allowed = aim.width is None or WIDTHS[u] == WIDTHS[v] == aim.width
+        bits.append(np.full(len(energies), bits_of(start.b.shape[0], WIDTHS[u]) + bits_of(start.a.shape[1], WIDTHS[v])))
+        lost.append(
+            energies * (1 - (1 - left[:, u]) * (1 - right[:, v])) if allowed else np.full(len(energies), np.inf)
+        )
+    return _Local(target, start, Items(np.stack(bits, 1), np.stack(lost, 1)))
+
+
+def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray) -> dict[str, CodedPair]:
+    ends = np.cumsum([len(local.items.bits) for local in locals_.values()])
+    options = dict(zip(locals_, np.split(chosen, ends[:-1]), strict=True))
+
+    def coded(name: str) -> CodedPair:
+        local = locals_[name]
+        kept = [k for k, option in enumerate(options[name]) if option]
+        widths = [[WIDTHS[PAIRS[options[name][k] - 1][side]] for k in kept] for side in (0, 1)]
+        start = Factors(local.start.b[:, kept], local.start.a[kept])
+        return code_pair(local.target, start, *widths)
+
+    return dict(zip(locals_, each(coded, locals_), strict=True))
+
+
+def _shared_items(form: BsloraForm, aim: Aim) -> dict[tuple[str, int], tuple[Tensor, float]]:
+    """Vectors of the shared tensors with the energy that each stands for: (key, row) -> (vector, energy)."""
+    layout = Layout.of(form)
+    found: dict[tuple[str, int], tuple[Tensor, float]] = {}
+    for (level, group), owner in layout.owners.items():
+        pair = form.pair(level, group)
+        members = [
+            name
+            for name, module in form.modules.items()
+            if level in module.paths and module.paths[level].group == group
+        ]
+        for j in range(pair.rank):
+            one = replace(form, shared={level: {group: Factors(pair.b[:, j : j + 1], pair.a[j : j + 1])}})
+            energy = sum(Grams.of(part).energy for name in members if (part := one.part(name, level)) is not None)
+            for side, tensor in (("A", pair.a), ("B", pair.b.T)):
+                found[f"{owner}.bslora_{level}_{side}", j] = (tensor[j], energy)
+        for name in members:
+            part = form.part(name, level)
+            assert part is not None  # a member has the path
+            energy = Grams.of(part).energy
+            for own, tensor in form.modules[name].paths[level].own.items():
+                found[f"{name}.bslora_{level}_own_{own}", 0] = (tensor.reshape(-1), energy)
+    return found
+
+
+def _stack(shared: Mapping[tuple[str, int], tuple[Tensor, float]]) -> Items:
+    bits = np.stack([[bits_of(vector.numel(), width) for width in WIDTHS] for vector, _ in shared.values()]).astype(
+        float
+    )
+    lost = np.stack([energy * lost_shares(vector.float()[None])[0].numpy() for vector, energy in shared.values()])
+    return Items(bits, lost)
+
+
+def _joined(parts: Sequence[Items]) -> Items:
+    columns = max(part.bits.shape[1] for part in parts)
+
+    def filled(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, columns - array.shape[1])), constant_values=np.inf)
+
+    return Items(
+        np.concatenate([filled(part.bits) for part in parts]), np.concatenate([filled(part.lost) for part in parts])
+    )
+
+
+def _coded_shared(
+    form: BsloraForm, shared: Mapping[tuple[str, int], tuple[Tensor, float]], chosen: np.ndarray
+) -> tuple[BsloraForm, dict[str, Coded], int]:
+    """The form with its shared parts decoded from the codes chosen, those codes, and their bits."""
+    widths: dict[str, list[int]] = {}
+    for (key, _), option in zip(shared, chosen[: len(shared)], strict=True):
+        widths.setdefault(key, []).append(WIDTHS[option])
+    tensors: dict[str, Coded] = {}
+
+    def coded(key: str, tensor: Tensor) -> Tensor:
+        tensors[key] = encode(to_vectors(key, tensor), widths[key])
+        return from_vectors(key, tensors[key].decode(), tuple(tensor.shape)).to(tensor.device)
+
+    owners = Layout.of(form).owners
+    pairs: dict[str, dict[str, Factors]] = {}
+    for (level, group), owner in owners.items():
+        pair, prefix = form.pair(level, group), f"{owner}.bslora_{level}"
+        pairs.setdefault(level, {})[group] = Factors(coded(f"{prefix}_B", pair.b), coded(f"{prefix}_A", pair.a))
+    modules: dict[str, Module] = {}
+    for name, module in form.modules.items():
+        paths = {
+            level: Path(path.group, {own: coded(f"{name}.bslora_{level}_own_{own}", t) for own, t in path.own.items()})
+            for level, path in module.paths.items()
+        }
+        modules[name] = replace(module, paths=paths)
+    return BsloraForm(form.transform, modules, pairs), tensors, sum(map(_bits, tensors.values()))

@@ -1,0 +1,41 @@
+"""What no code can do better: the Gaussian rate–distortion bound for an adapter's spectra.
+
+A component of energy σ² stands on n = out + in numbers. Taken as independent normal ones, R bits a number leave the share
+D = 2^(−2R) of each side's variance at best, and the component loses σ² (1 − (1 − D)²). At a price λ a bit the best D solves
+
+    d/dD [ σ² (1 − (1 − D)²) − λ n ½ log₂ D ] = 0        D (1 − D) = λ n / (4 ln 2 σ²) =: c        D = (1 − √(1 − 4c)) / 2
+
+and components with c ≥ ¼, or that cost more than they save, are left out: reverse water-filling, R = Σ max(0, n ½ log₂ 1/D).
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+BISECTIONS = 100
+
+
+def bound(spectra: Mapping[str, Tensor], costs: Mapping[str, int], bits: float) -> float:
+    """The least energy that `bits` bits can lose. spectra: σ² of each module; costs: out + in."""
+    energies = np.concatenate([values.double().cpu().numpy() for values in spectra.values()])
+    numbers = np.concatenate([np.full(len(values), costs[name], dtype=float) for name, values in spectra.items()])
+    energies, numbers = energies[energies > 0], numbers[energies > 0]
+    if not len(energies) or bits <= 0:
+        return float(energies.sum())
+    low, high = 1e-30 * energies.max(), energies.max()
+    for _ in range(BISECTIONS):
+        middle = np.sqrt(low * high)
+        low, high = (low, middle) if _at(energies, numbers, middle)[0] <= bits else (middle, high)
+    return _at(energies, numbers, high)[1]
+
+
+def _at(energies: np.ndarray, numbers: np.ndarray, price: float) -> tuple[float, float]:
+    """(bits, energy lost) at a price."""
+    c = price * numbers / (4 * np.log(2) * energies)
+    d = np.where(c < 0.25, (1 - np.sqrt(np.clip(1 - 4 * c, 0, None))) / 2, 1.0)
+    d = np.clip(d, 1e-300, 1.0)
+    rate = -0.5 * numbers * np.log2(d)
+    lost = energies * (1 - (1 - d) ** 2)
+    kept = lost + price * rate < energies
+    return float(rate[kept].sum()), float(lost[kept].sum() + energies[~kept].sum())
