@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bslora_convert.address import resolve
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import is_official, load_official, save_official
@@ -36,6 +37,8 @@ def expand(
 ) -> dict[str, Any]:
     """Writes a compact directory, or one in the authors' layout, as a PEFT LoRA directory and returns what was written.
 
+    compact: a directory, or `LIBRARY::ID` for an adapter of a library.
+
     rank: a number re-truncates every module that has more; "uniform" pads every module with zeros to the largest rank.
     base_model: replaces `base_model_name_or_path`. dtype: storage, auto = the compact adapter's.
     format: "lora", or "official" for the authors' layout.
@@ -48,7 +51,7 @@ def expand(
     out = Path(out)
     _check_options(rank, dtype, format)
     check_output(out, overwrite)
-    adapter = _load(compact)
+    adapter = _load(resolve(compact))
     config = dict(adapter.config)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model

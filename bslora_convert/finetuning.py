@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.address import resolve
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.storage import load_compact
@@ -56,7 +57,7 @@ def finetune(
     from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
     from bslora_convert.behaviour.workshop import open_workshop
 
-    training, out, compact = training or Training(), Path(out), Path(compact)
+    training, out, compact = training or Training(), Path(out), resolve(compact)
     check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)

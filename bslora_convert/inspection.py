@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bslora_convert.address import resolve
 from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.form import BsloraForm, kind_of
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
@@ -26,6 +27,7 @@ from bslora_convert.lora.adapter import (
     load_lora,
     locate,
 )
+from bslora_convert.result import bases_record
 from bslora_convert.tensorfile import dtype_name, read_json, read_tensors
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
@@ -37,7 +39,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     :raises InputError: when files are missing or damaged.
     """
-    directory, weights = locate(Path(path))
+    path = resolve(path)
+    directory, weights = locate(path)
     config = read_json(directory / CONFIG_NAME)
     kind = config.get("peft_type", "LORA")
     if kind == PEFT_TYPE:
@@ -83,12 +86,17 @@ def slot_bytes(shapes: Mapping[str, Shape], rank: int) -> dict[str, int]:
 
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:
     adapter = load_compact(directory)
+    said = _form(adapter.form, weights, _carried_bytes(adapter.carried, adapter.config))
+    if adapter.uses is not None:
+        own = {part: count * adapter.dtype.itemsize for part, count in adapter.parts_parameters.items()}
+        said |= {"parameters": adapter.parameters, "bytes_by_part": said["bytes_by_part"] | own}
+        said["bases"] = bases_record(adapter)
     return {
         "kind": "bslora",
         "convertible": False,
         "reasons": ["already in BSLoRA form; `expand` gives the LoRA back"],
         "base_model": adapter.config.get("base_model_name_or_path"),
-        **_form(adapter.form, weights, _carried_bytes(adapter.carried, adapter.config)),
+        **said,
         "notes": [],
     }
 

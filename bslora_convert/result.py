@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bslora_convert import fidelity
+from bslora_convert.bslora.bases import Cores
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.fit.source import Source
@@ -45,18 +46,19 @@ def write_result(
     *,
     html: bool = True,
     source_name: str | None = None,
+    cores: Cores | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Writes everything of a compact directory into `place` and returns its record.
 
     form: in the storage dtype. adapter, measured, digest: the source, its deltas and the hash of its weights.
-    seconds: spent so far, by step; None leaves time out of the record.
+    seconds: spent so far, by step; None leaves time out of the record. cores: what is written in place of local factors.
     """
     from bslora_convert import report
 
     began = time.perf_counter()
     progress("writing")
-    save_compact(form, place, adapter.config.raw, adapter.carried, extras.codes)
+    save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes, cores=cores)
     copy_tokenizer(adapter.weights.parent, place)
     progress("measuring what was written")
     compact = load_compact(place)
@@ -88,7 +90,7 @@ def write_result(
 def _numbers(compact: CompactAdapter) -> int:
     """Numbers of plain SVD's that take as much room: codes are weighed by their bytes."""
     if not compact.codes:
-        return compact.form.parameters
+        return compact.parameters + compact.bases_parameters
     return sum(tensor.nbytes for tensor in compact.codes.values()) // compact.dtype.itemsize
 
 
@@ -122,11 +124,23 @@ def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter) 
         },
         "shared_size": max(form.transform.pair_sizes) if form.transform else None,
         "bytes": size,
-        "parameters": form.parameters,
-        "parameters_by_part": form.parts_parameters(),
-        "parameter_ratio": form.parameters / adapter.parameters,
+        "parameters": compact.parameters,
+        "parameters_by_part": compact.parts_parameters,
+        "parameter_ratio": compact.parameters / adapter.parameters,
         "byte_ratio": size / adapter.weights.stat().st_size,
         "expanded_rank": max(form.expanded_rank(name) for name in form.modules),
-        "unique_tensors": sum(1 for _ in form.tensors()),
+        "unique_tensors": sum(1 for _ in form.tensors()) - (len(compact.uses.sizes) if compact.uses else 0),
         "dtype": dtype_name(compact.dtype),
+        **({"bases": bases_record(compact)} if compact.uses else {}),
+    }
+
+
+def bases_record(compact: CompactAdapter) -> dict[str, Any] | None:
+    """What an adapter takes from its library, None where it takes nothing."""
+    if compact.uses is None:
+        return None
+    return {
+        "sha256": compact.uses.file,
+        "modules": len(compact.uses.sizes),
+        "parameters": compact.bases_parameters,
     }

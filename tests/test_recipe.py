@@ -66,8 +66,8 @@ def test_to_dict_and_back(recipe: Recipe) -> None:
 
 
 def test_unknown_fields_are_refused() -> None:
-    with pytest.raises(RecipeError, match="bits"):
-        Recipe.from_dict({"bits": 4})
+    with pytest.raises(RecipeError, match="widths"):
+        Recipe.from_dict({"widths": 4})
 
 
 def test_arguments_say_the_same_as_the_recipe() -> None:

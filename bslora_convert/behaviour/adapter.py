@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bslora_convert.address import resolve
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, load_compact
 from bslora_convert.errors import InputError
@@ -26,11 +27,11 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Reads a compact directory or a plain LoRA one.
+    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory.
 
     :raises InputError: when it is missing or damaged. :raises Refused: when it is a LoRA of a kind that can't be read faithfully.
     """
-    path = Path(path)
+    path = resolve(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if (path / CONFIG_NAME).is_file() and read_json(path / CONFIG_NAME).get("peft_type") == PEFT_TYPE:

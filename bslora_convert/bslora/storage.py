@@ -11,6 +11,8 @@
 group's pair) and `modules` (shape, local rank, kind where it isn't a linear layer, groups). Every tensor's shape follows from
 it, and the reader checks them all.
 
+An adapter of a library may hold cores in place of local factors, and take bases from beside it (`bases`, format_version 2).
+
 Where the numbers are in codes of few bits the configuration says `coding` and the tensors above are replaced by those of
 `coding/file.py`; `dtype` is then what they are decoded to.
 """
@@ -18,12 +20,15 @@ Where the numbers are in codes of few bits the configuration says `coding` and t
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bslora_convert.address import resolve
+from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.coded import GROUP
 from bslora_convert.bslora.coding.file import NAMES, VERSION, from_file
 from bslora_convert.bslora.factors import Factors, Shape
@@ -34,7 +39,10 @@ from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_jso
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
-CODED_VERSION = 2
+LIBRARY_VERSION = 2  # of an adapter that takes bases from its library
+CODED_VERSION = 3  # of an adapter in codes
+VERSIONS = (FORMAT_VERSION, LIBRARY_VERSION, CODED_VERSION)
+CODING = {"version": VERSION, "group": GROUP}
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,7 +61,7 @@ INHERITED = (
 
 @dataclass(frozen=True, slots=True)
 class CompactAdapter:
-    """A compact directory as read: the form, the tensors carried along, and the raw configuration.
+    """A compact directory as read: the form, the tensors carried along, the raw configuration, what it takes from a library.
 
     codes: what the form was decoded from, as the file has it; empty where it holds floats.
     """
@@ -62,6 +70,7 @@ class CompactAdapter:
     carried: Mapping[str, Tensor]
     config: Mapping[str, Any]
     path: FilePath
+    uses: bases.Uses | None = None
     codes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -69,43 +78,72 @@ class CompactAdapter:
         """Storage dtype of the form's tensors."""
         return next(iter(self.form.tensors())).dtype
 
+    @property
+    def parts_parameters(self) -> dict[str, int]:
+        """Numbers in the adapter's own file, by part; the library's bases are not among them."""
+        counts = self.form.parts_parameters()
+        for name, sizes in (self.uses.sizes if self.uses else {}).items():
+            module = self.form.modules[name]
+            counts["local"] += prod(sizes.core(module.shape)) - module.local.parameters
+        return counts
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the adapter's own file."""
+        return sum(self.parts_parameters.values())
+
+    @property
+    def bases_parameters(self) -> int:
+        """Numbers of the bases that it takes from its library."""
+        used = self.uses.sizes if self.uses else {}
+        return sum(sizes.parameters(self.form.modules[name].shape) for name, sizes in used.items())
+
 
 def save_compact(
     form: BsloraForm,
     directory: FilePath,
     source_config: Mapping[str, Any],
     carried: Mapping[str, Tensor],
+    *,
     codes: Mapping[str, Tensor] | None = None,
+    cores: bases.Cores | None = None,
 ) -> None:
     """Writes the two files into an existing directory.
 
     source_config: the LoRA's raw PEFT configuration, from which base model and task are taken over.
     carried: tensors that are not part of the form, by name without PEFT's prefix.
     codes: the tensors of `coding.file` that the form was decoded from; written in its place.
+    cores: what is written in place of the local factors of the modules that use a library's bases.
     """
-    tensors = {PREFIX + name: tensor for name, tensor in (codes or named_tensors(form)).items()}
+    layout, named = Layout.of(form), dict(codes or named_tensors(form))
+    if cores is not None:
+        held = {f"{m}.bslora_local_{cores.uses.sizes[m].factor}": core for m, core in cores.tensors.items()}
+        named = {key: held[key] if key in held else named[key] for key, _ in cores.uses.tensors(layout)}
+    tensors = {PREFIX + name: tensor for name, tensor in named.items()}
     tensors |= {PREFIX + name: tensor for name, tensor in carried.items()}
     config = {
         "peft_type": PEFT_TYPE,
-        "format_version": CODED_VERSION if codes else FORMAT_VERSION,
-        **({"coding": {"version": VERSION, "group": GROUP}} if codes else {}),
+        "format_version": CODED_VERSION if codes else FORMAT_VERSION if cores is None else LIBRARY_VERSION,
+        **({"coding": CODING} if codes else {}),
         "inference_mode": True,
         **{field: source_config[field] for field in INHERITED if source_config.get(field) is not None},
         "target_modules": _target_modules(form, source_config),
         "dtype": dtype_name(next(form.tensors()).dtype),
-        **Layout.of(form).to_config(),
+        **layout.to_config(),
     }
+    if cores is not None:
+        config = cores.uses.to_config(config)
     write_tensors(directory / WEIGHTS_NAME, tensors)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load_compact(path: str | FilePath) -> CompactAdapter:
-    """Reads a compact directory and checks everything before handing it out.
+    """Reads a compact directory, or `LIBRARY::ID`, and checks everything before handing it out.
 
     :raises InputError: when files are missing or damaged, the version is unknown, or a tensor is missing, left over, of
-        another shape, of another dtype or not finite.
+        another shape, of another dtype or not finite; so too for bases that it takes from its library.
     """
-    directory = FilePath(path)
+    directory = resolve(path)
     if not directory.exists():
         raise InputError(f"{directory}: no such directory")
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
@@ -114,42 +152,48 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
         raise InputError(
             f"{config_path}: peft_type is {config.get('peft_type')!r}, a compact adapter says {PEFT_TYPE!r}"
         )
-    coded = is_coded(config, config_path)
+    check_version(config, config_path)
     tensors = {}
     for key, tensor in read_tensors(weights_path).items():
         if not key.startswith(PREFIX):
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
     layout = Layout.parse(config, config_path)
+    uses = bases.parse(config, layout.modules, config_path) if config["format_version"] == LIBRARY_VERSION else None
     codes: dict[str, Tensor] = {}
-    if coded:
+    if config["format_version"] == CODED_VERSION:
         codes = {name: tensors.pop(name) for name in NAMES if name in tensors}
         taken = from_file(codes, layout.tensors(), decoded_dtype(config, config_path), weights_path)
     else:
-        taken = {key: _take(weights_path, tensors, key, shape) for key, shape in layout.tensors()}
+        expected = uses.tensors(layout) if uses else layout.tensors()
+        taken = {key: _take(weights_path, tensors, key, shape) for key, shape in expected}
     left = [key for key in tensors if ".bslora_" in key]
     if left:
         raise InputError(f"{weights_path}: tensor {left[0]} belongs to no module of {CONFIG_NAME}")
     dtypes = {tensor.dtype for tensor in taken.values()}
     if len(dtypes) > 1:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")
-    return CompactAdapter(assemble(layout, taken), tensors, config, directory, codes)
+    if uses is not None:
+        taken |= uses.local(layout, taken, directory)
+    return CompactAdapter(assemble(layout, taken), tensors, config, directory, uses, codes)
 
 
-def is_coded(config: Mapping[str, Any], where: object) -> bool:
-    """Whether the numbers are in codes.
+def check_version(config: Mapping[str, Any], where: object) -> None:
+    """Refuses a format that this version does not read.
 
-    :raises InputError: when the format or its coding is of a version that can't be read.
+    :raises InputError: naming `where`.
     """
-    version, coding = config.get("format_version"), config.get("coding")
-    known = {FORMAT_VERSION: None, CODED_VERSION: {"version": VERSION, "group": GROUP}}
-    if isinstance(version, bool) or not isinstance(version, int) or version not in known:
+    version = config.get("format_version")
+    if type(version) is not int or version not in VERSIONS:
+        known = ", ".join(map(str, VERSIONS))
+        raise InputError(f"{where}: format_version is {version!r}, this version reads {known}")
+    if version != LIBRARY_VERSION and config.get("bases") is not None:
+        raise InputError(f"{where}: bases are given in format_version {version}, which has none")
+    expected = CODING if version == CODED_VERSION else None
+    if config.get("coding") != expected:
         raise InputError(
-            f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION} and {CODED_VERSION}"
+            f"{where}: coding is {config.get('coding')!r}, with format_version {version} {expected!r} is expected"
         )
-    if coding != known[version]:
-        raise InputError(f"{where}: coding is {coding!r}, with format_version {version} {known[version]!r} is expected")
-    return coding is not None
 
 
 def decoded_dtype(config: Mapping[str, Any], where: object) -> torch.dtype:

@@ -49,6 +49,11 @@ class Shard(click.ParamType[tuple[int, int]]):
 @click.option(
     "--report-html/--no-report-html", default=True, show_default=True, help="report.html beside each adapter."
 )
+@click.option(
+    "--share-across",
+    is_flag=True,
+    help="Adapters of one base share bases where that saves bytes at the same error.",
+)
 @click.option("--dry-run", is_flag=True, help="Check every header and say what would be done.")
 @verb
 def batch(output: Output, library: str, out: Path, workers: int | None, dry_run: bool, **options: Any) -> None:
@@ -60,13 +65,23 @@ def batch(output: Output, library: str, out: Path, workers: int | None, dry_run:
     Example:
       bslora-convert batch ./adapters ./compact --transform auto --budget 0.25 --workers 4
       bslora-convert batch s3://bucket/adapters ./compact --shard 3/16
+      bslora-convert batch ./adapters ./compact --share-across
     """
     from bslora_convert.library.batch import batch as run
     from bslora_convert.library.batch import is_failed
 
     own = {
         name: options.pop(name)
-        for name in ("engine", "shard", "resume", "retry_failed", "fail_fast", "max_failures", "report_html")
+        for name in (
+            "engine",
+            "shard",
+            "resume",
+            "retry_failed",
+            "fail_fast",
+            "max_failures",
+            "report_html",
+            "share_across",
+        )
     }
     settings = {name: options.pop(name) for name in OPTIONS}
     recipe = Recipe(**options)
@@ -115,6 +130,13 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
             f"{summary['bytes_before'] / 1e6:,.1f} MB to {summary['bytes_after'] / 1e6:,.1f} MB ({summary['byte_ratio']:.2%}), "
             f"relative error {error['p50']:.4f} in the median, {error['max']:.4f} at most"
         )
+    if "sharing" in summary:
+        for group in summary["sharing"]["groups"]:
+            say(group["words"])
+        for name, reason in summary["sharing"]["left_out"].items():
+            say(f"{name} could not be looked at for sharing: {reason}", style="yellow")
+        if summary["sharing"]["unused"]:
+            say(f"no adapter here uses {', '.join(summary['sharing']['unused'])} any more", style="dim")
     if summary["adapters_per_second"]:
         say(f"{summary['adapters_per_second']:.2f} adapters a second")
     say(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")

@@ -68,9 +68,9 @@ def code_form(source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype) 
     :raises RecipeError: when not even the least codes fit in the bits.
     """
     locals_ = _locals(source, form, aim)
-    shared = _shared_items(form, aim)
+    shared = _shared_items(form)
     chosen = _choose(
-        _joined([*(shared.items() and [_stack(shared)]), *(local.items for local in locals_.values())]), aim
+        _joined([*(shared.items() and [_stack(shared, aim)]), *(local.items for local in locals_.values())]), aim
     )
     taken = 0
     tensors: dict[str, Coded] = {}
@@ -157,7 +157,7 @@ def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray) -> dict[str
     return dict(zip(locals_, each(coded, locals_), strict=True))
 
 
-def _shared_items(form: BsloraForm, aim: Aim) -> dict[tuple[str, int], tuple[Tensor, float]]:
+def _shared_items(form: BsloraForm) -> dict[tuple[str, int], tuple[Tensor, float]]:
     """Vectors of the shared tensors with the energy that each stands for: (key, row) -> (vector, energy)."""
     layout = Layout.of(form)
     found: dict[tuple[str, int], tuple[Tensor, float]] = {}
@@ -182,11 +182,13 @@ def _shared_items(form: BsloraForm, aim: Aim) -> dict[tuple[str, int], tuple[Ten
     return found
 
 
-def _stack(shared: Mapping[tuple[str, int], tuple[Tensor, float]]) -> Items:
+def _stack(shared: Mapping[tuple[str, int], tuple[Tensor, float]], aim: Aim) -> Items:
     bits = np.stack([[bits_of(vector.numel(), width) for width in WIDTHS] for vector, _ in shared.values()]).astype(
         float
     )
     lost = np.stack([energy * lost_shares(vector.float()[None])[0].numpy() for vector, energy in shared.values()])
+    if aim.width is not None:
+        lost[:, [width != aim.width for width in WIDTHS]] = np.inf
     return Items(bits, lost)
 
 

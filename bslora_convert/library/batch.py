@@ -24,6 +24,7 @@ from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import MANIFEST, PAGE, SUMMARY, Item, shard_of
 from bslora_convert.library.plan import Plan, plan
+from bslora_convert.library.sharing import sharing
 from bslora_convert.library.summary import summarise
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
@@ -44,19 +45,22 @@ def batch(
     max_failures: int | None = None,
     dry_run: bool = False,
     report_html: bool = True,
+    share_across: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds.
 
     library: a directory, a manifest or an fsspec URL. workers: processes (0: in this one). shard: (I, N), from 1.
     retry_failed: bad input of an earlier run is tried again. fail_fast, max_failures: when to give up; the rest stays undone.
-    dry_run: checks every header and says what would be done.
+    dry_run: checks every header and says what would be done. share_across: adapters of one base share bases where that saves.
 
     :raises InputError: when the library has no adapter. :raises RecipeError: for an option that is not allowed.
     :raises OutputError: when `out` can't be written.
     """
     recipe = recipe or Recipe()
     _check(engine, workers, shard, max_failures)
+    if share_across:
+        _check_sharing(recipe, shard)
     out = Path(out).absolute()
     for name in ("calibration", "finetune"):
         if getattr(recipe, name) is not None:
@@ -76,7 +80,13 @@ def batch(
     limit = 1 if fail_fast else max_failures
     rows = _run(found, out, engine, workers, limit, progress)
     gave_up = len(rows) < len(own)
-    return _finish(items, rows, out, options, shard, time.perf_counter() - began, gave_up)
+    reasons: dict[str, str] = {}
+    if share_across and not gave_up:
+        from bslora_convert.library.joint import share
+
+        rows, reasons = share(rows, {item.id: item for item in items}, out, progress)
+    seconds = time.perf_counter() - began
+    return _finish(items, rows, out, options, shard, seconds, gave_up, reasons)
 
 
 def _run(
@@ -136,15 +146,19 @@ def _finish(
     shard: tuple[int, int],
     seconds: float,
     gave_up: bool,
+    reasons: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options."""
+    """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options.
+
+    reasons: why adapters could not be looked at for sharing, by identity.
+    """
     from bslora_convert.report import library as report
 
     mine = {row.id: row for row in rows}
     everyone = [mine.get(item.id) or _known(out, item.id, options) for item in items]
     final = [row for row in everyone if row is not None]
     replace_file(out / MANIFEST, "".join(json.dumps(row.to_dict()) + "\n" for row in final))
-    summary = summarise(final, len(items), seconds if shard == (1, 1) else None)
+    summary = summarise(final, len(items), seconds if shard == (1, 1) else None, sharing(final, out, reasons))
     bad = sum(row.status in ("failed", "refused") for row in rows)
     summary["run"] = {"shard": f"{shard[0]}/{shard[1]}", "items": len(rows), "bad": bad, "gave_up": gave_up}
     replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -184,6 +198,22 @@ def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int 
         raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed")
     if max_failures is not None and max_failures < 1:
         raise RecipeError(f"max_failures is {max_failures}: a positive whole number is allowed")
+
+
+def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
+    if shard != (1, 1):
+        raise RecipeError(
+            f"share_across with shard {shard[0]}/{shard[1]}: sharing needs the whole library; run the shards without it, "
+            "then once more with it and without a shard"
+        )
+    for name in ("calibration", "finetune"):
+        if getattr(recipe, name) is not None:
+            raise RecipeError(
+                f"share_across with {name}: bases keep the error of the weights, not what was fitted to behaviour; "
+                "leave one of them out"
+            )
+    if recipe.is_coded:
+        raise RecipeError("share_across with bytes or bits: bases hold floats; leave one of them out")
 
 
 def _check_place(items: Sequence[Item], out: Path) -> None:

@@ -131,23 +131,27 @@ def convert_one(job: Job) -> Result:
 
 def done(job: Job, record: Mapping[str, Any]) -> Result:
     """The row of a conversion that worked."""
-    return Result(
-        job.item.id, job.item.uri, "ok", job.key,
-        source_bytes=record["source"]["bytes"],
-        bytes=record["compact"]["bytes"],
-        parameters=record["compact"]["parameters"],
-        parameter_ratio=record["compact"]["parameter_ratio"],
-        relative_error=record["weight"]["relative_error"],
-        heldout_kl=record.get("training", {}).get("heldout_kl_after"),
-        final=True,
-        options=job.options,
-        settings={
-            "transform": record["compact"]["transform"],
-            "expanded_rank": record["compact"]["expanded_rank"],
+    return Result(job.item.id, job.item.uri, "ok", job.key, final=True, options=job.options, **figures(record))
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row takes from the record of a compact directory."""
+    compact = record["compact"]
+    return {
+        "source_bytes": record["source"]["bytes"],
+        "bytes": compact["bytes"],
+        "parameters": compact["parameters"],
+        "parameter_ratio": compact["parameter_ratio"],
+        "relative_error": record["weight"]["relative_error"],
+        "heldout_kl": record.get("training", {}).get("heldout_kl_after"),
+        "settings": {
+            "transform": compact["transform"],
+            "expanded_rank": compact["expanded_rank"],
             "source_rank": max(map(int, record["source"]["ranks"])),
             "width": record["source"]["width"],
+            **({"bases": compact["bases"]["sha256"]} if "bases" in compact else {}),
         },
-    )  # fmt: skip
+    }
 
 
 def failure(job: Job, status: str, error: str, message: str, final: bool = False) -> Result:

@@ -25,6 +25,20 @@ class Item:
         return "://" in self.uri
 
 
+def check_id(name: str, where: str) -> None:
+    """Refuses an identity that can't be a directory of a result.
+
+    :raises InputError: naming it.
+    """
+    parts = name.split("/")
+    if len(name) > LONGEST_ID or not all(PART.fullmatch(part) for part in parts):
+        raise InputError(
+            f"{where}: id {name!r}: letters, digits and . _ + = @ - between slashes are allowed, {LONGEST_ID} at most"
+        )
+    if parts[0] in OWN_FILES:
+        raise InputError(f"{where}: id {name!r} is the name of a file that the result has itself")
+
+
 def check_ids(items: Sequence[Item], where: str) -> None:
     """Refuses identities that can't be directories beside each other.
 
@@ -32,13 +46,7 @@ def check_ids(items: Sequence[Item], where: str) -> None:
     """
     seen: set[str] = set()
     for item in items:
-        parts = item.id.split("/")
-        if len(item.id) > LONGEST_ID or not all(PART.fullmatch(part) for part in parts):
-            raise InputError(
-                f"{where}: id {item.id!r}: letters, digits and . _ + = @ - between slashes are allowed, {LONGEST_ID} at most"
-            )
-        if parts[0] in OWN_FILES:
-            raise InputError(f"{where}: id {item.id!r} is the name of a file that the result has itself")
+        check_id(item.id, where)
         if item.id in seen:
             raise InputError(f"{where}: id {item.id!r} stands there twice")
         seen.add(item.id)

@@ -1,6 +1,6 @@
 """A library in numbers: how many ended how, bytes before and after, errors, throughput."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,18 @@ SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")
 
 
-def summarise(rows: Sequence[Result], items: int, seconds: float | None) -> dict[str, Any]:
-    """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part."""
+def summarise(
+    rows: Sequence[Result], items: int, seconds: float | None, sharing: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `summary.json` holds.
+
+    seconds: wall clock of this run, None where it did only a part. sharing: what adapters share, None where none was asked to.
+    """
     counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     good = [row for row in rows if row.status in ("ok", "skipped")]
     converted = [row for row in rows if row.status == "ok"]
     before = sum(row.source_bytes or 0 for row in good)
-    after = sum(row.bytes or 0 for row in good)
+    after = sum(row.bytes or 0 for row in good) + (sharing["bytes"]["bases"] if sharing else 0)
     errors = [row.relative_error for row in good if row.relative_error is not None]
     kinds: dict[str, int] = {}
     for row in rows:
@@ -39,6 +44,7 @@ def summarise(rows: Sequence[Result], items: int, seconds: float | None) -> dict
         "source_bytes_per_second": sum(r.source_bytes or 0 for r in converted) / seconds
         if seconds and converted
         else None,
+        **({"sharing": dict(sharing)} if sharing else {}),
     }
 
 

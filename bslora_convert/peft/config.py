@@ -1,13 +1,27 @@
 """`adapter_config.json` of a compact directory as PEFT reads it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from torch import Tensor
 
+from bslora_convert.bslora import bases
+from bslora_convert.bslora.coding.file import NAMES, from_file
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import CONFIG_NAME, FORMAT_VERSION, PEFT_TYPE, is_coded
-from bslora_convert.errors import RecipeError
+from bslora_convert.bslora.storage import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    LIBRARY_VERSION,
+    PEFT_TYPE,
+    PREFIX,
+    WEIGHTS_NAME,
+    check_version,
+    decoded_dtype,
+)
+from bslora_convert.errors import InputError, RecipeError
 
 TRAINED = ("local", "shared", "all")
 
@@ -19,6 +33,8 @@ class BsloraConfig(PeftConfig):
     transform, shared, modules: the layout, see `docs/format.md`; every tensor's shape follows from it.
     dtype: what the tensors are stored in; weights that are still exact in it are saved in it again.
     coding: how the file's numbers are coded; None once they are decoded, as they are saved again as floats.
+    bases: of an adapter that takes bases from its library, their hash. On a model its local parts are plain ones, so it is saved
+    as an adapter that stands alone.
     train: which parts get gradients when the adapter is trainable: `local`, `shared` (pairs, kernels and gates) or `all`.
     """
 
@@ -28,6 +44,7 @@ class BsloraConfig(PeftConfig):
     transform: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, Any] = field(default_factory=dict)
+    bases: str | None = None
     train: str = "all"
     target_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
@@ -43,7 +60,17 @@ class BsloraConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType[PEFT_TYPE]
-        is_coded({"format_version": self.format_version, "coding": self.coding}, CONFIG_NAME)
+        fields = {"bases": self.bases, "modules": self.modules, "coding": self.coding}
+        check_version({"format_version": self.format_version, **fields}, CONFIG_NAME)
+        self._uses: bases.Uses | None = None
+        self._place: Path | None = None
+        if self.format_version == LIBRARY_VERSION:
+            self._uses = bases.parse(fields, self.layout().modules, CONFIG_NAME)
+            self.format_version, self.bases = FORMAT_VERSION, None
+            self.modules = {
+                name: {key: value for key, value in module.items() if key != "basis"}
+                for name, module in self.modules.items()
+            }
         if self.train not in TRAINED:
             raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
         if isinstance(self.target_modules, list):
@@ -53,3 +80,36 @@ class BsloraConfig(PeftConfig):
     def layout(self) -> Layout:
         """The layout that the fields describe."""
         return Layout.parse({"transform": self.transform, "shared": self.shared, "modules": self.modules}, CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The configuration of a directory, which is kept in mind because a library's bases are found from it."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config._place = Path(pretrained_model_name_or_path, subfolder or "")
+        return config
+
+    def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors as the model holds them: decoded, with local parts in place of cores.
+
+        :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
+        """
+        if self.coding is not None:
+            dtype = decoded_dtype({"dtype": self.dtype}, CONFIG_NAME)
+            codes = {name: tensors[PREFIX + name] for name in NAMES if PREFIX + name in tensors}
+            decoded = from_file(codes, self.layout().tensors(), dtype, WEIGHTS_NAME)
+            self.coding, self.format_version = None, FORMAT_VERSION
+            rest = {key: tensor for key, tensor in tensors.items() if key.removeprefix(PREFIX) not in codes}
+            return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
+        if self._uses is None:
+            return dict(tensors)
+        if self._place is None:
+            raise InputError(
+                f"{CONFIG_NAME}: the adapter takes bases from its library, which can't be found from here; "
+                "load it with PeftModel.from_pretrained from its directory there, or expand it"
+            )
+        layout = self.layout()
+        cores = {f"{PREFIX}{name}.bslora_local_{sizes.factor}" for name, sizes in self._uses.sizes.items()}
+        local = self._uses.local(layout, {key.removeprefix(PREFIX): tensors[key] for key in cores}, self._place)
+        self._uses = None
+        kept = {key: tensor for key, tensor in tensors.items() if key not in cores}
+        return kept | {PREFIX + key: tensor for key, tensor in local.items()}

@@ -11,9 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from bslora_convert.base import check_fits
-from bslora_convert.bslora.coding.file import NAMES, from_file
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import CONFIG_NAME, FORMAT_VERSION, PEFT_TYPE, WEIGHTS_NAME, decoded_dtype
+from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
 from bslora_convert.peft.layer import BASE, BsloraLayer, Owner
 
 
@@ -23,11 +22,6 @@ class BsloraModel(BaseTuner):
     prefix = f"{PEFT_TYPE.lower()}_"
     tuner_layer_cls = BsloraLayer
     target_module_mapping = {}  # noqa: RUF012  an adapter always says what it targets
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT makes it; state dicts in codes are decoded on their way in."""
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_decode)  # type: ignore[no-untyped-call]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Checks that the adapter was made for this model and starts a new set of owners.
@@ -93,6 +87,16 @@ class BsloraModel(BaseTuner):
         exact = all(torch.equal(cast[key].to(tensor.dtype), tensor) for key, tensor in tensors.items())
         return cast if exact else tensors
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What `from_pretrained` puts on the model: codes are decoded, cores in a library's bases become local parts."""
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, config.put_together(state_dict)
+        )
+        return tensors
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hands `adapter_names=[…]`, a name a row, to every layer of the batch."""
@@ -123,18 +127,3 @@ def _name_rows(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _decode(model: BsloraModel, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Replaces an adapter's codes in a state dict by the tensors that they stand for."""
-    for adapter, held in model.peft_config.items():
-        config: Any = held
-        names = {f"{prefix}model.{name}.{adapter}": name for name in NAMES}
-        codes = {name: state_dict.pop(key) for key, name in names.items() if key in state_dict}
-        if not codes:
-            continue
-        decoded = from_file(
-            codes, config.layout().tensors(), decoded_dtype({"dtype": config.dtype}, CONFIG_NAME), WEIGHTS_NAME
-        )
-        state_dict.update({f"{prefix}model.{key}.{adapter}": tensor for key, tensor in decoded.items()})
-        config.coding, config.format_version = None, FORMAT_VERSION

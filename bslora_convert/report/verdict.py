@@ -15,7 +15,14 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
         f"({compact['byte_ratio']:.1%} of the bytes)."
     ]
-    if _fitted_to_behaviour(record):
+    if "bases" in compact:
+        bases, svd = compact["bases"], baselines["svd_adaptive"]["relative_error"]
+        said.append(
+            f"Beside these it takes bases of {bases['modules']:,} modules from its library, {bases['parameters']:,} numbers "
+            f"that are stored once for all who share them: relative error {weight['relative_error']:.4f}, plain SVD of all "
+            f"these numbers {svd:.4f}."
+        )
+    elif _fitted_to_behaviour(record):
         said.append(
             f"It was fitted to what the base model does with it, not to the weights, so its relative error "
             f"({weight['relative_error']:.4f}; plain SVD of this size {baselines['svd_adaptive']['relative_error']:.4f}) is no "
@@ -53,10 +60,11 @@ def _deduplicated(record: Mapping[str, Any]) -> str:
 
 def _in_codes(record: Mapping[str, Any]) -> str:
     coding, error = record["coding"], record["weight"]["relative_error"]
+    svd = record["baselines"]["svd_adaptive"]["relative_error"]
     return (
-        f"In codes of {coding['bits_per_number']:.1f} bits a number; plain SVD in as many bytes of the storage dtype has the relative "
-        f"error {record['baselines']['svd_adaptive']['relative_error']:.4f} against {error:.4f}. No code of these spectra can have "
-        f"less than {coding['bound']:.4f} in as many bits; the gap is {coding['gap']:.2f} bits a number."
+        f"In codes of {coding['bits_per_number']:.1f} bits a number; plain SVD of as many bytes in the storage dtype has the "
+        f"relative error {svd:.4f} against {error:.4f}. The bound for so many bits and these spectra is {coding['bound']:.4f}, "
+        f"and a perfect code of this error would save {coding['gap']:.2f} bits a number."
     )
 
 

@@ -248,7 +248,7 @@ def module(**changes: Any) -> dict[str, Any]:
     ("changes", "words"),
     [
         ({"peft_type": "LORA"}, "peft_type"),
-        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": 4}, "format_version is 4"),
         ({"format_version": None}, "format_version"),
         ({"transform": None}, "transform is None"),
         ({"transform": {"name": "xx"}}, "transform is"),

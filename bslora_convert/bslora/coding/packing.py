@@ -37,8 +37,8 @@ def unpack(packed: Tensor, width: int) -> Tensor:
         return packed
     parts = packed.view(-1, width).long()
     words = (parts << 8 * torch.arange(width)).sum(1)
-    places = torch.arange(EIGHT) * width
-    return (words[:, None] >> places & (2**width - 1)).to(torch.uint8).view(-1)
+    codes: Tensor = words[:, None] >> torch.arange(EIGHT) * width & (2**width - 1)
+    return codes.to(torch.uint8).view(-1)
 
 
 def levels_of(packed: Tensor, width: int, count: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""Codes and bytes: what is coded comes back, levels are the best ones, and damaged files are refused."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from bslora_convert.bslora.coding.coded import GROUP, bits_of, groups_of
+from bslora_convert.bslora.coding.file import FLOATS_NAME, SCALES_NAME, WIDTHS_NAME, file_overhead, from_file, to_file
+from bslora_convert.bslora.coding.levels import LEVELS
+from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
+from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.errors import InputError
+from bslora_convert.fit.quantize import CLIPS, encode, lost_shares
+
+CODED = [width for width in WIDTHS if width < 16]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_levels_are_those_of_least_error_for_a_normal_distribution(width: int) -> None:
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    weight = torch.exp(-x.square() / 2)
+    levels = LEVELS[width].double()
+    nearest = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+    mass = torch.zeros(2**width, dtype=torch.float64).index_add_(0, nearest, weight)
+    centroid = torch.zeros(2**width, dtype=torch.float64).index_add_(0, nearest, weight * x) / mass
+    assert torch.allclose(centroid, levels, atol=2e-3)
+
+
+@given(st.sampled_from(CODED), st.integers(1, 67), st.integers(0, 1000))
+def test_packing_loses_nothing(width: int, count: int, seed: int) -> None:
+    codes = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = pack(codes, width)
+    assert packed.dtype == torch.uint8
+    assert len(packed) == packed_bytes(count, width)
+    assert torch.equal(unpack(packed, width)[:count], codes)
+    assert torch.equal(levels_of(packed, width, count), LEVELS[width][codes.int()])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(0, 3)), min_size=1, max_size=5),
+    st.sampled_from([1, 5, 40, GROUP, GROUP + 1, 2 * GROUP + 7]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_files_give_back_what_was_coded(runs: list[tuple[int, int]], length: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(length)
+    tensors, shapes = {}, []
+    for index, (width, count) in enumerate(runs):
+        key = f"m{index}.bslora_local_{'AB'[index % 2]}"
+        tensors[key] = encode(torch.randn(count, length, generator=generator), [width] * count)
+        shapes.append((key, (count, length) if index % 2 == 0 else (length, count)))
+    file = to_file(tensors)
+    back = from_file(file, shapes, dtype, "file")
+    for key, coded in tensors.items():
+        vectors = back[key] if key.endswith("A") else back[key].T
+        assert torch.equal(vectors, coded.decode().to(dtype))
+    bits = sum(bits_of(length, width) * count for width, count in runs)
+    assert sum(tensor.nbytes for tensor in file.values()) <= bits / 8 + 8 * len(CODED)
+
+
+@pytest.mark.parametrize("width", CODED)
+def test_the_search_is_no_worse_than_any_scale_on_a_grid(width: int) -> None:
+    vectors = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-4], [1.0], [50.0]])
+    coded = encode(vectors, [width] * 3).decode()
+    lost = (vectors - coded).square().sum(1)
+    levels = LEVELS[width]
+    edges = (levels[1:] + levels[:-1]) / 2
+    rms = vectors.square().mean(1, keepdim=True).sqrt()
+    for clip in CLIPS:
+        plain = levels[torch.bucketize(vectors / (clip * rms), edges)] * clip * rms
+        assert bool((lost <= (vectors - plain).square().sum(1) * 1.01).all())
+
+
+def test_more_bits_lose_less_and_the_estimate_is_near() -> None:
+    vectors = torch.randn(20, 500, generator=torch.Generator().manual_seed(1))
+    shares = lost_shares(vectors).mean(0)
+    assert bool((shares[:-1] > shares[1:]).all())
+    for column, width in enumerate(WIDTHS[:-1]):
+        lost = float((vectors - encode(vectors, [width] * 20).decode()).square().sum() / vectors.square().sum())
+        assert lost == pytest.approx(float(shares[column]), rel=0.2)
+    assert math.log2(float(shares[3])) < -6.5  # Max: 0.0095 at four bits
+
+
+def test_zeros_and_tiny_numbers_are_coded() -> None:
+    vectors = torch.stack([torch.zeros(10), torch.full((10,), 1e-20)])
+    for width in WIDTHS:
+        decoded = encode(vectors, [width, width]).decode()
+        assert bool(decoded.isfinite().all())
+        assert float(decoded[0].abs().max()) == 0.0
+
+
+def coded_file() -> tuple[dict[str, torch.Tensor], list[tuple[str, tuple[int, int]]]]:
+    generator = torch.Generator().manual_seed(0)
+    coded = {"m.bslora_local_A": encode(torch.randn(3, 21, generator=generator), [8, 3, 16])}
+    return to_file(coded), [("m.bslora_local_A", (3, 21))]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (WIDTHS_NAME, lambda t: t[:-1], "is expected"),
+        (WIDTHS_NAME, lambda t: torch.full_like(t, 5), "holds 5"),
+        (WIDTHS_NAME, lambda t: t.short(), "is expected"),
+        (WIDTHS_NAME, lambda t: torch.full_like(t, 8), "is expected"),
+        (WIDTHS_NAME, lambda t: None, "missing"),
+        (SCALES_NAME, lambda t: t * math.nan, "NaN"),
+        (SCALES_NAME, lambda t: t.float(), "is expected"),
+        (SCALES_NAME, lambda t: t.repeat(2), "is expected"),
+        (FLOATS_NAME, lambda t: t + math.inf, "NaN"),
+        (FLOATS_NAME, lambda t: None, "missing"),
+        ("bslora_codes_3", lambda t: t[:-1], "is expected"),
+        ("bslora_codes_3", lambda t: t.view(3, -1), "is expected"),
+        ("bslora_codes_3", lambda t: t | 255, "beyond its last"),
+        ("bslora_codes_4", lambda t: torch.zeros(4, dtype=torch.uint8), "belongs to no vector"),
+    ],
+)
+def test_damage_is_refused(name: str, change, words: str) -> None:  # type: ignore[no-untyped-def]
+    file, shapes = coded_file()
+    changed = change(file.get(name, torch.zeros(1)))
+    file = {key: tensor for key, tensor in file.items() if key != name} | ({} if changed is None else {name: changed})
+    with pytest.raises(InputError, match=words):
+        from_file(file, shapes, torch.float32, "file")
+
+
+def test_groups_and_overhead() -> None:
+    assert [groups_of(length) for length in (1, GROUP, GROUP + 1)] == [1, 1, 2]
+    assert file_overhead({}) < 2000

@@ -1,0 +1,129 @@
+"""`compress --bytes` and `--bits` as a user meets them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from bslora_convert import Recipe, compress, expand, load_compact
+from bslora_convert.cli import main
+from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
+from tests.conftest import FIXTURES
+from tests.planting import Product, random_products, write_lora
+
+TINY = FIXTURES / "tiny" / "gsm8k"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("transform", ["ke", "none", "auto"])
+@pytest.mark.parametrize("share", [0.5, 0.0625])
+def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path, transform: str, share: float) -> None:
+    arguments = [
+        "compress",
+        str(TINY),
+        str(tmp_path / "out"),
+        "--transform",
+        transform,
+        "--bytes",
+        str(share),
+        "--json",
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.stderr
+    record = json.loads(done.stdout)
+    size = (tmp_path / "out" / WEIGHTS).stat().st_size
+    assert record["compact"]["bytes"] == size <= share * (TINY / WEIGHTS).stat().st_size
+    assert record["weight"]["relative_error"] < record["baselines"]["svd_adaptive"]["relative_error"]
+    assert record["coding"]["bound"] < record["weight"]["relative_error"]
+    assert sum(record["coding"]["widths"].values()) > 0
+    again = compress(TINY, tmp_path / "again", Recipe(transform=transform, bytes=share))
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert again["weight"] == record["weight"]
+    for call in (["inspect", tmp_path / "out"], ["expand", tmp_path / "out", tmp_path / "lora"]):
+        assert CliRunner().invoke(main, [str(word) for word in call]).exit_code == 0
+
+
+def test_one_width(tmp_path: Path) -> None:
+    errors = []
+    for bits in (1, 4, 16):
+        record = compress(TINY, tmp_path / str(bits), Recipe(transform="ke", ranks=(4, 1, 1), bits=bits))
+        assert set(record["coding"]["widths"]) == {str(bits)}
+        errors.append(record["weight"]["relative_error"])
+    assert errors == sorted(errors, reverse=True)
+    sixteen = compress(TINY, tmp_path / "float", Recipe(transform="ke", ranks=(4, 1, 1), dtype="bfloat16"))
+    assert errors[-1] == pytest.approx(sixteen["weight"]["relative_error"], rel=0.01)
+
+
+def test_an_error_and_a_size_together(tmp_path: Path) -> None:
+    recipe = Recipe(transform="none", bytes=0.5, max_error=0.3)
+    record = compress(TINY, tmp_path / "out", recipe)
+    assert record["weight"]["relative_error"] <= 0.3
+    smaller = Recipe(transform="none", bytes=0.9 * record["compact"]["byte_ratio"], max_error=0.3)
+    with pytest.raises(ThresholdMissed, match="can't be reached with --bytes"):
+        compress(TINY, tmp_path / "none", smaller)
+    assert not (tmp_path / "none").exists()
+
+
+def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
+    products = random_products(layers=1, rank=4)
+    name = next(iter(products))
+    zero = products[name].held
+    products[name] = Product(type(zero)(torch.zeros_like(zero.b), zero.a))
+    head = {"base_model.model.lm_head.weight": torch.randn(16, 64)}
+    lora = write_lora(tmp_path / "lora", products, extra=head, modules_to_save=["lm_head"])
+    record = compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.3))
+    assert record["compact"]["byte_ratio"] <= 0.3
+    adapter = load_compact(tmp_path / "out")
+    assert torch.equal(adapter.carried["lm_head.weight"], head["base_model.model.lm_head.weight"])
+    assert adapter.form.modules[name].local.rank == 0
+    expand(tmp_path / "out", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bytes": 0.0}, "bytes is 0.0"),
+        ({"bytes": 1.5}, "bytes is 1.5"),
+        ({"bits": 5}, "bits is 5"),
+        ({"bytes": 0.5, "budget": 0.5}, "exclude each other"),
+        ({"bytes": 0.5, "ranks": (1, 1, 1)}, "exclude each other"),
+        ({"bits": 4, "calibration": "x", "base_model": "y"}, "can't be combined"),
+    ],
+)
+def test_wrong_use_names_the_field(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Recipe(**fields)
+
+
+def test_too_small_a_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="bytes"):
+        compress(TINY, tmp_path / "out", Recipe(bytes=0.004))
+    assert not (tmp_path / "out").exists()
+
+
+def change(directory: Path, **fields: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_damaged_directories_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress(TINY, out, Recipe(transform="none", bytes=0.2), report_html=False)
+    whole, config = load_file(out / WEIGHTS), (out / "adapter_config.json").read_text()
+    for fields, words in (
+        ({"coding": None}, "coding is None"), ({"coding": {"version": 2, "group": 1024}}, "coding is"),
+        ({"format_version": 1}, "coding is"), ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"format_version": 4}, "this version reads"),
+    ):  # fmt: skip
+        change(out, **fields)
+        with pytest.raises(InputError, match=words):
+            load_compact(out)
+        (out / "adapter_config.json").write_text(config)
+    key = "base_model.model.bslora_widths"
+    save_file(whole | {key: whole[key].flip(0)}, out / WEIGHTS)
+    with pytest.raises(InputError, match="is expected"):
+        load_compact(out)

@@ -1,0 +1,113 @@
+"""Widths within a number of bits, the refit, and the bound that nothing can pass."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.factors import Factors
+from bslora_convert.fit import rate
+from bslora_convert.fit.coded import Aim, code_form
+from bslora_convert.fit.convert import Options, fit_to_budget, measure
+from bslora_convert.fit.precision import Items, within_bits, within_loss
+from bslora_convert.fit.quantize import code_pair
+from tests.planting import random_products
+
+
+def random_items(seed: int) -> Items:
+    random = np.random.default_rng(seed)
+    bits = np.sort(random.integers(1, 30, (4, 4)), 1).astype(float)
+    bits[:, 0] = 0
+    return Items(bits, -np.sort(-random.random((4, 4)), 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_of_as_many_bits_is_better_by_more_than_one_step(seed: int) -> None:
+    items, budget = random_items(seed), 35
+    chosen = within_bits(items, budget)
+    assert chosen is not None
+    assert items.bits_at(chosen) <= budget
+    every = [np.array(options) for options in itertools.product(range(4), repeat=4)]
+    best = min(items.lost_at(options) for options in every if items.bits_at(options) <= budget)
+    step = float((items.lost[:, :-1] - items.lost[:, 1:]).max())
+    assert best <= items.lost_at(chosen) <= best + step
+    fewest = within_loss(items, items.lost_at(chosen))
+    assert items.lost_at(fewest) <= items.lost_at(chosen)
+
+
+def test_a_budget_below_everything_is_told() -> None:
+    items = Items(np.array([[5.0, 9.0]]), np.array([[1.0, 0.0]]))
+    assert within_bits(items, 4) is None
+    assert within_bits(items, 9) is not None
+
+
+def test_the_refit_never_rises_and_equals_dense() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = Factors(torch.randn(40, 6, generator=generator), torch.randn(6, 30, generator=generator))
+    u, s, v = torch.linalg.svd(target.b @ target.a)
+    start = Factors(u[:, :4] * s[:4].sqrt(), s[:4].sqrt()[:, None] * v[:4])
+    for widths in ([4, 3, 2, 1], [2, 2, 2, 2], [16, 8, 4, 1]):
+        pair = code_pair(target, start, widths, widths)
+        made = pair.factors()
+        dense = float((target.b.double() @ target.a.double() - made.b.double() @ made.a.double()).square().sum())
+        assert pair.lost == pytest.approx(dense, rel=1e-5)
+        assert pair.b.widths.tolist() == pair.a.widths.tolist() == widths
+
+
+@pytest.mark.parametrize("transform", ["none", "ke", "ss", "gt"])
+@pytest.mark.parametrize("share", [0.4, 0.1])
+def test_a_form_in_codes_keeps_its_bits_and_beats_sixteen_of_them(transform: str, share: float) -> None:
+    source = measure(random_products(rank=8, layers=2, decay=0.7))
+    budget = int(share * 16 * source.parameters)
+    form = fit_to_budget(source, Options(transform), min(source.parameters, int(4 * share * source.parameters))).form
+    coded = code_form(source, form, Aim(bits=budget), torch.float32)
+    assert coded.bits <= budget
+    assert coded.form.transform == form.transform
+    dense = sum(
+        float(
+            (d.held.b.double() @ d.held.a.double() - (f := coded.form.delta(n)).b.double() @ f.a.double())
+            .square()
+            .sum()
+        )
+        for n, d in source.deltas.items()
+    )
+    assert coded.lost == pytest.approx(dense, rel=1e-4)
+    sixteen = fit_to_budget(source, Options("none"), budget // 16)
+    assert coded.lost < sixteen.lost
+    assert coded.lost > rate.bound(source.spectra, source.costs, budget)
+
+
+def test_one_width_and_given_ranks() -> None:
+    source = measure(random_products(rank=8, layers=2))
+    form = fit_to_budget(source, Options("none"), source.parameters // 2).form
+    ranks = {name: module.local.rank for name, module in form.modules.items()}
+    last = None
+    for width in WIDTHS:
+        coded = code_form(source, form, Aim(width=width, ranks=ranks), torch.float32)
+        assert {name: module.local.rank for name, module in coded.form.modules.items()} == ranks
+        assert {int(w) for tensor in coded.tensors.values() for w in tensor.widths} == {width}
+        assert last is None or coded.lost < last
+        last = coded.lost
+
+
+def test_an_error_is_reached_in_few_bits() -> None:
+    source = measure(random_products(rank=8, layers=2))
+    form = fit_to_budget(source, Options("none"), source.parameters).form
+    allowed = 0.1 * source.energy
+    coded = code_form(source, form, Aim(lost=allowed), torch.float32)
+    assert coded.lost <= allowed * 1.02
+    fewer = code_form(source, form, Aim(bits=int(0.9 * coded.bits)), torch.float32)
+    assert fewer.lost > allowed
+
+
+def test_the_bound_is_that_of_one_component() -> None:
+    spectra, costs = {"m": torch.tensor([2.0])}, {"m": 100}
+    for bits in (50.0, 100.0, 400.0):
+        d = 2 ** (-2 * bits / 100)
+        line = 2.0 * (1 - (1 - d) ** 2)
+        assert rate.bound(spectra, costs, bits) <= 2.0
+        if line < 1.5:
+            assert rate.bound(spectra, costs, bits) == pytest.approx(line, rel=1e-3)
+    assert rate.bound(spectra, costs, 0.0) == 2.0
