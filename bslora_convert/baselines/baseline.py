@@ -25,6 +25,7 @@ class Fitted:
     deltas: each module's update as the form's stored numbers make it, factors (out, R), (R, in), float32 at least.
     parameters: stored numbers; a shared one counts once, one that a seed makes again does not count.
     settings: the form's own sizes (rank, size of a bank), for the reader.
+    bytes: of a form whose numbers are in codes; None where each takes the storage dtype.
     save: writes it as an adapter that PEFT loads, given a directory and the source's raw `adapter_config.json`; None where
     PEFT has no such method.
     """
@@ -33,6 +34,7 @@ class Fitted:
     parameters: int
     settings: Mapping[str, Any]
     save: Callable[[Path, Mapping[str, Any]], None] | None = None
+    bytes: int | None = None
 
 
 class Fit(Protocol):

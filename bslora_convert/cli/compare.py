@@ -76,7 +76,7 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
     table = Table()
     table.add_column("asked for", justify="right")
     table.add_column("form", no_wrap=True)
-    for column in ("share", "error", *(("KL", "retention") if behaviour else ()), "s"):
+    for column in ("bytes", "error", *(("KL", "retention") if behaviour else ()), "s"):
         table.add_column(column, justify="right")
     table.add_column("settings and notes", overflow="fold")
     last = None
@@ -95,7 +95,7 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
             cells = ["–", "–", *(measured if behaviour else ()), ""]
         else:
             cells = [
-                f"{row['parameter_ratio']:.2%}", f"{row['relative_error']:.4f}", *(measured if behaviour else ()),
+                f"{row['byte_ratio']:.2%}", f"{row['relative_error']:.4f}", *(measured if behaviour else ()),
                 f"{row['seconds']:.1f}",
             ]  # fmt: skip
         table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)

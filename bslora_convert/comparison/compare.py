@@ -13,7 +13,7 @@ import torch
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, WITHIN_BUDGET
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE
 from bslora_convert.device import pick_device
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.lowrank import residual_energy
@@ -68,7 +68,7 @@ def compare(
         check_apart(adapter.weights.parent, Path(out))
     storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
     chosen = [name for name in FORMS if not forms or name in forms]
-    tasks = [(name, budget) for budget in budgets for name in chosen if name in WITHIN_BUDGET]
+    tasks = [(name, budget) for budget in budgets for name in chosen if name not in OWN_SIZE]
     tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
     found: list[tuple[dict[str, Any], Fitted | None]] = []
     with modules_over_cores():
@@ -111,7 +111,7 @@ def _row(
     try:
         fitted = FORMS[name](source, numbers, storage, seed)
     except OutOfReach as reason:
-        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "relative_error"))
+        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "byte_ratio", "relative_error"))
         seconds = time.perf_counter() - began
         row["budget"] = 1.0 if math.isnan(budget) else budget
         return {**row, **nothing, "seconds": seconds, "note": str(reason), "settings": {}, "functional": None}, None
@@ -121,12 +121,14 @@ def _row(
         for module, delta in source.deltas.items()
     )
     ratio = fitted.parameters / source.parameters
+    size = fitted.parameters * storage.itemsize if fitted.bytes is None else fitted.bytes
     return {
         **row,
         "budget": ratio if math.isnan(budget) else budget,
         "parameters": fitted.parameters,
         "parameter_ratio": ratio,
-        "bytes": fitted.parameters * storage.itemsize,
+        "bytes": size,
+        "byte_ratio": size / (source.parameters * storage.itemsize),
         "relative_error": math.sqrt(lost / source.energy) if source.energy else 0.0,
         "seconds": seconds,
         "note": "the paper's ranks, at their own size" if math.isnan(budget) else "",

@@ -4,6 +4,8 @@ bslora_<t>          transform t, shared and local ranks searched for the budget,
 bslora_<t>_paper    the paper's ranks (section 4.1: SS 2,4,32, GT 2,8,16, KE 2,4,16), at the size that they have
 bslora_<t>_intra    one shared pair for each layer and nothing else, of the largest rank that fits: the paper's ablation
 bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
+svd_int8, svd_int4  truncated SVD in codes of one width, within the bytes that the budget's numbers take
+svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +15,9 @@ import torch
 
 from bslora_convert.baselines import BASELINES
 from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest
-from bslora_convert.bslora.form import LEVELS, BsloraForm
+from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
 from bslora_convert.errors import RecipeError
+from bslora_convert.fit.coded import Aim, code_form
 from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget
 from bslora_convert.fit.search import LARGEST_SHARED_RANK, problem_of, shared_parameters
 from bslora_convert.fit.source import Source
@@ -67,6 +70,25 @@ def one_level(transform: str, level: str, source: Source, budget: int, storage: 
     return fitted(fit_by_hand(source, options, (0, ranks["intra"], ranks["inter"])).form, storage)
 
 
+def coded(width: int | None, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """Truncated SVD in codes, of one width or of the best ones."""
+    plain = BsloraForm(
+        None, {name: Module(d.shape, d.factors(), {}, source.kind(name)) for name, d in source.deltas.items()}
+    )
+    found = code_form(source, plain, Aim(bits=8 * storage.itemsize * budget, width=width), torch.float32)
+    form = found.form
+    settings = {"bits a number": round(found.bits / max(form.parameters, 1), 2)}
+    return Fitted(
+        {name: form.delta(name) for name in form.modules}, form.parameters, settings, bytes=-(-found.bits // 8)
+    )
+
+
+CODED: Mapping[str, Fit] = {
+    "svd_int8": partial(coded, 8),
+    "svd_int4": partial(coded, 4),
+    "svd_mixed": partial(coded, None),
+}
+
 OWN_SIZE: Mapping[str, Fit] = {f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER}
 
 WITHIN_BUDGET: Mapping[str, Fit] = {
@@ -75,4 +97,4 @@ WITHIN_BUDGET: Mapping[str, Fit] = {
     **{f"bslora_{name}_{level}": partial(one_level, name, level) for name in ("ss", "ke") for level in LEVELS},
 }
 
-FORMS: Mapping[str, Callable[..., Fitted]] = {**WITHIN_BUDGET, **OWN_SIZE}
+FORMS: Mapping[str, Callable[..., Fitted]] = {**WITHIN_BUDGET, **CODED, **OWN_SIZE}

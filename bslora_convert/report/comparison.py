@@ -56,12 +56,12 @@ def _kl(row: Mapping[str, Any]) -> float | None:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str) -> Figure:
-    """One line a form over the parameters that it takes, both axes logarithmic."""
+    """One line a form over the bytes that it takes, both axes logarithmic."""
     forms: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         value = measure(row)
         if value is not None:
-            forms.setdefault(row["form"], []).append((row["parameter_ratio"], value))
+            forms.setdefault(row["form"], []).append((row["byte_ratio"], value))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.4), layout="constrained")
         axes = figure.add_subplot()
@@ -73,7 +73,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str) -> Figur
                       linewidth=1.6 if ours else 0.9, markersize=5, linestyle="-" if ours else "--")  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("share of the LoRA's parameters, %")
+        axes.set_xlabel("share of the LoRA's bytes, %")
         axes.set_ylabel(title)
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))

@@ -14,7 +14,7 @@ from bslora_convert import compare, load_lora, verify
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
 from bslora_convert.comparison.compare import handfuls, winners
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, WITHIN_BUDGET
+from bslora_convert.comparison.forms import CODED, FORMS, OWN_SIZE, WITHIN_BUDGET
 from bslora_convert.errors import InputError, RecipeError
 from tests.baselines.planted import PLANTED
 from tests.conftest import FIXTURES
@@ -44,7 +44,7 @@ def test_every_form_of_the_contract_is_there() -> None:
         "svd_uniform", "svd_adaptive", "bslora_ss", "bslora_gt", "bslora_ke", "sharelora_a", "sharelora_b", "sharelora_ab",
         "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora",
     } <= set(WITHIN_BUDGET)  # fmt: skip
-    assert set(FORMS) == set(WITHIN_BUDGET) | set(OWN_SIZE)
+    assert set(FORMS) == set(WITHIN_BUDGET) | set(CODED) | set(OWN_SIZE)
 
 
 def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
@@ -125,6 +125,15 @@ def test_so_does_every_other_form(tmp_path: Path, form: str) -> None:
         if row["form"] not in {form} | HOLDS.get(form, set())
     }
     assert all(error is None or error > 10 * own for error in others.values()), others
+
+
+def test_mixed_widths_lose_least_at_as_many_bytes() -> None:
+    record = compare(TINY / "gsm8k", budgets=[0.5, 0.25, 0.125], forms=["svd_uniform", "svd_adaptive", *CODED])
+    for budget in (0.5, 0.25, 0.125):
+        rows = {row["form"]: row for row in record["rows"] if row["budget"] == budget}
+        assert all(row["byte_ratio"] <= budget for row in rows.values() if row["bytes"] is not None)
+        errors = {form: row["relative_error"] for form, row in rows.items() if row["relative_error"] is not None}
+        assert min(errors, key=lambda form: errors[form]) == "svd_mixed"
 
 
 def test_behaviour_is_what_verify_measures(tmp_path: Path) -> None:
