@@ -39,6 +39,7 @@ from bslora_convert.behaviour.prompts import Batch, Example, batches
 from bslora_convert.behaviour.stored import Stored
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.training import Training
+from bslora_convert.bslora.coding.file import coded_tensors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors
@@ -128,7 +129,9 @@ class Run:
         self.base, self.reference, self.training = base, reference, training
         self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
         self.layout = Layout.of(form)
-        self.stored = Stored(self.layout, next(form.tensors()).dtype, codes or {})
+        coded = coded_tensors(codes, self.layout.tensors()) if codes else {}
+        self.stored = Stored(next(form.tensors()).dtype, coded)
+        self.codes: Mapping[str, Tensor] = codes or {}
         start = {
             name: tensor.detach().to(base.device, torch.float32, copy=True)
             for name, tensor in named_tensors(form).items()
@@ -252,7 +255,7 @@ class Run:
 
     def _as_coded(self) -> AbstractContextManager[None]:
         """Where numbers are stored in codes, the step is taken at the codes' values."""
-        return self.student.rounded(self.stored) if self.stored.codes else nullcontext()
+        return self.student.rounded(self.stored) if self.codes else nullcontext()
 
     def _heldout(self) -> float:
         began = time.perf_counter()
@@ -277,12 +280,11 @@ class Run:
 
     def _result(self) -> Distilled:
         best = {name: tensor.cpu() for name, tensor in self.best.items()}
-        codes: Mapping[str, Tensor] = self.stored.codes
+        codes = self.codes
         if self.kept_step:
-            kept, codes = self.stored.round(best), self.stored.encoded(best)
-        else:
-            kept = best
-        form = assemble(self.layout, kept).to(self.stored.dtype)
+            trained = {name: best[name] for name in self.student.trained}
+            best, codes = best | self.stored.round(trained), self.stored.encoded(trained)
+        form = assemble(self.layout, best).to(self.stored.dtype)
         self.student.attached.remove()
         record = {
             "steps": self.step,

@@ -7,32 +7,32 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import Coded, from_vectors, to_vectors
-from bslora_convert.bslora.coding.file import to_file, widths_of
-from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.coding.file import to_file
 from bslora_convert.fit.quantize import encode
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The dtype that readers get, and the codes that the adapter began with; empty where it holds floats."""
+    """The dtype that readers get, and the codes that the adapter began with, by key; empty where it holds floats."""
 
-    layout: Layout
     dtype: torch.dtype
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
+    start: Mapping[str, Coded] = field(default_factory=dict)
 
-    def round(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each tensor as it is read back, by key."""
-        if not self.codes:
-            return {key: tensor.to(self.dtype) for key, tensor in tensors.items()}
+    def round(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each trained tensor as it is read back, by key."""
+        if not self.start:
+            return {key: tensor.to(self.dtype) for key, tensor in trained.items()}
         return {
-            key: from_vectors(key, coded.decode(), tensors[key].shape).to(tensors[key].device, self.dtype)
-            for key, coded in self._coded(tensors).items()
+            key: from_vectors(key, coded.decode(), trained[key].shape).to(trained[key].device, self.dtype)
+            for key, coded in self._coded(trained).items()
         }
 
-    def encoded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encoded(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's code tensors, as many bytes as those that it began with; nothing where floats are stored."""
-        return to_file(self._coded(tensors)) if self.codes else {}
+        return to_file({**self.start, **self._coded(trained)}) if self.start else {}
 
-    def _coded(self, tensors: Mapping[str, Tensor]) -> dict[str, Coded]:
-        widths = widths_of(self.codes, self.layout.tensors())
-        return {key: encode(to_vectors(key, tensors[key].detach()), widths[key]) for key in widths}
+    def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Coded]:
+        return {
+            key: encode(to_vectors(key, tensor.detach()), self.start[key].widths.tolist())
+            for key, tensor in trained.items()
+        }

@@ -57,12 +57,12 @@ class Student(nn.Module):
     @contextmanager
     def rounded(self, stored: Stored) -> Iterator[None]:
         """Inside, the adapter holds what would be stored."""
-        exact = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        exact = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
         kept = stored.round(exact)
-        for name, tensor in self.tensors.items():
+        for name, tensor in self.trained.items():
             tensor.data.copy_(kept[name])
         try:
             yield
         finally:
-            for name, tensor in self.tensors.items():
+            for name, tensor in self.trained.items():
                 tensor.data.copy_(exact[name])

@@ -24,6 +24,7 @@ from bslora_convert.behaviour.improvement import calibrated
 from bslora_convert.behaviour.prompts import Example, Prompts
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.workshop import Workshop, open_workshop
+from bslora_convert.bslora.coding.file import WIDTHS_NAME
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
@@ -160,6 +161,26 @@ def test_distillation_lowers_the_heldout_kl_threefold(
         assert not tensor.numel() or torch.equal(after[name], tensor) == ("bslora_local" not in name), name
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(form).items())
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+
+
+def test_distillation_stays_in_the_codes(workshop: Workshop, examples: list[Example], tmp_path: Path) -> None:
+    recipe = Recipe(transform="ke", bytes=0.15, shared_size=32, finetune=str(PROMPTS), base_model=str(BASE))
+    training = Training(epochs=3, learning_rate=3e-3, evaluate_every=5, max_length=96)
+    compress(LORA, tmp_path / "plain", replace(recipe, finetune=None, base_model=None))
+    record = compress(LORA, tmp_path / "tuned", recipe, training=training)
+    assert record["training"]["heldout_kl_after"] < 0.7 * record["training"]["heldout_kl_before"]
+    before, after = load_compact(tmp_path / "plain"), load_compact(tmp_path / "tuned")
+    assert torch.equal(before.codes[WIDTHS_NAME], after.codes[WIDTHS_NAME])
+    assert {name: t.shape for name, t in before.codes.items()} == {name: t.shape for name, t in after.codes.items()}
+    first = named_tensors(before.form)
+    same = {name: torch.equal(tensor, first[name]) for name, tensor in named_tensors(after.form).items()}
+    assert all(equal for name, equal in same.items() if "local" not in name)
+    assert not all(same.values())
+    # `finetune` on the directory; where nothing is better, it comes out as it was.
+    wild = Training(max_steps=2, learning_rate=3.0, clip=1e9, warmup=0.0, max_length=96)
+    finetune(tmp_path / "tuned", tmp_path / "again", LORA, str(BASE), PROMPTS, wild)
+    again = load_compact(tmp_path / "again")
+    assert all(torch.equal(again.codes[name], tensor) for name, tensor in after.codes.items())
 
 
 @pytest.mark.parametrize(("train", "moved"), [("shared", False), ("all", True)])

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 
 from bslora_convert.bslora.coding.coded import GROUP, bits_of, groups_of
-from bslora_convert.bslora.coding.file import FLOATS_NAME, SCALES_NAME, WIDTHS_NAME, file_overhead, from_file, to_file
+from bslora_convert.bslora.coding.file import (
+    FLOATS_NAME,
+    SCALES_NAME,
+    WIDTHS_NAME,
+    coded_tensors,
+    file_overhead,
+    from_file,
+    to_file,
+)
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
@@ -57,6 +65,10 @@ def test_files_give_back_what_was_coded(runs: list[tuple[int, int]], length: int
     for key, coded in tensors.items():
         vectors = back[key] if key.endswith("A") else back[key].T
         assert torch.equal(vectors, coded.decode().to(dtype))
+    for key, coded in coded_tensors(file, shapes).items():
+        assert torch.equal(coded.decode(), tensors[key].decode())
+    again = to_file(coded_tensors(file, shapes))
+    assert all(torch.equal(again[name], tensor) for name, tensor in file.items())
     bits = sum(bits_of(length, width) * count for width, count in runs)
     assert sum(tensor.nbytes for tensor in file.values()) <= bits / 8 + 8 * len(CODED)
 

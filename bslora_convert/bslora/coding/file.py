@@ -14,15 +14,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, from_vectors, vectors_shape
-from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes
+from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, from_vectors, groups_of, vectors_shape
+from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.factors import Shape
 from bslora_convert.errors import InputError
 
 VERSION = 1
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
-NAMES = (WIDTHS_NAME, SCALES_NAME, FLOATS_NAME, *(f"bslora_codes_{width}" for width in WIDTHS if width < 16))
+CODED_WIDTHS = [width for width in WIDTHS if width < 16]
+NAMES = (WIDTHS_NAME, SCALES_NAME, FLOATS_NAME, *(f"bslora_codes_{width}" for width in CODED_WIDTHS))
 
 
 def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
@@ -49,13 +50,23 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     return found
 
 
-def widths_of(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, list[int]]:
-    """Width of every vector of the form's tensors, by key in the layout's order."""
-    named = tensors[WIDTHS_NAME].tolist()
+def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
+    """What `to_file` made the file's tensors from, by key; they have been checked by `from_file`."""
+    widths = tensors[WIDTHS_NAME]
+    left = {width: unpack(tensors[f"bslora_codes_{width}"], width) for width in CODED_WIDTHS if width in widths}
+    left[16] = tensors.get(FLOATS_NAME, torch.zeros(0, dtype=SCALES))
+    scales = tensors.get(SCALES_NAME, torch.zeros(0, dtype=SCALES))
     found, row = {}, 0
     for key, shape in shapes:
-        count, _ = vectors_shape(key, shape)
-        found[key] = named[row : row + count]
+        count, length = vectors_shape(key, shape)
+        own = widths[row : row + count]
+        codes, exact = torch.zeros(count, length, dtype=torch.uint8), torch.zeros(count, length, dtype=SCALES)
+        held = torch.zeros(count, groups_of(length), dtype=SCALES)
+        for at, width in enumerate(own.tolist()):
+            (exact if width == 16 else codes)[at], left[width] = left[width][:length], left[width][length:]
+            if width != 16:
+                held[at], scales = scales[: held.shape[1]], scales[held.shape[1] :]
+        found[key] = Coded(own, codes, held, exact)
         row += count
     return found
 
