@@ -79,4 +79,4 @@ def from_vectors(key: str, vectors: Tensor, shape: Sequence[int]) -> Tensor:
     """The tensor of these vectors."""
     if "_own_" in key:
         return vectors.reshape(shape)
-    return vectors.T.contiguous() if key.endswith("_B") else vectors
+    return vectors.T if key.endswith("_B") else vectors

@@ -10,6 +10,7 @@ there are and how long they are follows from the layout, every tensor's length f
 """
 
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -97,20 +98,13 @@ def from_file(
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
-    values = {
-        width: _values(
-            tensors, width, count, lengths[widths == width], _of(scales, groups * scaled, widths == width), where
-        )
-        for width, count in counts.items()
-        if count
-    }
-    return _assembled(shapes, sizes, widths, values, dtype)
+    numbers = {width: _numbers(tensors, width, count, where) for width, count in counts.items() if count}
+    owned = {width: scales[(widths == width).repeat_interleave(groups * scaled)] for width in numbers}
+    return _assembled(shapes, sizes, widths, numbers, owned, dtype)
 
 
-def _values(
-    tensors: Mapping[str, Tensor], width: int, count: int, lengths: Tensor, scales: Tensor, where: object
-) -> Tensor:
-    """All numbers of one width, (count,), float32."""
+def _numbers(tensors: Mapping[str, Tensor], width: int, count: int, where: object) -> Tensor:
+    """All levels of one width, (count,), float32; the numbers themselves where it is 16."""
     if width == 16:
         floats = _taken(tensors, FLOATS_NAME, (SCALES,), count, where)
         if not bool(floats.isfinite().all()):
@@ -119,47 +113,38 @@ def _values(
     name = f"bslora_codes_{width}"
     packed = _taken(tensors, name, (torch.uint8,), packed_bytes(count, width), where)
     fill = -count % 8 * width
-    if fill and int(packed[-1]) >> max(8 - fill, 0):
+    if fill and bool(unpack(packed[-width:], width)[count % 8 :].any()):
         raise InputError(f"{where}: {name} has codes beyond its last vector")
-    values = levels_of(packed, width, count)
-    if bool((lengths <= GROUP).all()):
-        return values.mul_(scales.repeat_interleave(lengths))
-    whole, rest = lengths // GROUP, lengths % GROUP
-    pieces = torch.full((int((whole + (rest > 0)).sum()),), GROUP)
-    ends = (whole + (rest > 0)).cumsum(0) - 1
-    pieces[ends[rest > 0]] = rest[rest > 0]
-    return values.mul_(scales.repeat_interleave(pieces))
-
-
-def _of(scales: Tensor, groups: Tensor, chosen: Tensor) -> Tensor:
-    """The scales of the chosen vectors."""
-    return scales[chosen.repeat_interleave(groups)]
+    return levels_of(packed, width, count)
 
 
 def _assembled(
     shapes: list[tuple[str, Shape]],
     sizes: list[Shape],
     widths: Tensor,
-    values: Mapping[int, Tensor],
+    numbers: Mapping[int, Tensor],
+    scales: Mapping[int, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Every tensor, from runs of vectors of one width."""
     found: dict[str, Tensor] = {}
-    at = dict.fromkeys(values, 0)
+    at, scaled = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0)
     row, named = 0, widths.tolist()
     for (key, shape), (count, length) in zip(shapes, sizes, strict=True):
-        runs: list[tuple[int, int]] = []
-        for width in named[row : row + count]:
-            if runs and runs[-1][0] == width:
-                runs[-1] = (width, runs[-1][1] + 1)
-            else:
-                runs.append((width, 1))
-        parts = []
-        for width, rows in runs:
+        vectors = torch.empty(count, length, dtype=dtype)
+        first = 0
+        for width, run in groupby(named[row : row + count]):
+            rows = len(list(run))
             end = at[width] + rows * length
-            parts.append(values[width][at[width] : end].to(dtype).view(rows, length))
-            at[width] = end
-        vectors = torch.cat(parts) if parts else torch.zeros(count, length, dtype=dtype)
+            part = numbers[width][at[width] : end].view(rows, length)
+            if width != 16:
+                last = scaled[width] + rows * groups_of(length)
+                own = scales[width][scaled[width] : last].view(rows, -1)
+                for group in range(own.shape[1]):
+                    part[:, group * GROUP : (group + 1) * GROUP].mul_(own[:, group : group + 1])
+                scaled[width] = last
+            vectors[first : first + rows] = part
+            at[width], first = end, first + rows
         found[key] = from_vectors(key, vectors, shape)
         row += count
     return found
