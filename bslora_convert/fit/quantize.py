@@ -31,7 +31,7 @@ from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit.lowrank import Grams, residual_energy
 
-CLIPS = (0.8, 0.9, 1.0, 1.1, 1.25)
+CLIPS = (0.85, 1.0, 1.2)
 TURNS = 2
 SMALLEST_SCALE = 1e-30
 
@@ -66,25 +66,17 @@ def _searched(vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
     counted = torch.full((groups.shape[1],), float(groups.shape[2]))
     counted[-1] = length - (groups.shape[1] - 1) * groups.shape[2]
     rms = (groups.square().sum(2) / counted).sqrt()
-    starts = [clip * rms for clip in CLIPS] if width < 8 else []
-    starts.append(groups.abs().amax(2) / LEVELS[width][-1])
     levels = LEVELS[width]
-    best = torch.full_like(rms, float("inf"))
-    codes = torch.zeros(groups.shape, dtype=torch.uint8)
-    scales = torch.zeros(rms.shape, dtype=SCALES)
+    starts = [clip * rms for clip in CLIPS] if width < 8 else []
+    tried = torch.stack([*starts, groups.abs().amax(2) / levels[-1]])  # (starts, n, groups)
     real = torch.arange(groups.shape[2]) < counted[:, None]
-    for start in starts:
-        values = levels[_nearest(groups, start, width).int()] * real
-        fitted = (groups * values).sum(2) / values.square().sum(2)
-        stored = fitted.to(SCALES)
-        nearest = _nearest(groups, stored.float(), width)
-        values = levels[nearest.int()] * stored.float()[..., None]
-        lost = ((groups - values) * real).square().sum(2)
-        better = lost < best
-        best = torch.where(better, lost, best)
-        scales = torch.where(better, stored, scales)
-        codes = torch.where(better[..., None], nearest, codes)
-    return codes.view(n, -1)[:, :length], scales
+    values = levels[_nearest(groups, tried, width).int()] * real
+    stored = ((groups * values).sum(3) / values.square().sum(3)).to(SCALES)
+    nearest = _nearest(groups, stored.float(), width)
+    values = levels[nearest.int()] * stored.float()[..., None]
+    best = ((groups - values) * real).square().sum(3).argmin(0)[None]
+    codes = nearest.gather(0, best[..., None].expand(1, *groups.shape))[0]
+    return codes.view(n, -1)[:, :length], stored.gather(0, best)[0]
 
 
 def _nearest(groups: Tensor, scales: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bslora_convert import compare, load_lora, verify
+from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
 from bslora_convert.comparison.compare import handfuls, winners
@@ -116,7 +117,9 @@ HOLDS = {"svd_uniform": {"svd_adaptive"}, "sharelora_ab": {"tied_lora_tl5"}, "ti
 def test_so_does_every_other_form(tmp_path: Path, form: str) -> None:
     modules, parameters = PLANTED[form]()
     lora = write_lora(tmp_path / "lora", modules)
-    record = compare(lora, budgets=[parameters / load_lora(lora).parameters], forms=list(WITHIN_BUDGET))
+    record = compare(
+        lora, budgets=[parameters / load_lora(lora).parameters], forms=[*BASELINES, "bslora_ke", "bslora_gt"]
+    )
     own = row_of(record, form)["relative_error"]
     assert own < 1e-3
     others = {
