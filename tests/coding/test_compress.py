@@ -30,7 +30,7 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
         transform,
         "--bytes",
         str(share),
-        "--json",
+        "--json", "--no-report-html",
     ]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.stderr
@@ -40,7 +40,7 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
     assert record["weight"]["relative_error"] < record["baselines"]["svd_adaptive"]["relative_error"]
     assert record["coding"]["bound"] < record["weight"]["relative_error"]
     assert sum(record["coding"]["widths"].values()) > 0
-    again = compress(TINY, tmp_path / "again", Recipe(transform=transform, bytes=share))
+    again = compress(TINY, tmp_path / "again", Recipe(transform=transform, bytes=share), report_html=False)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
     assert again["weight"] == record["weight"]
     for call in (["inspect", tmp_path / "out"], ["expand", tmp_path / "out", tmp_path / "lora"]):
@@ -50,7 +50,7 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
 def test_one_width(tmp_path: Path) -> None:
     errors = []
     for bits in (1, 4, 16):
-        record = compress(TINY, tmp_path / str(bits), Recipe(transform="ke", ranks=(4, 1, 1), bits=bits))
+        record = compress(TINY, tmp_path / str(bits), Recipe(transform="ke", ranks=(4, 1, 1), bits=bits), report_html=False)
         assert set(record["coding"]["widths"]) == {str(bits)}
         errors.append(record["weight"]["relative_error"])
     assert errors == sorted(errors, reverse=True)
