@@ -87,6 +87,9 @@ def slot_bytes(shapes: Mapping[str, Shape], rank: int) -> dict[str, int]:
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:
     adapter = load_compact(directory)
     said = _form(adapter.form, weights, _carried_bytes(adapter.carried, adapter.config))
+    if adapter.codes:
+        carried = _carried_bytes(adapter.carried, adapter.config)
+        said["bytes_by_part"] = {name.removeprefix("bslora_"): t.nbytes for name, t in adapter.codes.items()} | carried
     if adapter.uses is not None:
         own = {part: count * adapter.dtype.itemsize for part, count in adapter.parts_parameters.items()}
         said |= {"parameters": adapter.parameters, "bytes_by_part": said["bytes_by_part"] | own}

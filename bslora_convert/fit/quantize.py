@@ -31,7 +31,7 @@ from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit.lowrank import Grams, residual_energy
 
-CLIPS = (0.85, 1.0, 1.2)
+CLIPS = (0.8, 0.9, 1.0, 1.1, 1.25)
 TURNS = 2
 SMALLEST_SCALE = 1e-30
 

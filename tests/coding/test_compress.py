@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from bslora_convert import Recipe, compress, expand, load_compact
+from bslora_convert import Recipe, compress, expand, inspect, load_compact
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from tests.conftest import FIXTURES
@@ -30,7 +30,8 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
         transform,
         "--bytes",
         str(share),
-        "--json", "--no-report-html",
+        "--json",
+        "--no-report-html",
     ]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.stderr
@@ -43,6 +44,7 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
     again = compress(TINY, tmp_path / "again", Recipe(transform=transform, bytes=share), report_html=False)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
     assert again["weight"] == record["weight"]
+    assert sum(inspect(tmp_path / "out")["bytes_by_part"].values()) <= size
     for call in (["inspect", tmp_path / "out"], ["expand", tmp_path / "out", tmp_path / "lora"]):
         assert CliRunner().invoke(main, [str(word) for word in call]).exit_code == 0
 
@@ -50,7 +52,9 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
 def test_one_width(tmp_path: Path) -> None:
     errors = []
     for bits in (1, 4, 16):
-        record = compress(TINY, tmp_path / str(bits), Recipe(transform="ke", ranks=(4, 1, 1), bits=bits), report_html=False)
+        record = compress(
+            TINY, tmp_path / str(bits), Recipe(transform="ke", ranks=(4, 1, 1), bits=bits), report_html=False
+        )
         assert set(record["coding"]["widths"]) == {str(bits)}
         errors.append(record["weight"]["relative_error"])
     assert errors == sorted(errors, reverse=True)
