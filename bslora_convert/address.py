@@ -1,11 +1,14 @@
 """How an adapter is named on the command line and in Python: a directory, or `LIBRARY::ID` for one of a library."""
 
+import re
 from pathlib import Path
 
 from bslora_convert.errors import InputError
-from bslora_convert.library.items import check_id
 
 MARK = "::"
+PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
+LONGEST_ID = 200
+MANIFEST, SUMMARY, PAGE = OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # beside the adapters
 
 
 def resolve(path: str | Path) -> Path:
@@ -27,3 +30,17 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name that no file system takes
         return False
+
+
+def check_id(name: str, where: str) -> None:
+    """Refuses an identity that can't be a directory of a result.
+
+    :raises InputError: naming it.
+    """
+    parts = name.split("/")
+    if len(name) > LONGEST_ID or not all(PART.fullmatch(part) for part in parts):
+        raise InputError(
+            f"{where}: id {name!r}: letters, digits and . _ + = @ - between slashes are allowed, {LONGEST_ID} at most"
+        )
+    if parts[0] in OWN_FILES:
+        raise InputError(f"{where}: id {name!r} is the name of a file that the result has itself")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.address import MANIFEST, PAGE, SUMMARY
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
@@ -22,7 +23,7 @@ from bslora_convert.landing import landing, replace_file
 from bslora_convert.library.convert import STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
-from bslora_convert.library.items import MANIFEST, PAGE, SUMMARY, Item, shard_of
+from bslora_convert.library.items import Item, shard_of
 from bslora_convert.library.plan import Plan, plan
 from bslora_convert.library.sharing import sharing
 from bslora_convert.library.summary import summarise

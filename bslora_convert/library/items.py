@@ -4,11 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bslora_convert.address import check_id
 from bslora_convert.errors import InputError
-
-PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
-LONGEST_ID = 200
-MANIFEST, SUMMARY, PAGE = OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # beside the adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +20,6 @@ class Item:
     def is_remote(self) -> bool:
         """Whether it has to be fetched."""
         return "://" in self.uri
-
-
-def check_id(name: str, where: str) -> None:
-    """Refuses an identity that can't be a directory of a result.
-
-    :raises InputError: naming it.
-    """
-    parts = name.split("/")
-    if len(name) > LONGEST_ID or not all(PART.fullmatch(part) for part in parts):
-        raise InputError(
-            f"{where}: id {name!r}: letters, digits and . _ + = @ - between slashes are allowed, {LONGEST_ID} at most"
-        )
-    if parts[0] in OWN_FILES:
-        raise InputError(f"{where}: id {name!r} is the name of a file that the result has itself")
 
 
 def check_ids(items: Sequence[Item], where: str) -> None:

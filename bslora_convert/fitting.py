@@ -1,0 +1,163 @@
+"""From a recipe to a fit: in floats or in codes, under one grouping or the best of several, to a size or to an error.
+
+recipe -> fit to a budget, by hand or to an error -> of several groupings the best -> in codes, for bytes or bits
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bslora_convert import fidelity
+from bslora_convert.bslora.coding.file import file_overhead, to_file
+from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.coded import Aim, CodedForm, code_form
+from bslora_convert.fit.convert import (
+    Fit,
+    Options,
+    Source,
+    fit_by_hand,
+    fit_to_budget,
+    fit_to_error,
+)
+from bslora_convert.groups import candidates
+from bslora_convert.lora import LoraAdapter
+from bslora_convert.recipe import Recipe
+
+TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
+SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
+ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
+
+
+def fit_stored(
+    source: Source, recipe: Recipe, dtype: torch.dtype, adapter: LoraAdapter, progress: Callable[[str], None]
+) -> tuple[Fit, Mapping[str, Tensor]]:
+    """The fit and, where the recipe asks for codes, those that its form was decoded from, as the file has them.
+
+    :raises RecipeError: when the size asked for can't be met.
+    """
+    if not recipe.is_coded:
+        return _fit_grouped(source, recipe, dtype, progress), {}
+    room = None
+    if recipe.bytes is not None:
+        size = adapter.weights.stat().st_size
+        room = math.floor(recipe.bytes * size) - file_overhead(adapter.carried)
+        if room <= 0:
+            raise RecipeError(
+                f"bytes is {recipe.bytes:g}: of the source's {size} bytes that leaves nothing beside what it carries along"
+            )
+    best: tuple[Fit, CodedForm] | None = None
+    for name in ("none", "ke", "ss") if recipe.transform == "auto" else (recipe.transform,):
+        fit = _float_for_codes(source, replace(recipe, transform=name), progress)
+        progress(f"coding {name}")
+        coded = _coded(source, fit.form, recipe, room, dtype)
+        if best is None or (coded.lost, coded.bits) < (best[1].lost, best[1].bits):
+            best = fit, coded
+    assert best is not None  # there is a transform
+    fit, coded = best
+    return replace(fit, form=coded.form, lost=coded.lost), to_file(coded.tensors)
+
+
+def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], None]) -> Fit:
+    """A fit in float32 whose shared parts suit the codes; with `bytes` one of as many numbers as a few bits each allow."""
+    if recipe.bytes is not None:
+        recipe = replace(recipe, bytes=None, max_error=None, budget=min(1.0, recipe.bytes * 16 / TYPICAL_WIDTH))
+    return _fit_grouped(source, recipe, torch.float32, progress)
+
+
+def _coded(source: Source, form: BsloraForm, recipe: Recipe, room: int | None, dtype: torch.dtype) -> CodedForm:
+    """The form in codes; for an error, the fewest bits whose result still has it once written."""
+    aim = Aim(bits=None if room is None else 8 * room, width=recipe.bits)
+    if recipe.max_error is None:
+        ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
+        return code_form(source, form, replace(aim, ranks=ranks), dtype)
+    allowed = recipe.max_error**2 * source.energy
+    lost = allowed
+    coded = code_form(source, form, replace(aim, lost=lost), dtype)
+    for _ in range(ERROR_ATTEMPTS):
+        reached = fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
+        if reached <= allowed:
+            break
+        lost *= 0.99 * allowed / reached
+        coded = code_form(source, form, replace(aim, lost=lost), dtype)
+    return coded
+
+
+def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
+    """The fit under the groups that the recipe names, or of several groupings the one that is best for the size asked for."""
+    fits = {
+        name: _fit(replace(source, partition=partition), recipe, dtype, progress)
+        for name, partition in candidates(source, recipe.groups).items()
+    }
+    if len(fits) == 1:
+        return next(iter(fits.values()))
+    allowed = max(min(fit.lost for fit in fits.values()), SAME_ERROR**2 * source.energy)
+    if recipe.max_error is not None:
+        allowed = math.inf  # all of them reach it
+    best = min((name for name in fits if fits[name].lost <= allowed), key=lambda name: fits[name].form.parameters)
+    error = {name: math.sqrt(fit.lost / source.energy) if source.energy else 0.0 for name, fit in fits.items()}
+    found = ", ".join(f"{name} {fits[name].form.parameters:,} numbers at {error[name]:.4f}" for name in fits)
+    note = f"groups auto compared {found}; {best} kept"
+    return replace(fits[best], notes=(*fits[best].notes, note))
+
+
+def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
+    options = Options(
+        transform=recipe.transform,
+        shared_size=recipe.shared_size,
+        window=recipe.slice,
+        kernel=recipe.kernel,
+        min_shared=recipe.min_shared or 0,
+        uniform=recipe.local_ranks == "uniform",
+        seed=recipe.seed,
+        storage=dtype,
+    )
+    if recipe.ranks is not None:
+        return fit_by_hand(source, options, recipe.ranks, progress)
+    if recipe.max_error is not None:
+        return _fit_to_written_error(source, options, recipe.max_error, dtype, progress)
+    assert recipe.budget is not None  # Recipe sees to it
+    return fit_to_budget(source, options, math.floor(recipe.budget * source.parameters), progress)
+
+
+def _fit_to_written_error(
+    source: Source, options: Options, error: float, dtype: torch.dtype, progress: Callable[[str], None]
+) -> Fit:
+    """A fit whose error after rounding to the storage dtype is still at most `error`."""
+    aim = error
+    fit = fit_to_error(source, options, aim, progress)
+    for _ in range(ERROR_ATTEMPTS):
+        reached = fidelity.compare(source, cast(fit.form, dtype)).relative_error
+        if reached <= error:
+            break
+        room = aim**2 - 1.1 * (reached**2 - error**2)
+        if room <= 0:
+            break
+        aim = math.sqrt(room)
+        fit = fit_to_error(source, options, aim, progress)
+    return fit
+
+
+def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
+    """The form in its storage dtype.
+
+    :raises RecipeError: when a number is too large for it.
+    """
+    cast = form.to(dtype)
+    if dtype == torch.float16 and not all(bool(tensor.isfinite().all()) for tensor in cast.tensors()):
+        raise RecipeError("dtype float16 can't hold some of the numbers; use --dtype bfloat16 or float32")
+    return cast
+
+
+def missed(recipe: Recipe, dtype: torch.dtype, error: float) -> str:
+    """Why an error was not reached, and what to do."""
+    if recipe.is_coded:
+        size = f"--bytes {recipe.bytes:g}" if recipe.bytes is not None else f"--bits {recipe.bits}"
+        return f"--max-error {recipe.max_error:g} can't be reached with {size} (reached {error:.4g}); raise one of them"
+    return (
+        f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
+        f"can hold (reached {error:.4g}); use --dtype float32"
+    )
