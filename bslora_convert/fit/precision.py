@@ -12,6 +12,7 @@ d of a local component is σ² (1 − (1 − D_u)(1 − D_v)) (`quantize`); of a
 all modules that use it, which is why shared vectors end up in more bits than local ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,40 +51,30 @@ def within_bits(items: Items, budget: int) -> np.ndarray | None:
     best = items.at(0.0)
     if items.bits_at(best) <= budget:
         return best
-    low, high = 0.0, _ceiling(items)
-    chosen = cheapest
-    for _ in range(BISECTIONS):
-        middle = np.sqrt(low * high) if low else high / 2**20
-        if not low < middle < high:
-            break
-        trial = items.at(middle)
-        if items.bits_at(trial) <= budget:
-            high, chosen = middle, trial
-        else:
-            low = middle
-    return _filled(items, chosen, budget)
+    _, above = _around(items, lambda chosen: items.bits_at(chosen) > budget)
+    return _filled(items, above, budget)
 
 
 def within_loss(items: Items, allowed: float) -> np.ndarray:
     """The fewest bits that lose at most `allowed`; the most precise options where none does."""
-    low, high = 0.0, _ceiling(items)
-    chosen = items.at(0.0)
+    return _around(items, lambda chosen: items.lost_at(chosen) <= allowed)[0]
+
+
+def _around(items: Items, rise: Callable[[np.ndarray], bool]) -> tuple[np.ndarray, np.ndarray]:
+    """The options just below and just above the price up to which `rise` says of them to go on."""
+    finite = np.where(np.isfinite(items.lost), items.lost, 0.0)
+    low, high = 0.0, float(finite.max() * 2 + 1e-300)  # a bit is dearer there than anything that it could save
+    below, above = items.at(low), items.at(high)
     for _ in range(BISECTIONS):
         middle = np.sqrt(low * high) if low else high / 2**20
         if not low < middle < high:
             break
-        trial = items.at(middle)
-        if items.lost_at(trial) <= allowed:
-            low, chosen = middle, trial
+        chosen = items.at(middle)
+        if rise(chosen):
+            low, below = middle, chosen
         else:
-            high = middle
-    return chosen
-
-
-def _ceiling(items: Items) -> float:
-    """A price at which every item takes its cheapest option."""
-    finite = np.where(np.isfinite(items.lost), items.lost, 0.0)
-    return float(finite.max() * 2 + 1e-300)
+            high, above = middle, chosen
+    return below, above
 
 
 def _filled(items: Items, chosen: np.ndarray, budget: int) -> np.ndarray:

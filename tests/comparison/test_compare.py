@@ -117,9 +117,10 @@ HOLDS = {"svd_uniform": {"svd_adaptive"}, "sharelora_ab": {"tied_lora_tl5"}, "ti
 def test_so_does_every_other_form(tmp_path: Path, form: str) -> None:
     modules, parameters = PLANTED[form]()
     lora = write_lora(tmp_path / "lora", modules)
-    record = compare(
-        lora, budgets=[parameters / load_lora(lora).parameters], forms=[*BASELINES, "bslora_ke", "bslora_gt"]
-    )
+    # The two that are slow to fit stand beside one form of each sort.
+    slow = set() if form in ("svd_adaptive", "sharelora_a", "vb_lora") else {"vb_lora", "bslora_ke"}
+    forms = [name for name in (*BASELINES, "bslora_ke", "bslora_gt") if name not in slow]
+    record = compare(lora, budgets=[parameters / load_lora(lora).parameters], forms=forms)
     own = row_of(record, form)["relative_error"]
     assert own < 1e-3
     others = {
@@ -166,7 +167,7 @@ def test_forms_take_turns_where_memory_is_short() -> None:
 
 def test_vera_and_vb_lora_load_in_peft(tmp_path: Path) -> None:
     record = compare(
-        TINY / "gsm8k", tmp_path / "out", budgets=[0.5], forms=["vera", "vb_lora"], save=True, dtype="float32"
+        TINY / "gsm8k", tmp_path / "out", budgets=[0.2], forms=["vera", "vb_lora"], save=True, dtype="float32"
     )
     base = AutoModelForCausalLM.from_pretrained(TINY / "base")
     ids = torch.arange(5, 25)[None]
@@ -174,7 +175,7 @@ def test_vera_and_vb_lora_load_in_peft(tmp_path: Path) -> None:
     for row in record["rows"]:
         assert row["relative_error"] is not None, row["note"]
         fresh = AutoModelForCausalLM.from_pretrained(TINY / "base")
-        model = PeftModel.from_pretrained(fresh, str(tmp_path / "out" / f"{row['form']}-0.5"))
+        model = PeftModel.from_pretrained(fresh, str(tmp_path / "out" / f"{row['form']}-0.2"))
         assert not torch.allclose(model(input_ids=ids).logits, plain)
 
 
