@@ -113,11 +113,7 @@ def coding(source: Source, compact: CompactAdapter, relative_error: float) -> di
     """
     bits = 8 * sum(tensor.nbytes for tensor in compact.codes.values())
     widths, counts = compact.codes[WIDTHS_NAME].unique(return_counts=True)
-    needed, high = 0.0, float(bits)
-    for _ in range(60):
-        middle = (needed + high) / 2
-        reached = rate.bound(source.spectra, source.costs, middle) <= relative_error**2 * source.energy
-        needed, high = (needed, middle) if reached else (middle, high)
+    least = rate.needed(source.spectra, source.costs, relative_error**2 * source.energy)
     numbers = compact.form.parameters
     return {
         "bits": bits,
@@ -125,7 +121,7 @@ def coding(source: Source, compact: CompactAdapter, relative_error: float) -> di
         "bits_per_number": bits / numbers if numbers else 0.0,
         "widths": dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
         "bound": _ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
-        "gap": (bits - high) / numbers if numbers else 0.0,
+        "gap": (bits - least) / numbers if numbers else 0.0,
     }
 
 

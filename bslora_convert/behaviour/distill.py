@@ -231,14 +231,15 @@ class Run:
         parts = [next(order) for _ in range(self.training.accumulate)]
         tokens = sum(len(example.ids) for rows in parts for example in rows)
         measured = sum(example.measured for rows in parts for example in rows)
-        for rows in parts:
-            batch, weight = self._own(rows)
-            with torch.no_grad(), self.reference:
-                hidden, logits = self.base.predictions(batch)
-            with self.student.attached, self._as_coded():
-                part = self.model(batch, hidden, logits, self.training) * weight / measured
-                self.accelerator.backward(part * self.accelerator.num_processes)  # the mean of all is taken
-            loss += float(part.detach())
+        with self._as_coded():
+            for rows in parts:
+                batch, weight = self._own(rows)
+                with torch.no_grad(), self.reference:
+                    hidden, logits = self.base.predictions(batch)
+                with self.student.attached:
+                    part = self.model(batch, hidden, logits, self.training) * weight / measured
+                    self.accelerator.backward(part * self.accelerator.num_processes)  # the mean of all is taken
+                loss += float(part.detach())
         loss = self._summed(loss)[0]
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.training.clip)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):

@@ -8,7 +8,7 @@ D = 2^(−2R) of each side's variance at best, and the component loses σ² (1 �
 and components with c ≥ ¼, or that cost more than they save, are left out: reverse water-filling, R = Σ max(0, n ½ log₂ 1/D).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -18,16 +18,36 @@ BISECTIONS = 100
 
 def bound(spectra: Mapping[str, Tensor], costs: Mapping[str, int], bits: float) -> float:
     """The least energy that `bits` bits can lose. spectra: σ² of each module; costs: out + in."""
+    energies, numbers = _components(spectra, costs)
+    if bits <= 0:
+        return float(energies.sum())
+    return _bisected(energies, numbers, lambda found: found[0] <= bits)[1]
+
+
+def needed(spectra: Mapping[str, Tensor], costs: Mapping[str, int], lost: float) -> float:
+    """The least bits that can lose the energy `lost` or less."""
+    energies, numbers = _components(spectra, costs)
+    return _bisected(energies, numbers, lambda found: found[1] >= lost)[0]
+
+
+def _components(spectra: Mapping[str, Tensor], costs: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """σ² and out + in of every component that has energy."""
     energies = np.concatenate([values.double().cpu().numpy() for values in spectra.values()])
     numbers = np.concatenate([np.full(len(values), costs[name], dtype=float) for name, values in spectra.items()])
-    energies, numbers = energies[energies > 0], numbers[energies > 0]
-    if not len(energies) or bits <= 0:
-        return float(energies.sum())
+    return energies[energies > 0], numbers[energies > 0]
+
+
+def _bisected(
+    energies: np.ndarray, numbers: np.ndarray, dear: Callable[[tuple[float, float]], bool]
+) -> tuple[float, float]:
+    """(bits, energy lost) at the lowest price of which `dear` says that it is high enough."""
+    if not len(energies):
+        return 0.0, 0.0
     low, high = 1e-30 * energies.max(), energies.max()
     for _ in range(BISECTIONS):
         middle = np.sqrt(low * high)
-        low, high = (low, middle) if _at(energies, numbers, middle)[0] <= bits else (middle, high)
-    return _at(energies, numbers, high)[1]
+        low, high = (low, middle) if dear(_at(energies, numbers, middle)) else (middle, high)
+    return _at(energies, numbers, high)
 
 
 def _at(energies: np.ndarray, numbers: np.ndarray, price: float) -> tuple[float, float]:
