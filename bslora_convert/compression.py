@@ -75,7 +75,8 @@ def compress(
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)
-        adapter = adapter.to(pick_device(recipe.device))
+        device = pick_device(recipe.device)
+        adapter = adapter.to("cpu" if recipe.is_coded else device)  # codes are searched on the CPU
         read = time.perf_counter()
         measured = measure(adapter.modules, adapter.kinds)
         _check_magnitude(measured, adapter.weights)
@@ -136,10 +137,12 @@ def _improve(
     workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
     if "calibration" in prompts:
         uniform = recipe.local_ranks == "uniform"
-        form, calibration, notes = calibrated(
-            workshop, form, measured.deltas, prompts["calibration"], recipe.metric, uniform, recipe.seed
-        )
-        extras = replace(extras, calibration=calibration, notes=tuple(notes))
+        found = calibrated(
+            workshop, form, measured.deltas, prompts["calibration"],
+            metric=recipe.metric, uniform=uniform, seed=recipe.seed, codes=extras.codes, bits=recipe.bits,
+        )  # fmt: skip
+        form = found.form
+        extras = replace(extras, codes=found.codes, calibration=found.record, notes=found.notes)
     if "finetune" in prompts:
         done = distilled(workshop, form, prompts["finetune"], training, codes=extras.codes, began=began)
         form = done.form

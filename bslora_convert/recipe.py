@@ -97,8 +97,6 @@ class Recipe:
             raise RecipeError(f"bytes is {self.bytes!r}: a share of the source's file, 0 < bytes <= 1, is allowed")
         if self.bits is not None and self.bits not in WIDTHS:
             raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed")
-        if self.is_coded and self.calibration is not None:
-            raise RecipeError("calibration can't be combined with bytes or bits: codes are fitted to the weights")
 
     def _check_numbers(self) -> None:
         if self.budget is not None and not (_is_number(self.budget) and 0 < self.budget <= 1):

@@ -2,6 +2,8 @@
 
 inputs   E[(Ax)(Ax)ᵀ]     x the module's inputs, over all tokens, the original adapter active
 outputs  E[(Bᵀg)(Bᵀg)ᵀ]   g the gradient of the completions' negative log-likelihood at the module's output
+
+and E‖x‖², E‖g‖², which say how much there is outside of what the factors see.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
 from bslora_convert.bslora.factors import Factors
-from bslora_convert.fit.calibrated import Moments
+from bslora_convert.fit.metric import Moments
 
 
 def collect(
@@ -53,24 +55,33 @@ class _Sum:
         self.factors = factors.to(torch.float32, device)
         self.inputs = torch.zeros((q, q), dtype=torch.float64, device=device)
         self.outputs = torch.zeros((q, q), dtype=torch.float64, device=device)
+        self.input_power = self.output_power = torch.zeros((), dtype=torch.float64, device=device)
         self.count = 0
 
     def see_input(self, x: Tensor) -> None:
         """Takes in x (n, in), or an embedding's token ids (n,)."""
         z = (self.factors.a.T[x] if x.ndim == 1 else x.float() @ self.factors.a.T).double()
         self.inputs.addmm_(z.T, z)
+        self.input_power = self.input_power + (_power(x) if x.is_floating_point() else len(x))
         self.count += len(z)
 
     def see_gradient(self, g: Tensor) -> None:
         """Takes in g (n, out)."""
         z = (g.float() @ self.factors.b).double()
         self.outputs.addmm_(z.T, z)
+        self.output_power = self.output_power + _power(g)
 
     def moments(self, metric: str) -> Moments:
         """The means, on the CPU."""
         count = max(self.count, 1)
-        outputs = (self.outputs / count).cpu() if metric == "two-sided" else None
-        return Moments((self.inputs / count).cpu(), outputs)
+        inputs, input_power = (self.inputs / count).cpu(), float(self.input_power) / count
+        if metric == "input":
+            return Moments(inputs, input_power)
+        return Moments(inputs, input_power, (self.outputs / count).cpu(), float(self.output_power) / count)
+
+
+def _power(rows: Tensor) -> Tensor:
+    return rows.float().square().sum(dtype=torch.float64)
 
 
 @contextmanager

@@ -5,10 +5,10 @@ Both are optional and neither can make the result worse on the rows that they ho
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bslora_convert.behaviour.attach import Attached
@@ -18,10 +18,24 @@ from bslora_convert.behaviour.divergence import heldout_kl
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.behaviour.workshop import Workshop
-from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.coding.file import coded_tensors, to_file
+from bslora_convert.bslora.factors import add
 from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.layout import Layout
 from bslora_convert.fit.calibrated import refit_locals, residual_terms
+from bslora_convert.fit.coded import Aim, local_bits, recode_locals
 from bslora_convert.fit.lowrank import Delta
+from bslora_convert.fit.metric import Moments
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A form, its codes where it has any, what was measured, and notes."""
+
+    form: BsloraForm
+    codes: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def calibrated(
@@ -29,24 +43,32 @@ def calibrated(
     form: BsloraForm,
     deltas: Mapping[str, Delta],
     prompts: Prompts,
-    metric: str,
-    uniform: bool,
-    seed: int,
-) -> tuple[BsloraForm, dict[str, Any], list[str]]:
-    """The form with its local parts refitted in the prompts' metric, or as it was where that is no better held out."""
+    *,
+    metric: str = "input",
+    uniform: bool = False,
+    seed: int = 0,
+    codes: Mapping[str, Tensor] | None = None,
+    bits: int | None = None,
+) -> Calibrated:
+    """The form with its local parts refitted in the prompts' metric, or as it was where that is no better held out.
+
+    codes: what the form was decoded from, if it was; as many bits are spent anew. bits: the one width of all codes, where
+    they have one.
+    """
     rows = workshop.encode(prompts)
     notes = list(rows.notes)
     fitted, held = split_heldout(rows.examples, Training(heldout=0.1, seed=seed))
     terms = residual_terms(deltas, form)
-    stacked = {
-        name: Factors(torch.cat([part.b for part in parts], 1), torch.cat([part.a for part in parts], 0))
-        for name, parts in terms.items()
-    }
+    factors = {name: add(*parts) for name, parts in terms.items()}
     moments = collect(
-        workshop.base, workshop.reference, stacked, fitted, prompts.batch_size, metric,
+        workshop.base, workshop.reference, factors, fitted, prompts.batch_size, metric,
         lambda done: workshop.progress("calibrating", done, len(fitted)),
     )  # fmt: skip
-    refitted = refit_locals(form, terms, moments, uniform)
+    if codes:
+        workshop.progress("coding in the metric", 0, 0)
+        refitted, recoded = _recoded(form, codes, deltas, moments, uniform, bits)
+    else:
+        refitted, recoded = refit_locals(form, terms, moments, uniform), {}
     workshop.progress("measuring both fits", 0, 0)
     kl = {}
     for name, candidate in (("data_free", form), ("calibrated", refitted)):
@@ -64,7 +86,24 @@ def calibrated(
     }
     if kept == "data_free":
         notes.append("the calibrated fit was no better on the held-out rows; the data-free one is kept")
-    return (refitted if kept == "calibrated" else form), record, notes
+        return Calibrated(form, codes or {}, record, tuple(notes))
+    return Calibrated(refitted, recoded, record, tuple(notes))
+
+
+def _recoded(
+    form: BsloraForm,
+    codes: Mapping[str, Tensor],
+    deltas: Mapping[str, Delta],
+    moments: Mapping[str, Moments],
+    uniform: bool,
+    bits: int | None,
+) -> tuple[BsloraForm, dict[str, Tensor]]:
+    """The form and its codes, local parts coded anew in the metric in as many bits."""
+    tensors = coded_tensors(codes, Layout.of(form).tensors())
+    ranks = {name: module.local.rank for name, module in form.modules.items()} if uniform else None
+    aim = Aim(bits=local_bits(form, tensors), width=bits, ranks=ranks)
+    found = recode_locals(deltas, form, tensors, moments, aim, next(form.tensors()).dtype)
+    return found.form, to_file(found.tensors)
 
 
 def distilled(

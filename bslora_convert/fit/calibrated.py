@@ -11,23 +11,15 @@ Ranks are given to the modules by the same greedy order on the spectra of this m
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.factors import Factors, add
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.fit import allocate
-from bslora_convert.fit.lowrank import Delta, Grams, combine, gram, product_svd
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """Second moments of one module. inputs: E[(Ax)(Ax)ᵀ] (q, q); outputs: E[(Bᵀg)(Bᵀg)ᵀ] (q, q) or None; float64."""
-
-    inputs: Tensor
-    outputs: Tensor | None = None
+from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
+from bslora_convert.fit.metric import Moments
 
 
 def residual_terms(deltas: Mapping[str, Delta], form: BsloraForm) -> dict[str, list[Factors]]:
@@ -39,6 +31,12 @@ def residual_terms(deltas: Mapping[str, Delta], form: BsloraForm) -> dict[str, l
     return terms
 
 
+def metric_svd(target: Factors, moments: Moments) -> ProductSvd:
+    """SVD of the module's target in the metric of moments that were taken of its factors."""
+    own = moments.to(target.b.device)
+    return product_svd(Grams(gram(target.b) if own.outputs is None else own.outputs, own.inputs))
+
+
 def refit_locals(
     form: BsloraForm, terms: Mapping[str, list[Factors]], moments: Mapping[str, Moments], uniform: bool
 ) -> BsloraForm:
@@ -46,12 +44,7 @@ def refit_locals(
 
     terms: from `residual_terms`. uniform: every module keeps its rank; otherwise ranks go where they gain most.
     """
-    svds = {}
-    for name, parts in terms.items():
-        outputs = moments[name].outputs
-        if outputs is None:
-            outputs = gram(torch.cat([part.b for part in parts], dim=1))
-        svds[name] = product_svd(Grams(outputs, moments[name].inputs))
+    svds = {name: metric_svd(add(*parts), moments[name]) for name, parts in terms.items()}
     ranks = {name: module.local.rank for name, module in form.modules.items()}
     if not uniform:
         costs = {name: sum(module.shape) for name, module in form.modules.items()}

@@ -21,7 +21,9 @@ from bslora_convert.bslora.factors import Factors, add
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.lowrank import Grams, ProductSvd, product_svd
+from bslora_convert.fit.calibrated import metric_svd, residual_terms
+from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
+from bslora_convert.fit.metric import PLAIN, Metric, Moments, metric_of
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.precision import Items, within_bits, within_loss
 from bslora_convert.fit.quantize import CodedPair, code_pair, encode, lost_shares
@@ -55,9 +57,10 @@ class CodedForm:
 
 @dataclass(frozen=True, slots=True)
 class _Local:
-    """A module's target, its components (r vectors of each side, √σ), and their options' bits and losses."""
+    """A module's target, its metric, its components (r vectors of each side, √σ), and their options' bits and losses."""
 
     target: Factors
+    metric: Metric
     start: Factors
     items: Items
 
@@ -67,7 +70,7 @@ def code_form(source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype) 
 
     :raises RecipeError: when not even the least codes fit in the bits.
     """
-    locals_ = _locals(source, form, aim)
+    locals_ = _locals(source.deltas, form, aim, svds=source.svds)
     shared = _shared_items(form)
     chosen = _choose(
         _joined([*(shared.items() and [_stack(shared, aim)]), *(local.items for local in locals_.values())]), aim
@@ -76,20 +79,46 @@ def code_form(source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype) 
     tensors: dict[str, Coded] = {}
     if shared:
         form, tensors, taken = _coded_shared(form, shared, chosen)
-        locals_ = _locals(source, form, aim)
+        locals_ = _locals(source.deltas, form, aim, svds=source.svds)
         rest = None if aim.bits is None else aim.bits - taken
         chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
-    coded = _coded_locals(locals_, chosen)
-    bits = taken
-    modules = {}
+    return _assembled(form, tensors, _coded_locals(locals_, chosen), storage)
+
+
+def recode_locals(
+    deltas: Mapping[str, Delta],
+    form: BsloraForm,
+    tensors: Mapping[str, Coded],
+    moments: Mapping[str, Moments],
+    aim: Aim,
+    storage: torch.dtype,
+) -> CodedForm:
+    """A coded form with its local parts made anew in the metric of these moments; its shared parts stay.
+
+    tensors: the form's codes. moments: of the factors that `residual_terms` gives. aim.bits: of the local parts.
+    """
+    locals_ = _locals(deltas, form, aim, moments=moments)
+    chosen = _choose(_joined([local.items for local in locals_.values()]), aim)
+    return _assembled(form, tensors, _coded_locals(locals_, chosen), storage)
+
+
+def local_bits(form: BsloraForm, tensors: Mapping[str, Coded]) -> int:
+    """Bits of a coded form's local parts."""
+    return sum(_bits(tensors[f"{name}.bslora_local_{side}"]) for name in form.modules for side in "AB")
+
+
+def _assembled(
+    form: BsloraForm, shared: Mapping[str, Coded], coded: Mapping[str, CodedPair], storage: torch.dtype
+) -> CodedForm:
+    """The decoded form of coded shared tensors and local pairs."""
+    tensors, modules = dict(shared), {}
     for name, module in form.modules.items():
         pair = coded[name]
         tensors[f"{name}.bslora_local_A"], tensors[f"{name}.bslora_local_B"] = pair.a, pair.b
-        bits += sum(_bits(part) for part in (pair.a, pair.b))
         modules[name] = replace(module, local=pair.factors())
     decoded = BsloraForm(form.transform, modules, form.shared).to(storage)
     ordered = {key: tensors[key] for key, _ in Layout.of(decoded).tensors()}
-    return CodedForm(decoded, ordered, sum(pair.lost for pair in coded.values()), bits)
+    return CodedForm(decoded, ordered, sum(pair.lost for pair in coded.values()), sum(map(_bits, ordered.values())))
 
 
 def _bits(coded: Coded) -> int:
@@ -112,26 +141,35 @@ def _choose(items: Items, aim: Aim) -> np.ndarray:
     return chosen
 
 
-def _locals(source: Source, form: BsloraForm, aim: Aim) -> dict[str, _Local]:
+def _locals(
+    deltas: Mapping[str, Delta],
+    form: BsloraForm,
+    aim: Aim,
+    *,
+    svds: Mapping[str, ProductSvd] | None = None,
+    moments: Mapping[str, Moments] | None = None,
+) -> dict[str, _Local]:
+    """What every module's local part has to hold, measured plainly or in the metric of `moments`. svds: of the deltas."""
+    terms = residual_terms(deltas, form)
+
     def local(name: str) -> _Local:
-        own, module = source.deltas[name].factors(), form.modules[name]
-        parts = [part for level in module.paths if (part := form.part(name, level)) is not None]
-        if parts:
-            shared = add(*parts).to(own.b.dtype).to(device=own.b.device)
-            target = Factors(torch.cat([own.b, -shared.b], 1), torch.cat([own.a, shared.a], 0))
-            svd = product_svd(Grams.of(target))
+        target, metric = add(*terms[name]), PLAIN
+        if moments is not None:
+            metric, svd = metric_of(target, moments[name]), metric_svd(target, moments[name])
+        elif svds is not None and len(terms[name]) == 1:
+            svd = svds[name]
         else:
-            target, svd = own, source.svds[name]
-        return _local(target, svd, aim, None if aim.ranks is None else aim.ranks[name])
+            svd = product_svd(Grams.of(target))
+        return _local(target, svd, metric, aim, None if aim.ranks is None else aim.ranks[name])
 
     return dict(zip(form.modules, each(local, form.modules), strict=True))
 
 
-def _local(target: Factors, svd: ProductSvd, aim: Aim, rank: int | None) -> _Local:
+def _local(target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None) -> _Local:
     count = min(int((svd.energies > 0).sum()), *target.shape) if rank is None else rank
     start = svd.truncate([target], count)
     energies = svd.energies[: start.rank].double().cpu().numpy()
-    left, right = (lost_shares(side).numpy() for side in (start.b.T, start.a))
+    left, right = lost_shares(start.b.T, metric.left).numpy(), lost_shares(start.a, metric.right).numpy()
     dropped = 0.0 if rank is None else math.inf
     bits, lost = [np.zeros(len(energies))], [np.maximum(energies, dropped)]
     for u, v in PAIRS:
@@ -140,7 +178,7 @@ def _local(target: Factors, svd: ProductSvd, aim: Aim, rank: int | None) -> _Loc
         lost.append(
             energies * (1 - (1 - left[:, u]) * (1 - right[:, v])) if allowed else np.full(len(energies), np.inf)
         )
-    return _Local(target, start, Items(np.stack(bits, 1), np.stack(lost, 1)))
+    return _Local(target, metric, start, Items(np.stack(bits, 1), np.stack(lost, 1)))
 
 
 def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray) -> dict[str, CodedPair]:
@@ -150,9 +188,9 @@ def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray) -> dict[str
     def coded(name: str) -> CodedPair:
         local = locals_[name]
         kept = [k for k, option in enumerate(options[name]) if option]
-        widths = [[WIDTHS[PAIRS[options[name][k] - 1][side]] for k in kept] for side in (0, 1)]
+        b_widths, a_widths = ([WIDTHS[PAIRS[options[name][k] - 1][side]] for k in kept] for side in (0, 1))
         start = Factors(local.start.b[:, kept], local.start.a[kept])
-        return code_pair(local.target, start, *widths)
+        return code_pair(local.target, start, b_widths, a_widths, local.metric)
 
     return dict(zip(locals_, each(coded, locals_), strict=True))
 

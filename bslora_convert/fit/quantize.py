@@ -15,7 +15,8 @@ Fit of a module's local part T ≈ B A (out, r)(r, in) at given widths: B̂ = co
 
     A = (B̂ᵀB̂)⁻¹ B̂ᵀT,  Â = coded(A)        B = T Âᵀ(ÂÂᵀ)⁻¹,  B̂ = coded(B)
 
-so that each row of A is fitted to what all coded columns of B left, and the errors of coding don't add up blindly.
+so that each row of A is fitted to what all coded columns of B left, and the errors of coding don't add up blindly. In a metric
+(`metric`) lengths are those of weighed vectors, and the turns are A = (B̂ᵀΓB̂)⁻¹ B̂ᵀΓT and B = T Σ Âᵀ (ÂΣÂᵀ)⁻¹.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from bslora_convert.bslora.coding.levels import EDGES, LEVELS
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit.lowrank import Grams, residual_energy
+from bslora_convert.fit.metric import PLAIN, Metric, Weigh, as_it_is
 
 CLIPS = (0.8, 0.9, 1.0, 1.1, 1.25)
 TURNS = 2
@@ -85,11 +87,15 @@ def _nearest(groups: Tensor, scales: Tensor, width: int) -> Tensor:
     )
 
 
-def lost_shares(vectors: Tensor) -> Tensor:
-    """D of every vector at every width of WIDTHS, (n, widths), at the scale of its root mean square: for allocation."""
+def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
+    """D of every vector at every width of WIDTHS, (n, widths), at the scale of its root mean square: for allocation.
+
+    weigh: the metric that D is measured in.
+    """
     n = vectors.shape[0]
     vectors = vectors.contiguous()
-    energy = vectors.double().square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    weighed = weigh(vectors)
+    energy = weighed.double().square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
     found = torch.zeros(n, len(WIDTHS), dtype=torch.float64)
     for column, width in enumerate(WIDTHS):
         if width == 16:
@@ -99,7 +105,8 @@ def lost_shares(vectors: Tensor) -> Tensor:
             if width == 8:
                 rms = vectors.abs().amax(1, keepdim=True) / LEVELS[8][-1]
             kept = LEVELS[width][_nearest(vectors, rms[:, 0], width).int()] * rms
-        found[:, column] = 1 - (vectors * kept).double().sum(1) ** 2 / (
+        kept = weigh(kept)
+        found[:, column] = 1 - (weighed * kept).double().sum(1) ** 2 / (
             kept.double().square().sum(1).clamp_min(1e-300) * energy
         )
     return found.clamp_(0, 1)
@@ -118,12 +125,16 @@ class CodedPair:
         return Factors(self.b.decode().T, self.a.decode())
 
 
-def code_pair(target: Factors, start: Factors, b_widths: Sequence[int], a_widths: Sequence[int]) -> CodedPair:
-    """The coded product nearest to `target` that turns from `start` (out, r), (r, in) find."""
-    grams = Grams.of(target)
+def code_pair(
+    target: Factors, start: Factors, b_widths: Sequence[int], a_widths: Sequence[int], metric: Metric = PLAIN
+) -> CodedPair:
+    """The coded product nearest to `target` in the metric that turns from `start` (out, r), (r, in) find."""
+    weighed = metric.weighed(target)
+    grams = Grams.of(weighed)
 
     def measured(b: Coded, a: Coded) -> CodedPair:
-        return CodedPair(b, a, residual_energy(target, grams, Factors(b.decode().T, a.decode())))
+        found = metric.weighed(Factors(b.decode().T, a.decode()))
+        return CodedPair(b, a, residual_energy(weighed, grams, found))
 
     b = encode(start.b.T, b_widths)
     best = measured(b, encode(start.a, a_widths))
@@ -131,11 +142,11 @@ def code_pair(target: Factors, start: Factors, b_widths: Sequence[int], a_widths
         return best
     for _ in range(TURNS):
         before = best.lost
-        kept = best.b.decode().double()  # B̂ᵀ
-        rows = _solved(kept @ kept.T, (kept @ target.b.double()) @ target.a.double())
+        kept = metric.left(best.b.decode()).double()  # B̂ᵀ
+        rows = _solved(kept @ kept.T, (kept @ weighed.b.double()) @ target.a.double())
         best = min(best, measured(best.b, encode(rows, a_widths)), key=lambda pair: pair.lost)
-        kept = best.a.decode().double()
-        columns = _solved(kept @ kept.T, (kept @ target.a.double().T) @ target.b.double().T)
+        kept = metric.right(best.a.decode()).double()
+        columns = _solved(kept @ kept.T, (kept @ weighed.a.double().T) @ target.b.double().T)
         best = min(best, measured(encode(columns, b_widths), best.a), key=lambda pair: pair.lost)
         if best.lost == before:
             break

@@ -112,6 +112,24 @@ def test_calibration_is_measured_and_the_better_fit_kept(tmp_path: Path, transfo
     assert again["calibration"] == calibration
 
 
+@pytest.mark.parametrize("size", [{"bytes": 0.125}, {"budget": 0.25, "bits": 3}])
+def test_codes_are_fitted_in_the_metric_and_take_no_more(tmp_path: Path, size: dict[str, Any]) -> None:
+    recipe = Recipe(
+        transform="ke", base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided", shared_size=32, **size
+    )
+    record = compress(LORA, tmp_path / "out", recipe)
+    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None))
+    assert record["calibration"]["kept"] == "calibrated"
+    assert record["coding"]["bits"] <= plain["coding"]["bits"]
+    assert record["weight"]["relative_error"] > plain["weight"]["relative_error"]
+    codes = {name: load_file(tmp_path / name / WEIGHTS) for name in ("out", "plain")}
+    kept = load_compact(tmp_path / "out").form.shared["inter"]["all"]
+    torch.testing.assert_close(kept.a, load_compact(tmp_path / "plain").form.shared["inter"]["all"].a, rtol=0, atol=0)
+    assert {name.rpartition("_")[2] for name in codes["out"]} <= {"widths", "scales", "floats", "1", "2", "3", "4", "8"}
+    if "bytes" in size:
+        assert record["compact"]["bytes"] <= size["bytes"] * (LORA / WEIGHTS).stat().st_size
+
+
 def test_a_calibration_that_does_not_help_is_dropped(
     workshop: Workshop, compact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,10 +141,10 @@ def test_a_calibration_that_does_not_help_is_dropped(
     for tensor in worse.tensors():
         tensor.zero_()
     monkeypatch.setattr(improvement, "refit_locals", lambda *_: worse)
-    kept, record, notes = calibrated(workshop, form, deltas, Prompts.read(PROMPTS), "input", False, 0)  # type: ignore[arg-type]
-    assert kept is form
-    assert record["kept"] == "data_free"
-    assert any("the data-free one is kept" in note for note in notes)
+    found = calibrated(workshop, form, deltas, Prompts.read(PROMPTS))  # type: ignore[arg-type]
+    assert found.form is form
+    assert found.record["kept"] == "data_free"
+    assert any("the data-free one is kept" in note for note in found.notes)
 
 
 class _Delta:

@@ -95,7 +95,6 @@ def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
         ({"bits": 5}, "bits is 5"),
         ({"bytes": 0.5, "budget": 0.5}, "exclude each other"),
         ({"bytes": 0.5, "ranks": (1, 1, 1)}, "exclude each other"),
-        ({"bits": 4, "calibration": "x", "base_model": "y"}, "can't be combined"),
     ],
 )
 def test_wrong_use_names_the_field(fields: dict[str, Any], words: str) -> None:

@@ -7,8 +7,9 @@ from torch import Tensor
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.transforms import Kronecker
-from bslora_convert.fit.calibrated import Moments, refit_locals, residual_terms
+from bslora_convert.fit.calibrated import refit_locals, residual_terms
 from bslora_convert.fit.convert import Options, fit_by_hand, measure
+from bslora_convert.fit.metric import Moments
 from tests.planting import Product, plant, random_products
 
 
@@ -27,7 +28,7 @@ def moments_of(
         if gradients is not None:
             w = torch.cat([part.b for part in parts], 1).double().T @ gradients[name]
             outputs = w @ w.T / gradients[name].shape[1]
-        found[name] = Moments(z @ z.T / z.shape[1], outputs)
+        found[name] = Moments(z @ z.T / z.shape[1], 0.0, outputs)
     return found
 
 
@@ -114,7 +115,7 @@ def test_a_module_that_is_never_fed_keeps_factors() -> None:
     form = plant(Kronecker(32), (2, 1, 2), layers=1)
     deltas = {name: Product(form.delta(name)) for name in form.modules}
     terms = residual_terms(deltas, form)
-    nothing = {name: Moments(torch.zeros(sum(p.rank for p in parts), sum(p.rank for p in parts)).double())
+    nothing = {name: Moments(torch.zeros(sum(p.rank for p in parts), sum(p.rank for p in parts)).double(), 0.0)
                for name, parts in terms.items()}  # fmt: skip
     refitted: BsloraForm = refit_locals(form, terms, nothing, uniform=True)
     assert all(tensor.isfinite().all() for tensor in refitted.tensors())

@@ -1,0 +1,94 @@
+"""A metric on a module's update that is known on its factors alone, for parts that leave their span: those of codes.
+
+    E‖(ΔW − ΔŴ) x‖²,  Σ = E[x xᵀ],  known: M = A Σ Aᵀ (q×q) and tr Σ = E‖x‖²
+
+Truncation stays within the rows of A, where M says everything. The rounding of codes goes in every direction of the d inputs, so
+Σ is completed with what is least known about the rest, its mean power. With A Aᵀ = V diag(λ) Vᵀ and Q = λ^-½ Vᵀ A the orthonormal
+basis of A's rows,
+
+    Σ̃ = Qᵀ S Q + ρ (1 − QᵀQ),    S = λ^-½ Vᵀ M V λ^-½,    ρ = (tr Σ − tr S) / (d − rank)
+
+which agrees with Σ on the rows of A and has its trace. A vector x is weighed by its root, d×q and never d×d:
+
+    Σ̃^½ x = √ρ x + Qᵀ (S^½ − √ρ) Q x
+
+The same holds for outputs with the gradient g in the place of x and Bᵀ in that of A; without gradients outputs count as they are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors
+from bslora_convert.fit.lowrank import NULL_FLOOR, gram
+
+Weigh = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Second moments of one module's factors b (out, q), a (q, in), float64.
+
+    inputs: E[(Ax)(Ax)ᵀ] (q, q), input_power: E‖x‖². outputs: E[(Bᵀg)(Bᵀg)ᵀ] (q, q), output_power: E‖g‖²; None where outputs
+    count as they are.
+    """
+
+    inputs: Tensor
+    input_power: float
+    outputs: Tensor | None = None
+    output_power: float = 0.0
+
+    def to(self, device: torch.device) -> "Moments":
+        """The moments on another device."""
+        outputs = None if self.outputs is None else self.outputs.to(device)
+        return Moments(self.inputs.to(device), self.input_power, outputs, self.output_power)
+
+
+def as_it_is(vectors: Tensor) -> Tensor:
+    """No weighing."""
+    return vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How vectors of the two sides of an update are weighed, (n, out) and (n, in); lengths of products of the results count."""
+
+    left: Weigh = as_it_is
+    right: Weigh = as_it_is
+
+    def weighed(self, factors: Factors) -> Factors:
+        """The product with both sides weighed."""
+        return Factors(self.left(factors.b.T).T, self.right(factors.a))
+
+
+PLAIN = Metric()
+
+
+def metric_of(factors: Factors, moments: Moments) -> Metric:
+    """The metric of moments that were taken of these factors."""
+    right = _completed(factors.a, moments.inputs, moments.input_power)
+    if moments.outputs is None:
+        return Metric(right=right)
+    return Metric(_completed(factors.b.T, moments.outputs, moments.output_power), right)
+
+
+def _completed(rows: Tensor, moment: Tensor, power: float) -> Weigh:
+    """Σ̃^½ as a function. rows (q, d), moment (q, q), power tr Σ."""
+    values, vectors = torch.linalg.eigh(gram(rows.T))
+    kept = values > NULL_FLOOR * values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    onto = vectors[:, kept] / values[kept].sqrt()
+    basis = onto.T.to(rows.dtype) @ rows
+    within = onto.T @ moment @ onto
+    rest = rows.shape[1] - basis.shape[0]
+    floor = (max(power - float(within.diagonal().sum()), 0.0) / rest) ** 0.5 if rest else 0.0
+    squares, axes = torch.linalg.eigh((within + within.T) / 2)
+    root = (axes * squares.clamp_min(0).sqrt()) @ axes.T
+    inner = (root - floor * torch.eye(len(root), dtype=root.dtype, device=root.device)).to(rows.dtype)
+
+    def weigh(vectors: Tensor) -> Tensor:
+        found: Tensor = floor * vectors + vectors @ basis.T @ inner @ basis
+        return found
+
+    return weigh

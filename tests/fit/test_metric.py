@@ -1,0 +1,133 @@
+"""The completed metric against dense float64, and codes that are fitted in it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bslora_convert.bslora.factors import Factors, add
+from bslora_convert.fit.calibrated import residual_terms
+from bslora_convert.fit.coded import Aim, code_form, local_bits, recode_locals
+from bslora_convert.fit.convert import Options, fit_by_hand, measure
+from bslora_convert.fit.metric import Moments, metric_of
+from tests.planting import random_products
+
+
+def moments_of(factors: Factors, x: Tensor, g: Tensor | None = None) -> Moments:
+    """x (in, n), g (out, n): samples as columns."""
+    z = factors.a.double() @ x
+    found = Moments(z @ z.T / x.shape[1], float(x.square().sum()) / x.shape[1])
+    if g is None:
+        return found
+    w = factors.b.double().T @ g
+    return replace(found, outputs=w @ w.T / g.shape[1], output_power=float(g.square().sum()) / g.shape[1])
+
+
+def samples(size: int, seed: int) -> Tensor:
+    """Directions that differ a hundredfold in size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    scale = torch.logspace(0, -2, size, dtype=torch.float64)
+    return mixing @ (scale[:, None] * torch.randn(size, 4 * size, generator=generator, dtype=torch.float64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 8), st.booleans(), st.integers(0, 99))
+def test_it_agrees_on_the_factors_and_has_the_trace(
+    out: int, width: int, rank: int, dependent: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factors = Factors(
+        torch.randn(out, rank, generator=generator).double(), torch.randn(rank, width, generator=generator).double()
+    )
+    if dependent:
+        factors = add(factors, factors)
+    x, g = samples(width, seed), samples(out, seed + 1)
+    metric = metric_of(factors, moments_of(factors, x, g))
+    for weigh, rows, seen in ((metric.right, factors.a, x), (metric.left, factors.b.T, g)):
+        true = seen @ seen.T / seen.shape[1]
+        root = weigh(torch.eye(len(seen), dtype=torch.float64))
+        torch.testing.assert_close(root, root.T, rtol=0, atol=1e-7)
+        completed = root @ root
+        torch.testing.assert_close(rows @ completed @ rows.T, rows @ true @ rows.T, rtol=1e-6, atol=1e-6)
+        if len(seen) > torch.linalg.matrix_rank(rows):
+            assert float(completed.trace()) == pytest.approx(float(true.trace()), rel=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["none", "ke"])
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("aim", [Aim(), Aim(width=4)])
+def test_codes_of_as_many_bits_lose_less_in_the_metric(transform: str, two_sided: bool, aim: Aim) -> None:
+    deltas = random_products(layers=2, rank=8)
+    source = measure(deltas)
+    options = Options(transform=transform, uniform=True, shared_size=32)
+    floats = fit_by_hand(source, options, (8, 1, 1) if transform == "ke" else (8, 0, 0)).form
+    bits = 3 * floats.parameters
+    plain = code_form(source, floats, replace(aim, bits=bits), torch.float32)
+    x = {name: samples(delta.shape[1], 1) for name, delta in deltas.items()}
+    g = {name: samples(delta.shape[0], 2) for name, delta in deltas.items()} if two_sided else {}
+    terms = residual_terms(deltas, plain.form)
+    moments = {name: moments_of(add(*parts), x[name], g.get(name)) for name, parts in terms.items()}
+    aim = replace(aim, bits=local_bits(plain.form, plain.tensors))
+    coded = recode_locals(deltas, plain.form, plain.tensors, moments, aim, torch.float32)
+    assert coded.bits <= plain.bits <= bits
+    assert list(coded.tensors) == list(plain.tensors)
+
+    def lost(form: object) -> float:
+        total = 0.0
+        for name, delta in deltas.items():
+            held = delta.factors()
+            rest = held.b.double() @ held.a.double()
+            found = form.delta(name)  # type: ignore[attr-defined]
+            rest -= found.b.double() @ found.a.double()
+            rest = rest @ x[name] / x[name].shape[1] ** 0.5
+            if two_sided:
+                rest = g[name].T @ rest / g[name].shape[1] ** 0.5
+            total += float(rest.square().sum())
+        return total
+
+    assert lost(coded.form) < 0.9 * lost(plain.form)
+
+
+def test_ranks_that_are_given_stay() -> None:
+    deltas = random_products(layers=1, rank=8)
+    source = measure(deltas)
+    floats = fit_by_hand(source, Options(transform="none", uniform=True), (3, 0, 0)).form
+    ranks = dict.fromkeys(deltas, 3)
+    plain = code_form(source, floats, Aim(width=4, ranks=ranks), torch.float32)
+    moments = {name: moments_of(delta.factors(), samples(delta.shape[1], 1)) for name, delta in deltas.items()}
+    coded = recode_locals(
+        deltas, plain.form, plain.tensors, moments, Aim(bits=plain.bits, width=4, ranks=ranks), torch.float32
+    )
+    assert coded.bits == plain.bits
+    assert {name: module.local.rank for name, module in coded.form.modules.items()} == ranks
+
+
+def test_white_inputs_change_nothing_but_the_components_that_are_equally_good() -> None:
+    deltas = random_products(layers=1, rank=6)
+    source = measure(deltas)
+    floats = fit_by_hand(source, Options(transform="none", uniform=True), (6, 0, 0)).form
+    plain = code_form(source, floats, Aim(bits=3 * floats.parameters), torch.float32)
+    white = {
+        name: moments_of(delta.factors(), torch.eye(delta.shape[1], dtype=torch.float64) * delta.shape[1] ** 0.5)
+        for name, delta in deltas.items()
+    }
+    coded = recode_locals(deltas, plain.form, plain.tensors, white, Aim(bits=plain.bits), torch.float32)
+    assert coded.lost == pytest.approx(plain.lost, rel=0.01)
+
+
+def test_modules_that_are_never_fed_take_no_bits() -> None:
+    deltas = random_products(layers=1, rank=6)
+    source = measure(deltas)
+    floats = fit_by_hand(source, Options(transform="none", uniform=True), (6, 0, 0)).form
+    plain = code_form(source, floats, Aim(bits=3 * floats.parameters), torch.float32)
+    silent, *fed = deltas
+    moments = {name: moments_of(delta.factors(), samples(delta.shape[1], 1)) for name, delta in deltas.items()}
+    moments[silent] = Moments(torch.zeros(6, 6, dtype=torch.float64), 0.0)
+    coded = recode_locals(deltas, plain.form, plain.tensors, moments, Aim(bits=plain.bits), torch.float32)
+    assert coded.form.modules[silent].local.rank == 0
+    assert all(coded.form.modules[name].local.rank for name in fed)
+    assert all(tensor.isfinite().all() for tensor in coded.form.tensors())
