@@ -93,9 +93,7 @@ def main() -> None:
         settings, share = RECIPES[recipe]
         out = options.out / recipe
         summary = batch(library, out, settings, share_across=share)
-        print(
-            json.dumps({"recipe": recipe, "counts": summary["counts"], "sharing": summary.get("sharing")}), flush=True
-        )
+        print(json.dumps({"recipe": recipe, "ok": summary["ok"], "sharing": summary.get("sharing")}), flush=True)
         for name in names:
             if not any((row["recipe"], row["name"]) == (recipe, name) for row in rows):
                 found = verify(
