@@ -6,6 +6,7 @@ recipe -> fit to a budget, by hand or to an error -> of several groupings the be
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from bslora_convert.recipe import Recipe
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
+CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
 
 
 def fit_stored(
@@ -49,16 +51,38 @@ def fit_stored(
             raise RecipeError(
                 f"bytes is {recipe.bytes:g}: of the source's {size} bytes that leaves nothing beside what it carries along"
             )
-    best: tuple[Fit, CodedForm] | None = None
-    for name in ("none", "ke", "ss") if recipe.transform == "auto" else (recipe.transform,):
-        fit = _float_for_codes(source, replace(recipe, transform=name), progress)
-        progress(f"coding {name}")
-        coded = _coded(source, fit.form, recipe, room, dtype)
-        if best is None or (coded.lost, coded.bits) < (best[1].lost, best[1].bits):
-            best = fit, coded
-    assert best is not None  # there is a transform
-    fit, coded = best
+    found: list[tuple[Fit, CodedForm]] = []
+    refused: RecipeError | None = None
+    for candidate in _by_name(recipe):
+        try:
+            fit = _float_for_codes(source, candidate, progress)
+            progress(f"coding {candidate.transform}")
+            found.append((fit, _coded(source, fit.form, candidate, room, dtype)))
+        except RecipeError as error:
+            refused = error  # of several transforms another may fit
+    if not found:
+        assert refused is not None  # there is a transform
+        raise refused
+    wanted = 0.0 if recipe.max_error is None else recipe.max_error**2 * source.energy
+
+    def rank(one: tuple[Fit, CodedForm]) -> tuple[bool, float, float]:
+        lost, bits = one[1].lost, one[1].bits
+        return (False, bits, lost) if lost <= wanted else (True, lost, bits)
+
+    fit, coded = min(found, key=rank)
     return replace(fit, form=coded.form, lost=coded.lost), to_file(coded.tensors)
+
+
+def _by_name(recipe: Recipe) -> list[Recipe]:
+    """The recipe for each transform that it may take; settings that mean nothing to one are left out there."""
+    if recipe.transform != "auto":
+        return [recipe]
+    apart: dict[str, dict[str, Any]] = {
+        "none": {"groups": "layer", "shared_size": None, "min_shared": 0},
+        "ke": {},
+        "ss": {"shared_size": None},
+    }
+    return [replace(recipe, transform=name, **fields) for name, fields in apart.items()]
 
 
 def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], None]) -> Fit:
@@ -75,15 +99,17 @@ def _coded(source: Source, form: BsloraForm, recipe: Recipe, room: int | None, d
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(source, form, replace(aim, ranks=ranks), dtype)
     allowed = recipe.max_error**2 * source.energy
-    lost = allowed
-    coded = code_form(source, form, replace(aim, lost=lost), dtype)
+    lost, best, before = allowed, None, -1
     for _ in range(ERROR_ATTEMPTS):
-        reached = fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
-        if reached <= allowed:
-            break
-        lost *= 0.99 * allowed / reached
         coded = code_form(source, form, replace(aim, lost=lost), dtype)
-    return coded
+        reached = fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
+        if reached <= allowed and (best is None or coded.bits < best.bits):
+            best = coded
+        if CLOSE * allowed <= reached <= allowed or reached == 0 or coded.bits == before:
+            break
+        before = coded.bits
+        lost *= 0.99 * allowed / reached  # refits gain on what the widths promise, rounding loses
+    return best or coded
 
 
 def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:

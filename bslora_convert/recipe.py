@@ -95,6 +95,8 @@ class Recipe:
     def _check_coding(self) -> None:
         if self.bytes is not None and not (_is_number(self.bytes) and 0 < self.bytes <= 1):
             raise RecipeError(f"bytes is {self.bytes!r}: a share of the source's file, 0 < bytes <= 1, is allowed")
+        if self.bytes is not None and self.local_ranks == "uniform":
+            raise RecipeError("local_ranks is 'uniform': with bytes every module's rank is chosen; adaptive is allowed")
         if self.bits is not None and self.bits not in WIDTHS:
             raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed")
 

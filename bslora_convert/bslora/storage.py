@@ -167,7 +167,7 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
     else:
         expected = uses.tensors(layout) if uses else layout.tensors()
         taken = {key: _take(weights_path, tensors, key, shape) for key, shape in expected}
-    left = [key for key in tensors if ".bslora_" in key]
+    left = [key for key in tensors if ".bslora_" in f".{key}"]
     if left:
         raise InputError(f"{weights_path}: tensor {left[0]} belongs to no module of {CONFIG_NAME}")
     dtypes = {tensor.dtype for tensor in taken.values()}

@@ -36,6 +36,7 @@ from bslora_convert.fit.metric import PLAIN, Metric, Weigh, as_it_is
 CLIPS = (0.8, 0.9, 1.0, 1.1, 1.25)
 TURNS = 2
 SMALLEST_SCALE = 1e-30
+SMALLEST_NORM = 1e-300
 
 
 def encode(vectors: Tensor, widths: Sequence[int]) -> Coded:
@@ -95,7 +96,7 @@ def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
     n = vectors.shape[0]
     vectors = vectors.contiguous()
     weighed = weigh(vectors)
-    energy = weighed.double().square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    energy = weighed.double().square().sum(1)
     found = torch.zeros(n, len(WIDTHS), dtype=torch.float64)
     for column, width in enumerate(WIDTHS):
         if width == 16:
@@ -106,9 +107,9 @@ def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
                 rms = vectors.abs().amax(1, keepdim=True) / LEVELS[8][-1]
             kept = LEVELS[width][_nearest(vectors, rms[:, 0], width).int()] * rms
         kept = weigh(kept)
-        found[:, column] = 1 - (weighed * kept).double().sum(1) ** 2 / (
-            kept.double().square().sum(1).clamp_min(1e-300) * energy
-        )
+        norms = kept.double().square().sum(1) * energy
+        found[:, column] = 1 - (weighed * kept).double().sum(1) ** 2 / norms.clamp_min(SMALLEST_NORM)
+    found[energy == 0] = 0.0  # nothing can be lost of nothing
     return found.clamp_(0, 1)
 
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from bslora_convert import Recipe, compress, expand, inspect, load_compact
+from bslora_convert.bslora.factors import Factors
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from tests.conftest import FIXTURES
@@ -130,3 +131,78 @@ def test_damaged_directories_are_refused(tmp_path: Path) -> None:
     save_file(whole | {key: whole[key].flip(0)}, out / WEIGHTS)
     with pytest.raises(InputError, match="is expected"):
         load_compact(out)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"shared_size": 32}, {"groups": "auto"}, {"min_shared": 8, "bytes": 0.04}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_auto_takes_what_its_transforms_take(tmp_path: Path, fields: dict[str, Any]) -> None:
+    recipe = Recipe(**{"transform": "auto", "bytes": 0.25, **fields})
+    record = compress(TINY, tmp_path / "out", recipe, report_html=False)
+    assert record["compact"]["byte_ratio"] <= recipe.bytes  # type: ignore[operator]
+
+
+def test_auto_is_as_small_as_the_best_transform_for_an_error(tmp_path: Path) -> None:
+    bits = {}
+    for name in ("none", "ke", "ss", "auto"):
+        recipe = Recipe(transform=name, bytes=0.5, max_error=0.2)
+        record = compress(TINY, tmp_path / name, recipe, report_html=False)
+        assert record["weight"]["relative_error"] <= 0.2
+        bits[name] = record["coding"]["bits"]
+    assert bits["auto"] == min(bits.values())
+
+
+def test_an_error_is_used_up(tmp_path: Path) -> None:
+    recipe = Recipe(transform="none", bytes=0.9, max_error=0.1)
+    record = compress(TINY, tmp_path / "out", recipe, report_html=False)
+    assert 0.097 < record["weight"]["relative_error"] <= 0.1
+
+
+def test_ranks_can_not_be_uniform_where_bytes_choose_them() -> None:
+    with pytest.raises(RecipeError, match="adaptive is allowed"):
+        Recipe(bytes=0.5, local_ranks="uniform")
+
+
+def test_a_module_may_be_called_anything(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1, kinds={"self_attn.my_own_proj": (48, 32)}))
+    assert compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.9), report_html=False)["coding"]["bits"]
+
+
+def test_a_module_of_zeros_costs_the_others_nothing(tmp_path: Path) -> None:
+    products = random_products(layers=2, rank=4)
+    name = next(iter(products))
+    products[name] = Product(Factors(torch.zeros_like(products[name].held.b), products[name].held.a))
+    lora = write_lora(tmp_path / "lora", products)
+    recipe = Recipe(transform="ke", ranks=None, bytes=0.9, max_error=0.4, shared_size=32)
+    record = compress(lora, tmp_path / "out", recipe, report_html=False)
+    assert record["weight"]["relative_error"] > 0.35
+
+
+def test_names_that_take_more_bytes_than_letters_count(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1))
+    tensors = load_file(lora / WEIGHTS)
+    tensors |= {f"base_model.model.{'雪' * 60}{number}.weight": torch.zeros(1, 1, 1, 1) for number in range(20)}
+    save_file(tensors, lora / WEIGHTS)
+    record = compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.7), report_html=False)
+    assert record["compact"]["byte_ratio"] <= 0.7
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("bslora_scales", 3e38, "can't hold"),
+        ("bslora_floats", torch.full((3,), float("nan")), "belongs to no vector|bslora_floats"),
+        ("bslora_codes_5", torch.zeros(3, dtype=torch.uint8), "belongs to no module"),
+    ],
+)
+def test_codes_that_decode_to_nothing_sensible_are_refused(tmp_path: Path, name: str, tensor: Any, words: str) -> None:
+    compress(TINY, tmp_path / "out", Recipe(transform="none", ranks=(2, 0, 0), bits=3), report_html=False)
+    path = tmp_path / "out" / WEIGHTS
+    tensors = load_file(path)
+    key = f"base_model.model.{name}"
+    tensors[key] = torch.full_like(tensors[key], tensor) if isinstance(tensor, float) else tensor
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=words):
+        load_compact(tmp_path / "out")

@@ -61,22 +61,27 @@ def spread(scales: Tensor, length: int) -> Tensor:
     return scales.float().repeat_interleave(GROUP, 1)[:, :length]
 
 
+def is_own(key: str) -> bool:
+    """Whether the tensor is a kernel or a gate, by the last part of its key: a module may be called anything."""
+    return "_own_" in key.rpartition(".bslora_")[2]
+
+
 def vectors_shape(key: str, shape: Shape) -> Shape:
     """(n, L) of a form's tensor by its key and shape."""
-    if "_own_" in key:
+    if is_own(key):
         return 1, int(torch.Size(shape).numel())
     return (shape[1], shape[0]) if key.endswith("_B") else (shape[0], shape[1])
 
 
 def to_vectors(key: str, tensor: Tensor) -> Tensor:
     """A form's tensor as vectors, (n, L)."""
-    if "_own_" in key:
+    if is_own(key):
         return tensor.reshape(1, -1)
     return tensor.T if key.endswith("_B") else tensor
 
 
 def from_vectors(key: str, vectors: Tensor, shape: Sequence[int]) -> Tensor:
     """The tensor of these vectors."""
-    if "_own_" in key:
+    if is_own(key):
         return vectors.reshape(shape)
     return vectors.T if key.endswith("_B") else vectors

@@ -9,6 +9,7 @@ A tensor for each module would cost a header entry each, at a sixteenth of a sma
 there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, from_vectors, groups_of, vectors_shape
+from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.factors import Shape
@@ -45,10 +47,12 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     for width, vectors in codes.items():
         if vectors:
             whole = torch.cat(vectors)
-            found[FLOATS_NAME if width == 16 else f"bslora_codes_{width}"] = (
-                whole if width == 16 else pack(whole, width)
-            )
+            found[_name(width)] = whole if width == 16 else pack(whole, width)
     return found
+
+
+def _name(width: int) -> str:
+    return FLOATS_NAME if width == 16 else f"bslora_codes_{width}"
 
 
 def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
@@ -81,8 +85,9 @@ def from_file(
     """
     shapes = list(shapes)
     sizes = [vectors_shape(key, shape) for key, shape in shapes]
-    lengths = torch.tensor([length for count, length in sizes for _ in range(count)], dtype=torch.int64)
-    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), len(lengths), where)
+    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), sum(count for count, _ in sizes), where)
+    each = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)  # (vectors, length) of every tensor
+    lengths = each[:, 1].repeat_interleave(each[:, 0])
     unknown = set(widths.tolist()) - set(WIDTHS)
     if unknown:
         raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, WIDTHS))} are allowed")
@@ -92,14 +97,18 @@ def from_file(
     scales = _taken(tensors, SCALES_NAME, (SCALES,), int(groups[scaled].sum()), where).float()
     if not bool(scales.isfinite().all()):
         raise InputError(f"{where}: {SCALES_NAME} holds NaN or infinite values; the adapter is damaged")
-    used = {WIDTHS_NAME, SCALES_NAME, FLOATS_NAME} | {
-        f"bslora_codes_{width}" for width, count in counts.items() if count
-    }
+    used = {WIDTHS_NAME, SCALES_NAME} | {_name(width) for width, count in counts.items() if count}
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
     numbers = {width: _numbers(tensors, width, count, where) for width, count in counts.items() if count}
     owned = {width: scales[(widths == width).repeat_interleave(groups * scaled)] for width in numbers}
+    for width, values in numbers.items():
+        largest = values if width == 16 else owned[width] * LEVELS[width][-1]
+        if float(largest.abs().max()) > torch.finfo(dtype).max:
+            raise InputError(
+                f"{where}: {_name(width)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
+            )
     return _assembled(shapes, sizes, widths, numbers, owned, dtype)
 
 
@@ -168,11 +177,11 @@ def _taken(
 def file_overhead(carried: Mapping[str, Tensor]) -> int:
     """Bytes of a coded file that are not codes, at most: header entries, filled bytes, and tensors carried along."""
     entry = 110  # dtype, shape and offsets of ten digits each, and punctuation
-    names = [*NAMES, *carried]
+    names = [json.dumps(name, ensure_ascii=False).encode() for name in (*NAMES, *carried)]
     return (
         8
         + 64
         + 8 * len(WIDTHS)
         + sum(len(name) + 32 + entry for name in names)
-        + sum(t.nbytes for t in carried.values())
+        + sum(tensor.nbytes + len(str(list(tensor.shape))) for tensor in carried.values())
     )
