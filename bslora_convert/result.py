@@ -131,8 +131,14 @@ def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter) 
         "expanded_rank": max(form.expanded_rank(name) for name in form.modules),
         "unique_tensors": sum(1 for _ in form.tensors()) - (len(compact.uses.sizes) if compact.uses else 0),
         "dtype": dtype_name(compact.dtype),
+        **({"loaded_bytes": loaded_bytes(compact)} if compact.codes or compact.uses else {}),
         **({"bases": bases_record(compact)} if compact.uses else {}),
     }
+
+
+def loaded_bytes(compact: CompactAdapter) -> int:
+    """Bytes of what a reader holds once codes are decoded and bases multiplied out."""
+    return sum(tensor.nbytes for tensor in (*compact.form.tensors(), *compact.carried.values()))
 
 
 def bases_record(compact: CompactAdapter) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 slots     an engine reserves slots of one rank, rounded up to a step that it allows: step · Σ (out + in) · 2 bytes each,
 whatever a file's size; a compact adapter is served as the LoRA that it expands to
-paged     an engine keeps an adapter's own numbers (S-LoRA's unified paging, PEFT): its bytes, as LoRA or as compact
+paged     an engine keeps an adapter's own numbers (S-LoRA's unified paging, PEFT): its bytes as LoRA, or those of the compact
+form once it is loaded, codes decoded and shared bases multiplied out
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float)
     steps = {kind: next((step for step in SLOT_STEPS if step >= rank), None) for kind, rank in ranks.items()}
     mean = {
         "lora": sum(int(row["source_bytes"]) for row in good) / len(good),
-        "compact": sum(int(row["bytes"]) for row in good) / len(good),
+        "compact": sum(int(row["settings"].get("loaded_bytes", row["bytes"])) for row in good) / len(good),
     }
     return {
         "gpu_gib": gpu_gib,

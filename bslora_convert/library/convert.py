@@ -149,6 +149,7 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
             "expanded_rank": compact["expanded_rank"],
             "source_rank": max(map(int, record["source"]["ranks"])),
             "width": record["source"]["width"],
+            **({"loaded_bytes": compact["loaded_bytes"]} if "loaded_bytes" in compact else {}),
             **({"bases": compact["bases"]["sha256"]} if "bases" in compact else {}),
         },
     }

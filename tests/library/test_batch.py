@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bslora_convert import Recipe, batch, compress
+from bslora_convert import Recipe, batch, compress, load_compact
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.library.batch import is_failed, read_manifest
@@ -355,3 +355,14 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
 def _empty(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
     return tmp_path / "empty"
+
+
+def test_capacity_counts_what_is_loaded(tmp_path: Path) -> None:
+    write_lora(tmp_path / "library" / "one", random_products(layers=1))
+    record = batch(tmp_path / "library", tmp_path / "out", Recipe(transform="none", bytes=0.5))
+    assert record["ok"] == 1
+    row = json.loads((tmp_path / "out" / "manifest.jsonl").read_text())
+    form = load_compact(tmp_path / "out" / "one").form
+    loaded = sum(tensor.nbytes for tensor in form.tensors())
+    assert row["settings"]["loaded_bytes"] == loaded > row["bytes"]
+    assert capacity([row], 80, 16)["paged"]["compact"]["mean_bytes"] == loaded
