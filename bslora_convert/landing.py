@@ -43,10 +43,10 @@ def landing(out: Path, overwrite: bool) -> Iterator[Path]:
 
     :raises OutputError: as `check_output`, or when writing fails (disk full, permissions).
     """
-    check_output(out, overwrite)
     out = out.absolute()
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     _remove_stale(out)
+    check_output(out, overwrite)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,6 +95,13 @@ def _remove_stale(out: Path) -> None:
         process = left.name.rpartition("-")[2]
         if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
+    for left in out.parent.glob(f".{out.name}.old-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not _is_alive(int(process)):
+            if out.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(out)  # killed between the two renames: what stood there comes back
 
 
 def _is_alive(process: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -92,7 +92,10 @@ def _holds_its_numbers(tensor: Tensor) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file with the metadata that PEFT writes; tensors that share memory are written apart."""
+    """Writes a safetensors file with the metadata that PEFT writes; tensors that share memory are written apart.
+
+    :raises OSError: when it can't be written.
+    """
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -101,7 +104,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             plain = plain.clone()
         seen.add(plain.untyped_storage().data_ptr())
         stored[name] = plain
-    save_file(stored, path, metadata={"format": "pt"})
+    try:
+        save_file(stored, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for instance, which is no OSError there
+        raise OSError(f"{path}: {error}") from error
     path.chmod(
         path.parent.stat().st_mode & 0o666
     )  # readable by whom the directory is; the library writes it for the owner only

@@ -62,6 +62,20 @@ def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_
     assert living.exists()
 
 
+def test_what_a_killed_run_moved_aside_comes_back_or_goes(tmp_path: Path) -> None:
+    old = tmp_path / ".out.old-999999999"
+    old.mkdir()
+    (old / "file").write_text("before")
+    with pytest.raises(OutputError, match="not empty"), landing(tmp_path / "out", overwrite=False):
+        pass
+    assert (tmp_path / "out" / "file").read_text() == "before"
+    old.mkdir()
+    with landing(tmp_path / "out", overwrite=True) as place:
+        (place / "file").write_text("after")
+    assert not old.exists()
+    assert (tmp_path / "out" / "file").read_text() == "after"
+
+
 def test_writing_errors_are_output_errors(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="can't be written"), landing(tmp_path / "out", overwrite=False) as place:
         (place / "no" / "such" / "directory").write_text("x")

@@ -80,6 +80,8 @@ def take(target: Target, basis: Basis) -> tuple[Tensor, Factors] | None:
     if not core.isfinite().all():
         return None
     local = basis.with_core(core, basis.sizes_for(target.factors.rank).rank)
+    if local.rank > target.factors.rank:
+        return None  # a server's slot would grow
     lost = residual_energy(target.factors, Grams.of(target.factors), local)
     return (core, local) if lost <= target.allowed else None
 
@@ -137,10 +139,11 @@ class _Stack:
         found: list[tuple[float, Basis]] = []
         # A basis of one side alone: no smaller one than the least, and often just that.
         p = self._enough(torch.stack([_along(left.T @ x, y) for x, y in zip(self.x, self.y, strict=True)]))
-        if (cost := self._cost(p, p * out, p * across)) < self._whole:
+        most = min(x.shape[1] for x in self.x)  # no local part gets a higher rank than its update
+        if p <= most and (cost := self._cost(p, p * out, p * across)) < self._whole:
             found.append((cost, Basis(self.outer @ left[:, :p], None)))
         q = self._enough(torch.stack([_along((y @ right).T, x.T) for x, y in zip(self.x, self.y, strict=True)]))
-        if (cost := self._cost(q, q * across, q * out)) < self._whole:
+        if q <= most and (cost := self._cost(q, q * across, q * out)) < self._whole:
             found.append((cost, Basis(None, (self.inner @ right[:, :q]).T)))
         if self._cost(1, least[0] * out + least[1] * across, least[0] * least[1]) < self._whole:
             both = self._both(left, right)

@@ -20,7 +20,7 @@ from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.landing import landing, replace_file
-from bslora_convert.library.convert import STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
+from bslora_convert.library.convert import COPYING, STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
@@ -131,7 +131,11 @@ def _copy(first: Job, job: Job, result: Result) -> Result:
     same = replace(result, id=job.item.id, uri=job.item.uri, duplicate_of=first.item.id, seconds=None)
     if result.status == "ok":
         try:
-            with landing(job.destination, overwrite=is_ours(job)) as place:
+            ours = is_ours(job, first.item.uri)
+            mark(
+                Path(job.out), replace(same, status=COPYING, final=False)
+            )  # whoever comes after a kill knows it is ours
+            with landing(job.destination, overwrite=ours) as place:
                 shutil.copytree(first.destination, place, dirs_exist_ok=True)
         except (OSError, OutputError) as error:
             same = failure(job, "failed", "OutputError", str(error))
@@ -171,7 +175,7 @@ def _known(out: Path, name: str, options: str) -> Result | None:
     """The marker that another run or shard with the same options left for an item that this run did not come to."""
     with suppress(OSError, ValueError, TypeError):
         result = Result(**json.loads(marker_of(out, name).read_text(encoding="utf-8")))
-        return result if result.options == options else None
+        return result if result.options == options and result.status != COPYING else None
     return None
 
 
@@ -242,8 +246,14 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
     path = Path(out) / MANIFEST
     if not path.is_file():
         raise InputError(f"{out}: no {MANIFEST}; the output of `batch` is expected")
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return rows
+    rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
+    return list(rows.values())
 
 
 def is_failed(summary: Mapping[str, Any]) -> bool:

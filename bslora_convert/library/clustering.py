@@ -93,12 +93,16 @@ def clustered(members: Sequence[Member]) -> list[list[Member]]:
     names = list(members[0].compact.form.modules)
 
     def similarity(name: str) -> torch.Tensor:
+        """NaN where one of a pair does nothing to the module."""
         spaces = [Spaces.of(member.target(name).factors) for member in members]
-        if not all(len(one.singular) for one in spaces):
-            return torch.zeros((len(members),) * 2, dtype=torch.float64)
-        return torch.stack([pairs(spaces, side).cka for side in SIDES]).amax(0)
+        does = [i for i, one in enumerate(spaces) if len(one.singular)]
+        found = torch.full((len(members),) * 2, torch.nan, dtype=torch.float64)
+        if does:
+            cka = torch.stack([pairs([spaces[i] for i in does], side).cka for side in SIDES]).amax(0)
+            found[torch.tensor(does)[:, None], torch.tensor(does)] = cka
+        return found
 
-    total = torch.stack(list(each(similarity, names))).mean(0)
+    total = torch.stack(list(each(similarity, names))).nanmean(0).nan_to_num(0.0)
     nearest = total.clone().fill_diagonal_(0).amax(0)
     near = [i for i in range(len(members)) if float(nearest[i]) >= LEAST_SIMILARITY]
     if len(near) < 2:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.bslora.bases import DIRECTORY as BASES
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.landing import replace_file
 from bslora_convert.library.fetch import local_copy
@@ -17,6 +18,7 @@ from bslora_convert.tensorfile import sha256
 from bslora_convert.version import __version__
 
 STATE = ".batch"  # directory of the output that holds a marker for each adapter
+COPYING = "copying"  # status of a duplicate whose copy has not landed yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +164,19 @@ def failure(job: Job, status: str, error: str, message: str, final: bool = False
     )
 
 
-def is_ours(job: Job) -> bool:
-    """Whether what stands at the destination was made from this item, so that it may be replaced."""
-    if job.marker.is_file():
-        return True
+def is_ours(job: Job, *copied: str) -> bool:
+    """Whether what stands at the destination was made from this item, so that it may be replaced.
+
+    A marker alone does not say so: an item that failed has one as well. copied: other sources of the same content.
+    """
+    try:
+        if json.loads(job.marker.read_text(encoding="utf-8"))["status"] in ("ok", COPYING):
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     try:
         record = json.loads((job.destination / "fidelity.json").read_text(encoding="utf-8"))
-        return bool(record["source"]["path"] == job.item.uri)
+        return bool(record["source"]["path"] in (job.item.uri, *copied))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -194,5 +202,8 @@ def marked(job: Job) -> Result | None:
     if result.status == "ok":
         weights = job.destination / "adapter_model.safetensors"
         if not weights.is_file() or weights.stat().st_size != result.bytes or not os.access(weights, os.R_OK):
+            return None
+        shared = result.settings.get("bases")
+        if shared is not None and not (Path(job.out) / BASES / f"{shared}.safetensors").is_file():
             return None
     return result

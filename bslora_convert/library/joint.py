@@ -73,8 +73,8 @@ class Sharing:
                     members.append(_load(row, stack.enter_context(local_copy(self.items[row.id])), self.out))
                 except Refused:  # converted without a fit, from another layout than PEFT's
                     alone.append(row)
-                except (BsloraConvertError, OSError) as error:
-                    self.reasons[row.id] = str(error)
+                except Exception as error:  # a damaged record or a store that fails: it is this adapter's own
+                    self.reasons[row.id] = _said(error)
             known = sorted({entry.bases for entry in self.journal.values() if entry.group == group and entry.bases})
             joined = {member.row.id: join(member, known, self.out) for member in members}
             rest = [member for member in members if joined[member.row.id] is None]
@@ -87,7 +87,12 @@ class Sharing:
             write_journal(self.out, self.journal)
             for cluster, file in landed:
                 for member in cluster.members:
-                    self.rows[member.row.id] = _write(member, file, cluster.bases, self.out)
+                    try:
+                        self.rows[member.row.id] = _write(member, file, cluster.bases, self.out)
+                    except OutputError:
+                        raise
+                    except Exception as error:  # the next run carries out what the journal says
+                        self.reasons[member.row.id] = _said(error)
 
 
 def share(
@@ -111,8 +116,8 @@ def share(
                 group = run.sort(row)
             except OutputError:
                 raise
-            except (BsloraConvertError, OSError) as error:
-                run.reasons[row.id] = str(error)
+            except Exception as error:  # whatever it was, it is this adapter's and not the library's
+                run.reasons[row.id] = _said(error)
             else:
                 if group is not None:
                     waiting.setdefault(group, []).append(row)
@@ -123,6 +128,11 @@ def share(
                 run.decide(batch, group)
                 done += len(batch)
     return [run.rows[row.id] for row in rows], run.reasons
+
+
+def _said(error: Exception) -> str:
+    """An error of ours as it is, another one with its kind."""
+    return str(error) if isinstance(error, BsloraConvertError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def _state(directory: Path) -> tuple[str, str | None]:
@@ -206,7 +216,7 @@ def _write(member: Member, file: str, found: Mapping[str, Basis], out: Path) -> 
             cores=Cores(uses, cores),
         )
     row = replace(member.row, **figures(written))
-    mark(out, replace(row, status="ok"))
+    mark(out, replace(row, status="ok", seconds=None))
     return row
 
 

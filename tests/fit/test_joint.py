@@ -55,6 +55,20 @@ def test_planted_bases_are_found_at_their_own_rank(left: bool, right: bool, dtyp
         assert dense_error(target, taken[1]) <= 1.01 * target.allowed
 
 
+@pytest.mark.parametrize("shape", [(256, 24), (24, 256)])
+def test_no_basis_of_one_side_raises_a_rank(shape: Shape) -> None:
+    common = random(1, max(shape), 8)
+    products = []
+    for number in range(8):
+        long, short = common @ random(10 + number, 8, RANK), random(20 + number, RANK, min(shape))
+        products.append(Factors(long, short) if shape[0] > shape[1] else Factors(short.T, long.T))
+    own = targets(products, RANK)
+    basis = shared_basis(own, torch.float32)
+    if basis is not None:
+        assert all(taken is None or taken[1].rank <= RANK for taken in (take(target, basis) for target in own))
+        assert basis.sizes.left and basis.sizes.right
+
+
 def test_no_adapter_loses_more_than_it_does_alone() -> None:
     own = targets(updates(True, True), 3)
     basis = shared_basis(own, torch.float32)

@@ -16,10 +16,12 @@ import torch
 from click.testing import CliRunner
 
 from bslora_convert import Recipe, batch, compress, load_compact
+from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.library.batch import is_failed, read_manifest
 from bslora_convert.library.capacity import capacity
+from bslora_convert.library.convert import marker_of
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
 from tests.conftest import FIXTURES
@@ -182,9 +184,36 @@ def test_what_batch_did_not_make_is_not_replaced(tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "llama", random_products(layers=1))
     (tmp_path / "out" / "llama").mkdir(parents=True)
     (tmp_path / "out" / "llama" / "precious").write_text("mine")
-    summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
-    assert (summary["failed"], summary["errors"]) == (1, {"OutputError": 1})
-    assert (tmp_path / "out" / "llama" / "precious").read_text() == "mine"
+    for _ in range(2):  # the first run leaves a marker, which must not make the place its own
+        summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+        assert (summary["failed"], summary["errors"]) == (1, {"OutputError": 1})
+        assert (tmp_path / "out" / "llama" / "precious").read_text() == "mine"
+
+
+def test_a_copy_that_was_killed_before_its_end_is_made_again(tmp_path: Path) -> None:
+    for name in "ab":
+        write_lora(tmp_path / "in" / name, random_products(layers=1))
+    whole = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    before = tree(tmp_path / "out")
+    marker = marker_of(tmp_path / "out", "b")
+    row = json.loads(marker.read_text())
+    marker.write_text(json.dumps({**row, "status": "copying", "final": False}))
+    again = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert (whole["ok"], again["failed"]) == (2, 0)
+    assert tree(tmp_path / "out").keys() == before.keys()
+    assert (tmp_path / "out" / "b" / WEIGHTS_NAME).read_bytes() == (tmp_path / "out" / "a" / WEIGHTS_NAME).read_bytes()
+
+
+def test_a_torn_manifest_is_named_and_the_last_row_counts(tmp_path: Path) -> None:
+    write_lora(tmp_path / "in" / "a", random_products(layers=1))
+    batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    text = manifest.read_text()
+    manifest.write_text(text + json.dumps({**json.loads(text), "status": "skipped"}) + "\n")
+    assert [row["status"] for row in read_manifest(tmp_path / "out")] == ["skipped"]
+    manifest.write_text(text + text[: len(text) // 2])
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        read_manifest(tmp_path / "out")
 
 
 def test_files_that_the_recipe_names_are_part_of_the_key(tmp_path: Path) -> None:

@@ -315,14 +315,42 @@ def test_what_does_not_go_is_said(library: Path, tmp_path: Path) -> None:
     anew = run(library / "in", tmp_path / "out", resume=False)
     assert anew["sharing"]["left_out"] == {}
     assert tree(tmp_path / "out") == tree(library / "joint")
-    file.unlink()
     (tmp_path / "out" / ".batch" / NAME).write_text('{"adapters": {"a": {"key": 1}, "b": 7}}')
     assert read_journal(tmp_path / "out") == {}
     (tmp_path / "out" / ".batch" / NAME).write_text("[]")
     assert read_journal(tmp_path / "out") == {}
     reasons = run(library / "in", tmp_path / "out")["sharing"]["left_out"]
     assert set(reasons) == set("abcdefgh")
-    assert "no run decided on" in reasons["b"] or "needs .bases/" in reasons["b"]
+    assert "no run decided on" in reasons["b"]
+
+
+def test_adapters_whose_bases_are_gone_are_converted_again(library: Path, tmp_path: Path) -> None:
+    shutil.copytree(library / "joint", tmp_path / "out")
+    for file in (tmp_path / "out" / ".bases").iterdir():
+        file.unlink()
+    assert run(library / "in", tmp_path / "out")["ok"] == COUNT
+    assert tree(tmp_path / "out") == tree(library / "joint")
+
+
+def test_one_damaged_record_is_one_adapter_left_out(library: Path, tmp_path: Path) -> None:
+    shutil.copytree(library / "separate", tmp_path / "out")
+    (tmp_path / "out" / "c" / "fidelity.json").write_text("{}")
+    told = run(library / "in", tmp_path / "out")["sharing"]
+    assert set(told["left_out"]) == {"c"}
+    assert sorted(told["groups"][0]["shared"][0]["adapters"]) == [*"abdefgh"]
+
+
+def test_an_adapter_that_does_nothing_keeps_no_other_from_sharing(tmp_path: Path) -> None:
+    write(tmp_path / "in", "abcd", family=0)
+    idle = {name: Factors(torch.zeros_like(f.b), f.a) for name, f in planted(9).items()}
+    write_lora(tmp_path / "in" / "idle", idle)
+    lame = planted(10)
+    first = next(iter(lame))
+    lame[first] = Factors(torch.zeros_like(lame[first].b), lame[first].a)
+    write_lora(tmp_path / "in" / "lame", lame)
+    (group,) = run(tmp_path / "in", tmp_path / "out")["sharing"]["groups"]
+    assert group["shared"][0]["adapters"] == ["a", "b", "c", "d", "lame"]
+    assert group["separate"] == ["idle"]
 
 
 def test_what_was_converted_without_a_fit_or_has_changed_stays_separate(library: Path, tmp_path: Path) -> None:
