@@ -1,6 +1,8 @@
 """What a library holds: an identity for each adapter, and where it is."""
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,10 +44,16 @@ def check_ids(items: Sequence[Item], where: str) -> None:
 
 
 def safe_ids(names: Iterable[str]) -> list[str]:
-    """Identities from file names: every sign that is not allowed becomes `_`."""
-    return [
+    """Identities from file names: every sign that is not allowed becomes `_`, and a hash tells apart what that made alike."""
+    names = list(names)
+    safe = [
         "/".join(re.sub(r"[^A-Za-z0-9._+=@-]", "_", part).lstrip(".-+=@") or "_" for part in name.split("/"))
         for name in names
+    ]
+    alike = Counter(safe)
+    return [
+        made if alike[made] == 1 or made == name else f"{made}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        for name, made in zip(names, safe, strict=True)
     ]
 
 

@@ -15,6 +15,7 @@ from bslora_convert.library.items import Item
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
 from bslora_convert.progress import Progress, silent
 from bslora_convert.tensorfile import sha256
+from bslora_convert.tokenizer import TOKENIZER_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ def _look(item: Item) -> tuple[str, int]:
     directory, weights = locate(Path(item.uri))
     if not is_official(item.uri):
         load_lora(item.uri, headers_only=True)
-    return f"{sha256(weights)} {sha256(directory / CONFIG_NAME)}", weights.stat().st_size
+    beside = [directory / name for name in (CONFIG_NAME, *TOKENIZER_FILES) if (directory / name).is_file()]
+    return " ".join((sha256(weights), *(f"{file.name} {sha256(file)}" for file in beside))), weights.stat().st_size
 
 
 def _look_remote(item: Item) -> tuple[str, int]:

@@ -287,6 +287,11 @@ def test_equal_adapters_are_converted_once(tmp_path: Path) -> None:
     weights = [(tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b/c")]
     assert weights[0] == weights[1]
     assert batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)["skipped"] == 2
+    (tmp_path / "in" / "a" / "tokenizer_config.json").write_text('{"chat_template": "a"}')
+    summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    assert (summary["ok"], summary["skipped"]) == (1, 1)
+    assert (tmp_path / "out" / "a" / "tokenizer_config.json").is_file()
+    assert not (tmp_path / "out" / "b" / "c" / "tokenizer_config.json").exists()
 
 
 def test_manifests_and_urls(tmp_path: Path) -> None:
@@ -354,6 +359,9 @@ def test_identities_are_safe_directories() -> None:
         with pytest.raises(InputError):
             check_ids([Item(name, "x") for name in pair], "list")
     check_ids([Item(name, "x") for name in safe_ids(["ok", "a b/c d", ".x/y", "ü"])], "list")
+    alike = safe_ids(["x y", "x_y", "é", "è"])
+    check_ids([Item(name, "x") for name in alike], "list")
+    assert alike[1] == "x_y"
     items = [Item(str(number), "x") for number in range(10)]
     parts = [shard_of(items, (index, 3)) for index in (1, 2, 3)]
     assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in items)
