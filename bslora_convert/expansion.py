@@ -17,7 +17,7 @@ from bslora_convert.bslora.official import is_official, load_official, save_offi
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
 from bslora_convert.errors import RecipeError, Refused
 from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
-from bslora_convert.landing import check_output, landing
+from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.recipe import DTYPES, FORMATS
@@ -51,7 +51,9 @@ def expand(
     out = Path(out)
     _check_options(rank, dtype, format)
     check_output(out, overwrite)
-    adapter = _load(resolve(compact))
+    source = resolve(compact)
+    check_apart(source, out)
+    adapter = _load(source)
     config = dict(adapter.config)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model

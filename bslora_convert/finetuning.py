@@ -16,7 +16,7 @@ from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import InputError
 from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
-from bslora_convert.landing import check_output, landing
+from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.report import FIDELITY_NAME
@@ -59,6 +59,8 @@ def finetune(
 
     training, out, compact = training or Training(), Path(out), resolve(compact)
     check_output(out, overwrite)
+    for given in (compact, Path(reference)):
+        check_apart(given, out)
     began = time.perf_counter()
     progress("reading", 0, 0)
     settings: dict[str, Any] = {

@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bslora_convert.address import MARK
 from bslora_convert.errors import InputError, OutputError
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuses an output place that can't be used, before any work is done.
 
-    :raises OutputError: when it is a file, a non-empty directory without `overwrite`, or can't be made.
+    :raises OutputError: when it is a file, a non-empty directory without `overwrite`, one that holds the current directory or the
+        user's own, an address in a library, or can't be made.
     """
+    if MARK in str(out):
+        raise OutputError(f"{out}: {MARK} names an adapter of a library, which `batch` alone writes; give a directory")
+    if any(out.resolve() in (place, *place.parents) for place in (Path.cwd(), Path.home())):
+        raise OutputError(f"{out}: holds the current directory or your own; it is not replaced")
     if out.exists():
         if not out.is_dir():
             raise OutputError(f"{out}: exists and is not a directory")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.compression import compress
-from bslora_convert.errors import RecipeError
+from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.expansion import expand
 from bslora_convert.lora import load_lora
 from bslora_convert.recipe import Recipe
@@ -135,3 +135,11 @@ def test_names_that_end_alike_keep_their_own_rank(tmp_path: Path) -> None:
     for name, rank in ranks.items():
         assert config.expected_rank(name) == rank
         assert config.scaling(name, rank) == 1.0
+
+
+def test_the_compact_adapter_is_never_its_own_output(tmp_path: Path) -> None:
+    compress(write_lora(tmp_path / "lora", random_products(layers=1)), tmp_path / "p" / "c", Recipe(transform="none"))
+    for out in (tmp_path / "p" / "c", tmp_path / "p"):
+        with pytest.raises(InputError, match="would replace the source"):
+            expand(tmp_path / "p" / "c", out, overwrite=True)
+    assert load_compact(tmp_path / "p" / "c").form.modules

@@ -80,3 +80,16 @@ def test_writing_errors_are_output_errors(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="can't be written"), landing(tmp_path / "out", overwrite=False) as place:
         (place / "no" / "such" / "directory").write_text("x")
     assert files(tmp_path) == []
+
+
+def test_the_current_directory_and_a_librarys_addresses_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "work" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    for out in (Path(), tmp_path / "work", inside):
+        with pytest.raises(OutputError, match="current directory"):
+            check_output(out, overwrite=True)
+    with pytest.raises(OutputError, match="`batch` alone writes"):
+        check_output(tmp_path / "library::id", overwrite=False)

@@ -1,9 +1,10 @@
 """`verify`: does the compact adapter behave like the LoRA that it came from, on these prompts and this base model?"""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ class Thresholds:
     min_agreement: float | None = None
     min_retention: float | None = None
     max_accuracy_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        """:raises RecipeError: for a limit that nothing can meet."""
+        for field in fields(self):
+            limit = getattr(self, field.name)
+            most = 1.0 if field.name.startswith("min") else math.inf
+            if limit is not None and not (math.isfinite(limit) and limit <= most):
+                allowed = "at most 1" if field.name.startswith("min") else "finite"
+                raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed")
 
     def check(self, record: dict[str, Any]) -> dict[str, Any]:
         """Each threshold that was set with the value that it met or missed.

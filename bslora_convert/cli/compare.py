@@ -39,7 +39,13 @@ class Shares(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Directory for comparison.json, comparison.html and the plots."
 )
-@click.option("--budgets", type=Shares(), default="0.5,0.25,0.125", show_default=True, help="Shares of the parameters.")
+@click.option(
+    "--budgets",
+    type=Shares(),
+    default="0.5,0.25,0.125",
+    show_default=True,
+    help="Shares of the LoRA's bytes.",
+)
 @click.option("--forms", type=Names(), default="", help="Only these forms.  [default: all]")
 @click.option("--base-model", help="Directory of the base model, or its name on the hub: adds behaviour.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")

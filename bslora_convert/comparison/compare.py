@@ -244,7 +244,7 @@ def _check(
 ) -> None:
     for budget in budgets:
         if not (math.isfinite(budget) and 0 < budget <= 1):
-            raise RecipeError(f"budgets holds {budget!r}: shares of the parameters, 0 < budget <= 1, are allowed")
+            raise RecipeError(f"budgets holds {budget!r}: shares of the LoRA's bytes, 0 < budget <= 1, are allowed")
     if not budgets:
         raise RecipeError("budgets is empty: give at least one share of the parameters")
     unknown = sorted(set(forms) - set(FORMS))

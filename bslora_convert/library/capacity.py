@@ -6,6 +6,7 @@ paged     an engine keeps an adapter's own numbers (S-LoRA's unified paging, PEF
 form once it is loaded, codes decoded and shared bases multiplied out
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float)
     :raises RecipeError: when the base leaves nothing, or nothing was converted.
     """
     free = (gpu_gib - base_gib) * GIB
-    if free <= 0:
+    if not (math.isfinite(free) and free > 0 <= base_gib):
         raise RecipeError(f"gpu_gib is {gpu_gib:g} and base_gib {base_gib:g}: the base must leave room")
     good = [row for row in rows if row["status"] in ("ok", "skipped")]
     if not good:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bslora_convert.address import resolve
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
@@ -116,7 +117,7 @@ def load_lora(path: str | Path, *, headers_only: bool = False) -> LoraAdapter:
     :raises InputError: when a file is missing, damaged or inconsistent; the message names file and tensor.
     :raises Refused: when the adapter is valid but not a plain LoRA.
     """
-    directory, weights = locate(Path(path))
+    directory, weights = locate(resolve(path))
     config_path = directory / CONFIG_NAME
     raw = read_json(config_path)
     refuse_unless_convertible(raw, config_path)

@@ -136,7 +136,8 @@ def check_convertible(raw: Mapping[str, Any], path: Path) -> list[str]:
     """Every reason why an adapter with this configuration can't be converted; empty where it can."""
     kind = raw.get("peft_type", "LORA")
     if kind != "LORA":
-        return [f"peft_type is {kind!r}, only 'LORA' adapters are converted"]
+        known = " (it is compact already; `expand` makes it a LoRA)" if kind == "BSLORA" else ""
+        return [f"peft_type is {kind!r}, only 'LORA' adapters are converted{known}"]
     return unfaithful(raw)
 
 

@@ -61,9 +61,14 @@ def _deduplicated(record: Mapping[str, Any]) -> str:
 def _in_codes(record: Mapping[str, Any]) -> str:
     coding, error = record["coding"], record["weight"]["relative_error"]
     svd = record["baselines"]["svd_adaptive"]["relative_error"]
-    return (
+    said = (
         f"In codes of {coding['bits_per_number']:.1f} bits a number; plain SVD of as many bytes in the storage dtype has the "
-        f"relative error {svd:.4f} against {error:.4f}. The bound for so many bits and these spectra is {coding['bound']:.4f}, "
+        f"relative error {svd:.4f} against {error:.4f}."
+    )
+    if record["recipe"].get("bytes") is None:  # ranks and width were given, so the bound is not what was aimed at
+        return said
+    return (
+        f"{said} The bound for so many bits and these spectra is {coding['bound']:.4f}, "
         f"and a perfect code of this error would save {coding['gap']:.2f} bits a number."
     )
 
@@ -76,7 +81,7 @@ def _against_svd(transform: str, error: float, svd: float) -> str:
         return f"Sharing paid: plain SVD of the same size loses more ({numbers})."
     if error <= svd * (1 + TIE):
         return f"Sharing neither paid nor cost: plain SVD of the same size loses as much ({numbers})."
-    return f"Sharing did not pay: plain SVD of the same size, one rank per module, loses less ({numbers})."
+    return f"Sharing did not pay: plain SVD of the same size, a rank for each module, loses less ({numbers})."
 
 
 def behaviour(functional: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -454,6 +455,10 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
                                      "--prompts", str(PROMPTS)])  # fmt: skip
     assert done.exit_code == 2
     assert "not empty" in done.stderr
+    lora = Path(shutil.copytree(LORA, tmp_path / "lora"))
+    for out in (lora, compact):
+        with pytest.raises(InputError, match="would replace the source"):
+            finetune(compact, out, lora, str(BASE), PROMPTS, overwrite=True)
 
 
 def test_shared_needs_something_shared(workshop: Workshop, examples: list[Example], tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
         words = ["verify", str(compact), "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS)]
         return CliRunner().invoke(main, [*words, "--limit", "3", "--max-new-tokens", "0", *options])
 
+    for words in (("--max-kl", "nan"), ("--min-retention", "5"), ("--min-agreement", "inf")):
+        assert run(*words).exit_code == 2
     good = run("--json", "--max-kl", "50", "--min-retention", "0.01")
     assert good.exit_code == 0, good.output
     record = json.loads(good.stdout)

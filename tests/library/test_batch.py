@@ -347,8 +347,9 @@ def test_capacity_follows_each_engines_rule(tmp_path: Path) -> None:
         main, ["capacity", str(tmp_path / "out"), "--gpu-gib", "80", "--base-gib", "16", "--json"]
     )
     assert json.loads(done.stdout)["gpu_gib"] == 80
-    with pytest.raises(RecipeError, match="must leave room"):
-        capacity(rows, 1.0, 2.0)
+    for wrong in ((1.0, 2.0), (float("nan"), 0.0), (80.0, -1.0)):
+        with pytest.raises(RecipeError, match="must leave room"):
+            capacity(rows, *wrong)
 
 
 def test_identities_are_safe_directories() -> None:
