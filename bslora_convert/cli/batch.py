@@ -13,6 +13,8 @@ from bslora_convert.cli.finetune import training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import Recipe
 
+SHOWN = 5  # bad adapters whose reasons are printed
+
 
 class Shard(click.ParamType[tuple[int, int]]):
     """I/N."""
@@ -108,6 +110,8 @@ def batch(output: Output, library: str, out: Path, workers: int | None, dry_run:
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
+    from bslora_convert.library.batch import read_manifest
+
     def say(text: str, **style: Any) -> None:
         console.print(text, highlight=False, markup=False, **style)
 
@@ -124,6 +128,11 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
         f"{summary['refused']} refused, {summary['pending']} to be done",
         style="bold",
     )
+    bad = [row for row in read_manifest(out) if row["status"] in ("failed", "refused")]
+    for row in bad[:SHOWN]:
+        say(f"{row['id']}: {row['message']}", style="yellow")
+    if len(bad) > SHOWN:
+        say(f"and {len(bad) - SHOWN} more, with their reasons in {out / 'report.html'}", style="yellow")
     if summary["byte_ratio"] is not None:
         error = summary["relative_error"]
         say(

@@ -161,6 +161,11 @@ def test_a_killed_worker_is_one_failed_item(
     assert tree(out) == tree(whole)
 
 
+def heed() -> None:
+    """A test run that was started in the background ignores interrupts, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_an_interrupt_leaves_whole_results_and_goes_on(
     library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +173,7 @@ def test_an_interrupt_leaves_whole_results_and_goes_on(
     for sign in (signal.SIGTERM, signal.SIGINT):
         before = count_done(out)
         process = subprocess.Popen(
-            command(library[0], out, "--workers", "2"), env=environment(), stderr=subprocess.PIPE
+            command(library[0], out, "--workers", "2"), env=environment(), stderr=subprocess.PIPE, preexec_fn=heed
         )
         wait_for(lambda before=before: count_done(out) > before + 10)
         process.send_signal(sign)
@@ -404,3 +409,15 @@ def test_capacity_counts_what_is_loaded(tmp_path: Path) -> None:
     loaded = sum(tensor.nbytes for tensor in form.tensors())
     assert row["settings"]["loaded_bytes"] == loaded > row["bytes"]
     assert capacity([row], 80, 16)["paged"]["compact"]["mean_bytes"] == loaded
+
+
+def test_the_reasons_of_bad_ones_are_printed(tmp_path: Path) -> None:
+    write_lora(tmp_path / "in" / "good", random_products(layers=1))
+    for number in range(7):
+        write_lora(tmp_path / "in" / f"bad{number}", random_products(layers=1), use_dora=True)
+    done = CliRunner().invoke(
+        main, ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0", *OPTIONS], env={"COLUMNS": "300"}
+    )
+    assert done.exit_code == 1
+    assert "bad0: " in done.stdout and "DoRA" in done.stdout
+    assert "and 2 more" in done.stdout
