@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from bslora_convert.bslora.coding import decode
 from bslora_convert.bslora.coding.coded import GROUP, bits_of, groups_of
 from bslora_convert.bslora.coding.file import (
     FLOATS_NAME,
@@ -44,7 +45,9 @@ def test_packing_loses_nothing(width: int, count: int, seed: int) -> None:
     assert packed.dtype == torch.uint8
     assert len(packed) == packed_bytes(count, width)
     assert torch.equal(unpack(packed, width)[:count], codes)
-    assert torch.equal(levels_of(packed, width, count), LEVELS[width][codes.int()])
+    for first in {0, 1, count // 2, count - 1}:
+        assert torch.equal(levels_of(packed, width, first, count - first), LEVELS[width][codes[first:].int()])
+    assert torch.equal(levels_of(packed, width, 0, count // 2), LEVELS[width][codes[: count // 2].int()])
 
 
 @settings(deadline=None, max_examples=40)
@@ -52,8 +55,11 @@ def test_packing_loses_nothing(width: int, count: int, seed: int) -> None:
     st.lists(st.tuples(st.sampled_from(WIDTHS), st.integers(0, 3)), min_size=1, max_size=5),
     st.sampled_from([1, 5, 40, GROUP, GROUP + 1, 2 * GROUP + 7]),
     st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 5),
 )
-def test_files_give_back_what_was_coded(runs: list[tuple[int, int]], length: int, dtype: torch.dtype) -> None:
+def test_files_give_back_what_was_coded(
+    runs: list[tuple[int, int]], length: int, dtype: torch.dtype, at_once: int
+) -> None:
     generator = torch.Generator().manual_seed(length)
     tensors, shapes = {}, []
     for index, (width, count) in enumerate(runs):
@@ -61,7 +67,9 @@ def test_files_give_back_what_was_coded(runs: list[tuple[int, int]], length: int
         tensors[key] = encode(torch.randn(count, length, generator=generator), [width] * count)
         shapes.append((key, (count, length) if index % 2 == 0 else (length, count)))
     file = to_file(tensors)
-    back = from_file(file, shapes, dtype, "file")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "GROUPS_AT_ONCE", at_once)
+        back = from_file(file, shapes, dtype, "file")
     for key, coded in tensors.items():
         vectors = back[key] if key.endswith("A") else back[key].T
         assert torch.equal(vectors, coded.decode().to(dtype))

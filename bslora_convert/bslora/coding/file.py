@@ -11,14 +11,14 @@ there are and how long they are follows from the layout, every tensor's length f
 
 import json
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, from_vectors, groups_of, vectors_shape
+from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, vectors_shape
+from bslora_convert.bslora.coding.decode import numbers_of, tensors_of
 from bslora_convert.bslora.coding.levels import LEVELS
-from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
+from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.factors import Shape
 from bslora_convert.errors import InputError
@@ -101,62 +101,36 @@ def from_file(
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
-    numbers = {width: _numbers(tensors, width, count, where) for width, count in counts.items() if count}
-    owned = {width: scales[(widths == width).repeat_interleave(groups * scaled)] for width in numbers}
-    for width, values in numbers.items():
+    stored = {width: _stored(tensors, width, count, where) for width, count in counts.items() if count}
+    owned = {width: scales[(widths == width).repeat_interleave(groups * scaled)] for width in stored}
+    for width, values in stored.items():
         largest = values if width == 16 else owned[width] * LEVELS[width][-1]
         if float(largest.abs().max()) > torch.finfo(dtype).max:
             raise InputError(
                 f"{where}: {_name(width)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
             )
-    return _assembled(shapes, sizes, widths, numbers, owned, dtype)
+    numbers = {
+        width: values.to(dtype)
+        if width == 16
+        else numbers_of(values, width, owned[width], lengths[widths == width], dtype)
+        for width, values in stored.items()
+    }
+    return tensors_of(shapes, widths, numbers, dtype)
 
 
-def _numbers(tensors: Mapping[str, Tensor], width: int, count: int, where: object) -> Tensor:
-    """All levels of one width, (count,), float32; the numbers themselves where it is 16."""
+def _stored(tensors: Mapping[str, Tensor], width: int, count: int, where: object) -> Tensor:
+    """The bytes of all codes of one width; (count,) numbers where it is 16."""
     if width == 16:
         floats = _taken(tensors, FLOATS_NAME, (SCALES,), count, where)
         if not bool(floats.isfinite().all()):
             raise InputError(f"{where}: {FLOATS_NAME} holds NaN or infinite values; the adapter is damaged")
-        return floats.float()
+        return floats
     name = f"bslora_codes_{width}"
     packed = _taken(tensors, name, (torch.uint8,), packed_bytes(count, width), where)
     fill = -count % 8 * width
     if fill and bool(unpack(packed[-width:], width)[count % 8 :].any()):
         raise InputError(f"{where}: {name} has codes beyond its last vector")
-    return levels_of(packed, width, count)
-
-
-def _assembled(
-    shapes: list[tuple[str, Shape]],
-    sizes: list[Shape],
-    widths: Tensor,
-    numbers: Mapping[int, Tensor],
-    scales: Mapping[int, Tensor],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Every tensor, from runs of vectors of one width."""
-    found: dict[str, Tensor] = {}
-    at, scaled = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0)
-    row, named = 0, widths.tolist()
-    for (key, shape), (count, length) in zip(shapes, sizes, strict=True):
-        vectors = torch.empty(count, length, dtype=dtype)
-        first = 0
-        for width, run in groupby(named[row : row + count]):
-            rows = len(list(run))
-            end = at[width] + rows * length
-            part = numbers[width][at[width] : end].view(rows, length)
-            if width != 16:
-                last = scaled[width] + rows * groups_of(length)
-                own = scales[width][scaled[width] : last].view(rows, -1)
-                for group in range(own.shape[1]):
-                    part[:, group * GROUP : (group + 1) * GROUP].mul_(own[:, group : group + 1])
-                scaled[width] = last
-            vectors[first : first + rows] = part
-            at[width], first = end, first + rows
-        found[key] = from_vectors(key, vectors, shape)
-        row += count
-    return found
+    return packed
 
 
 def _taken(

@@ -1,0 +1,67 @@
+"""Numbers of a whole file's codes: all vectors of one width after another, then cut into tensors.
+
+    x̂ = s_g · level[w](c)      g: the number's group, in the order of the file
+
+A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
+for each width and one to put the vectors of a tensor together.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from bslora_convert.bslora.coding.coded import GROUP, from_vectors, vectors_shape
+from bslora_convert.bslora.coding.packing import levels_of
+from bslora_convert.bslora.factors import Shape
+
+GROUPS_AT_ONCE = 512
+
+
+def numbers_of(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of all vectors of one width, in `dtype`. scales: of all their groups, float32. lengths: (vectors,) int64."""
+    sizes = group_sizes(lengths)
+    values = torch.empty(int(lengths.sum()), dtype=dtype)
+    at = 0
+    for size, scale in zip(sizes.split(GROUPS_AT_ONCE), scales.split(GROUPS_AT_ONCE), strict=True):
+        count, largest = int(size.sum()), int(size.max())
+        levels = levels_of(packed, width, at, count)
+        if count == largest * size.numel():
+            levels.view(-1, largest).mul_(scale[:, None])
+        else:
+            levels.mul_(scale.repeat_interleave(size, output_size=count))
+        values[at : at + count] = levels
+        at += count
+    return values
+
+
+def group_sizes(lengths: Tensor) -> Tensor:
+    """(vectors,) -> numbers in each of their groups, (groups,): GROUP, and what is left in a vector's last."""
+    groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
+    sizes = torch.full((int(groups.sum()),), GROUP)
+    sizes[groups.cumsum(0) - 1] = lengths - (groups - 1) * GROUP
+    return sizes
+
+
+def tensors_of(
+    shapes: Iterable[tuple[str, Shape]], widths: Tensor, numbers: Mapping[int, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every tensor by key, its vectors taken in order from the numbers of their widths. widths: of all vectors."""
+    runs: dict[int, list[int]] = {width: [] for width in numbers}
+    cuts: list[tuple[str, Shape, Shape, list[int]]] = []
+    row, named = 0, widths.tolist()
+    for key, shape in shapes:
+        count, length = vectors_shape(key, shape)
+        order = []
+        for width, run in groupby(named[row : row + count]):
+            runs[width].append(length * len(list(run)))
+            order.append(width)
+        cuts.append((key, shape, (count, length), order))
+        row += count
+    parts = {width: iter(values.split(runs[width])) for width, values in numbers.items()}
+    found = {}
+    for key, shape, size, order in cuts:
+        vectors = [next(parts[width]) for width in order] or [torch.empty(0, dtype=dtype)]
+        found[key] = from_vectors(key, torch.cat(vectors).view(size), shape)
+    return found
