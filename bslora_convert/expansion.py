@@ -100,10 +100,9 @@ def _write_lora(
     form = adapter.form
     limit = rank if isinstance(rank, int) else None
     modules = {name: _shrink(form.delta(name), limit) for name in form.modules}
-    largest = max(factors.rank for factors in modules.values())
-    # A module without any part still needs factors that PEFT can load: rank 1, zero.
-    least = largest if rank == "uniform" else 1
-    modules = {name: _pad(factors, least) for name, factors in modules.items()}
+    if rank == "uniform":
+        largest = max(factors.rank for factors in modules.values())
+        modules = {name: factors.padded(largest) for name, factors in modules.items()}
     kinds = {name: module.kind for name, module in form.modules.items()}
     save_lora(place, modules, kinds, adapter.carried, config, dtype)
     written = load_lora(place)
@@ -151,11 +150,3 @@ def _shrink(factors: Factors, rank: int | None) -> Factors:
     if rank is None or factors.rank <= rank:
         return factors
     return product_svd(Grams.of(factors)).truncate([factors], rank)
-
-
-def _pad(factors: Factors, rank: int) -> Factors:
-    """The same matrix with zero columns and rows up to `rank`."""
-    missing = max(rank - factors.rank, 0)
-    return Factors(
-        torch.nn.functional.pad(factors.b, (0, missing)), torch.nn.functional.pad(factors.a, (0, 0, 0, missing))
-    )

@@ -27,7 +27,7 @@ class Fitted:
     settings: the form's own sizes (rank, size of a bank), for the reader.
     bytes: of a form whose numbers are in codes; None where each takes the storage dtype.
     save: writes it as an adapter that PEFT loads, given a directory and the source's raw `adapter_config.json`; None where
-    PEFT has no such method.
+    a LoRA of the deltas is it.
     """
 
     deltas: Mapping[str, Factors]

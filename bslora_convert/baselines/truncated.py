@@ -9,10 +9,6 @@ Both are closed forms: Eckart and Young's theorem for each module, and for the r
 every budget that it spends in full.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach, rounded
@@ -21,7 +17,6 @@ from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
-from bslora_convert.lora.writer import save_lora
 
 
 def svd_uniform(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
@@ -53,16 +48,5 @@ def _truncated(source: Source, ranks: Ranks, budget: int, storage: torch.dtype, 
 
     deltas = dict(zip(ranks, each(cut, ranks), strict=True))
 
-    def save(directory: Path, config: Mapping[str, Any]) -> None:
-        """A plain PEFT LoRA; a module without components gets one of zeros, since PEFT can't load rank 0."""
-        written = {name: factors if factors.rank else _nothing(factors) for name, factors in deltas.items()}
-        save_lora(directory, written, {name: source.kind(name) for name in written}, {}, config, storage)
-
     settings = {"rank": max(ranks.values()), "least rank": min(ranks.values())}
-    return Fitted(deltas, allocate.cost_of(ranks, source.costs), settings, save)
-
-
-def _nothing(factors: Factors) -> Factors:
-    """Zero factors of rank 1 for the same shape."""
-    out, width = factors.shape
-    return Factors(factors.b.new_zeros((out, 1)), factors.a.new_zeros((1, width)))
+    return Fitted(deltas, allocate.cost_of(ranks, source.costs), settings)

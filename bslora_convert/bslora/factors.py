@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Shape = tuple[int, int]
 
@@ -34,6 +35,11 @@ class Factors:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Factors":
         """Both factors in another dtype or on another device."""
         return Factors(self.b.to(device=device, dtype=dtype), self.a.to(device=device, dtype=dtype))
+
+    def padded(self, rank: int) -> "Factors":
+        """The same matrix with columns and rows of zeros up to `rank`."""
+        missing = max(rank - self.rank, 0)
+        return Factors(pad(self.b, (0, missing)), pad(self.a, (0, 0, 0, missing)))
 
 
 Use = tuple[Factors, Mapping[str, Tensor]]  # a shared pair, and what one module keeps of its own beside it

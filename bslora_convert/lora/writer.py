@@ -43,8 +43,9 @@ def save_lora(
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into an existing directory.
 
-    config: PEFT fields to take over (`INHERITED`), those that are set.
+    config: PEFT fields to take over (`INHERITED`), those that are set. PEFT loads no rank 0: such a module gets a rank of zeros.
     """
+    modules = {name: factors.padded(1) for name, factors in modules.items()}
     tensors = {PREFIX + name: tensor for name, tensor in carried.items()}
     for name, factors in modules.items():
         side_a, side_b = SIDES[kinds[name]]

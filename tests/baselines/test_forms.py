@@ -7,6 +7,7 @@ from bslora_convert.baselines import BASELINES, OutOfReach
 from bslora_convert.baselines.baseline import kinds, rounded
 from bslora_convert.fit import allocate
 from bslora_convert.lora import load_lora
+from bslora_convert.lora.writer import save_lora
 from tests.baselines.planted import KINDS, LAYERS, dense, names, random_source, relative_error
 
 BUDGETS = (640, 1000, 1500)
@@ -97,10 +98,12 @@ def test_adaptive_ranks_are_the_allocation() -> None:
 
 
 def test_truncation_is_saved_as_a_plain_lora(tmp_path) -> None:
-    fitted = BASELINES["svd_adaptive"](random_source(), 300, torch.float32, 0)
+    source = random_source()
+    fitted = BASELINES["svd_adaptive"](source, 300, torch.float32, 0)
+    assert fitted.save is None
     assert min(delta.rank for delta in fitted.deltas.values()) == 0
-    assert fitted.save is not None
-    fitted.save(tmp_path, {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]})
+    kinds = {name: source.kind(name) for name in fitted.deltas}
+    save_lora(tmp_path, fitted.deltas, kinds, {}, {"task_type": "CAUSAL_LM"}, torch.float32)
     read = load_lora(tmp_path)
     assert set(read.modules) == set(names())
     for name, module in read.modules.items():

@@ -90,6 +90,21 @@ def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
     assert (lost / energy) ** 0.5 == pytest.approx(row_of(record, "svd_adaptive")["relative_error"], rel=1e-3)
 
 
+@pytest.mark.parametrize("form", ["svd_adaptive", "svd_int8", "svd_int4", "svd_mixed"])
+def test_forms_without_some_modules_are_saved_as_adapters_that_load(form: str, tmp_path: Path) -> None:
+    record = compare(TINY / "gsm8k", tmp_path / "out", budgets=[0.04], forms=[form], save=True)
+    saved = load_lora(tmp_path / "out" / f"{form}-0.04")
+    lost = energy = 0.0
+    for name, module in load_lora(TINY / "gsm8k").modules.items():
+        target, kept = (
+            factors.b.double() @ factors.a.double() for factors in (module.factors(), saved.modules[name].factors())
+        )
+        lost += float((target - kept).square().sum())
+        energy += float(target.square().sum())
+    assert any(not module.b.any() for module in saved.modules.values())
+    assert (lost / energy) ** 0.5 == pytest.approx(row_of(record, form)["relative_error"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("form", "planted"),
     [
