@@ -9,13 +9,16 @@ All of it comes from Gram matrices of factors; no ΔW is formed.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from bslora_convert.bslora.coding.coded import vectors_shape
 from bslora_convert.bslora.coding.file import WIDTHS_NAME
 from bslora_convert.bslora.factors import add
-from bslora_convert.bslora.form import PARTS, BsloraForm
+from bslora_convert.bslora.form import PARTS, BsloraForm, kind_of
+from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.fit import allocate, rate
 from bslora_convert.fit.lowrank import gram_beside
@@ -108,8 +111,9 @@ def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, fl
 def coding(source: Source, compact: CompactAdapter, relative_error: float) -> dict[str, Any]:
     """What codes achieve beside the rate–distortion bound (`fit.rate`) for the same spectra.
 
-    bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. bound: the least relative error
-    that so many bits can have. gap: bits a number that the bound needs less for the same error.
+    bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. widths_by_part: the same for the
+    local parts of each kind of module, 0 where the source's vectors are left out, and for each level's shared parts. bound: the
+    least relative error that so many bits can have. gap: bits a number that the bound needs less for the same error.
     """
     bits = 8 * sum(tensor.nbytes for tensor in compact.codes.values())
     widths, counts = compact.codes[WIDTHS_NAME].unique(return_counts=True)
@@ -120,9 +124,28 @@ def coding(source: Source, compact: CompactAdapter, relative_error: float) -> di
         "numbers": numbers,
         "bits_per_number": bits / numbers if numbers else 0.0,
         "widths": dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
+        "widths_by_part": _widths_by_part(source, compact),
         "bound": _ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
         "gap": (bits - least) / numbers if numbers else 0.0,
     }
+
+
+def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[str, int]]:
+    """Vectors by width, as text, of each kind's local parts and of each level's shared ones."""
+    widths = compact.codes[WIDTHS_NAME].tolist()
+    found: dict[str, Counter[int]] = {}
+    at = 0
+    for key, shape in Layout.of(compact.form).tensors():
+        module, _, tensor = key.rpartition(".bslora_")
+        level = tensor.partition("_")[0]
+        count, _ = vectors_shape(key, shape)
+        counter = found.setdefault(kind_of(module) if level == "local" else level, Counter())
+        counter.update(widths[at : at + count])
+        at += count
+        if level == "local":
+            counter[0] += max(len(source.spectra[module]) - count, 0)
+    shared_last = sorted(found, key=PARTS.__contains__)
+    return {part: {str(w): n for w, n in sorted(found[part].items()) if n} for part in shared_last}
 
 
 def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict[str, float]]:

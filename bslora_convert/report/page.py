@@ -56,6 +56,8 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], log: Sequen
         figures["where the numbers go"] = plots.budget_split(
             record["compact"]["parameters_by_part"], record["weight"]["components"]
         )
+    if "coding" in record:
+        figures["where the bits go"] = plots.widths(record["coding"]["widths_by_part"])
     improved = []
     if record.get("calibration"):
         improved += verdict.calibrated(record["calibration"])

@@ -94,6 +94,30 @@ def budget_split(parameters: Mapping[str, int], components: Mapping[str, float])
     return figure
 
 
+def widths(by_part: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Share of the vectors of each part that is coded in each width; width 0 is left out of the file."""
+    used = sorted({int(width) for counts in by_part.values() for width in counts})
+    parts = list(by_part)[::-1]
+    totals = np.array([sum(by_part[part].values()) or 1 for part in parts])
+    coded = [width for width in used if width]
+    shades = matplotlib.colormaps["YlGnBu"](np.linspace(0.25, 1, len(coded)))
+    colours = dict(zip(coded, shades, strict=True))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.4, 1.2 + 0.24 * len(parts)), layout="constrained")
+        axes = figure.add_subplot()
+        left = np.zeros(len(parts))
+        for width in [*coded[::-1], *([0] if 0 in used else [])]:
+            share = np.array([by_part[part].get(str(width), 0) for part in parts]) / totals
+            axes.barh(parts, share, left=left, height=0.7, label=str(width) if width else "left out",
+                      color=colours.get(width, GRID))  # fmt: skip
+            left += share
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the vectors, by bits a number")
+        axes.legend(fontsize=7, frameon=False, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0),
+                    columnspacing=0.9, handlelength=1.2)  # fmt: skip
+    return figure
+
+
 def training(steps: Sequence[int], losses: Sequence[float], heldout: Sequence[tuple[int, float]]) -> Figure:
     """Loss of each step and KL on the held-out rows, both in nats a token."""
     with matplotlib.rc_context(STYLE):

@@ -1,6 +1,7 @@
 """`compress --bytes` and `--bits` as a user meets them."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bslora_convert import Recipe, compress, expand, inspect, load_compact
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
+from bslora_convert.lora import load_lora
 from tests.conftest import FIXTURES
 from tests.planting import Product, random_products, write_lora
 
@@ -41,7 +43,16 @@ def test_the_file_is_never_larger_than_asked_and_says_what_it_is(tmp_path: Path,
     assert record["compact"]["bytes"] == size <= share * (TINY / WEIGHTS).stat().st_size
     assert record["weight"]["relative_error"] < record["baselines"]["svd_adaptive"]["relative_error"]
     assert record["coding"]["bound"] < record["weight"]["relative_error"]
-    assert sum(record["coding"]["widths"].values()) > 0
+    parts = record["coding"]["widths_by_part"]
+    assert {"self_attn.q_proj", "mlp.down_proj"} <= set(parts) and ("intra" in parts) <= (transform != "none")
+    together: Counter[str] = Counter()
+    for counts in parts.values():
+        together.update(counts)
+    left_out = together.pop("0", 0)
+    assert dict(together) == record["coding"]["widths"]
+    if transform == "none":
+        whole = sum(2 * module.rank for module in load_lora(TINY).modules.values())
+        assert left_out + sum(together.values()) == whole
     again = compress(TINY, tmp_path / "again", Recipe(transform=transform, bytes=share), report_html=False)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
     assert again["weight"] == record["weight"]
