@@ -22,7 +22,7 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import is_official
 from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
-from bslora_convert.errors import InputError, ThresholdMissed
+from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from bslora_convert.fit.convert import (
     Source,
     measure,
@@ -66,6 +66,8 @@ def compress(
     """
     recipe, out = recipe or Recipe(), Path(out)
     training = training or Training(seed=recipe.seed)
+    if recipe.base_model is None and training != Training(seed=recipe.seed):
+        raise RecipeError("options of a training were given without one: give finetune (--finetune) and the base model")
     check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)

@@ -23,6 +23,8 @@ from bslora_convert.report import FIDELITY_NAME
 from bslora_convert.result import Extras, write_result
 from bslora_convert.tensorfile import read_json
 
+STATE = "state"  # directory of the checkpoint beside the output
+
 
 def finetune(
     compact: str | Path,
@@ -79,7 +81,7 @@ def finetune(
         measured = measure(source.modules, source.kinds)
     read = time.perf_counter()
     workshop = open_workshop(reference, base_model, device, dtype, progress, read_adapter(compact))
-    checkpoints = out.absolute().parent / f".{out.name}.training"
+    checkpoints = _checkpoints(out)
     done = distilled(
         workshop,
         student.form,
@@ -87,7 +89,7 @@ def finetune(
         training,
         codes=student.codes,
         heldout=held,
-        checkpoints=checkpoints / "state",
+        checkpoints=checkpoints / STATE,
         resume=resume,
         began=began,
     )
@@ -112,6 +114,15 @@ def finetune(
     shutil.rmtree(checkpoints, ignore_errors=True)
     meet()
     return record
+
+
+def is_resumable(out: str | Path) -> bool:
+    """Whether an interrupted run towards `out` left a state to go on from."""
+    return (_checkpoints(Path(out)) / STATE).is_dir()
+
+
+def _checkpoints(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.training"
 
 
 def _known(compact: Path) -> dict[str, Any]:

@@ -46,10 +46,12 @@ def fit_stored(
     room = None
     if recipe.bytes is not None:
         size = adapter.weights.stat().st_size
-        room = math.floor(recipe.bytes * size) - file_overhead(adapter.carried)
+        overhead = file_overhead(adapter.carried)
+        room = math.floor(recipe.bytes * size) - overhead
         if room <= 0:
             raise RecipeError(
-                f"bytes is {recipe.bytes:g}: of the source's {size} bytes that leaves nothing beside what it carries along"
+                f"bytes is {recipe.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside {overhead:,} "
+                f"of header{' and tensors carried along' if adapter.carried else ''}"
             )
     found: list[tuple[Fit, CodedForm]] = []
     refused: RecipeError | None = None
@@ -78,9 +80,9 @@ def _by_name(recipe: Recipe) -> list[Recipe]:
     if recipe.transform != "auto":
         return [recipe]
     apart: dict[str, dict[str, Any]] = {
-        "none": {"groups": "layer", "shared_size": None, "min_shared": 0},
-        "ke": {},
-        "ss": {"shared_size": None},
+        "none": {"groups": "layer", "shared_size": None, "min_shared": 0, "slice": "center", "kernel": "r_1"},
+        "ke": {"slice": "center"},
+        "ss": {"shared_size": None, "kernel": "r_1"},
     }
     return [replace(recipe, transform=name, **fields) for name, fields in apart.items()]
 

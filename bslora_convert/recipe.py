@@ -76,6 +76,12 @@ class Recipe:
             raise RecipeError(
                 f"groups is {self.groups!r}: with transform {self.transform} nothing is shared among modules"
             )
+        if self.slice != "center" and self.transform not in ("ss", "auto"):
+            raise RecipeError(f"slice is {self.slice!r}: with transform {self.transform} there are no windows")
+        if self.kernel != "r_1" and self.transform not in ("ke", "auto"):
+            raise RecipeError(f"kernel is {self.kernel!r}: with transform {self.transform} there are no kernels")
+        if self.metric != "input" and self.calibration is None:
+            raise RecipeError(f"metric is {self.metric!r}: it is taken on prompts, so give calibration (--calibration)")
         self._check_coding()
         prompts = [name for name in ("calibration", "finetune") if getattr(self, name) is not None]
         if prompts and self.base_model is None:

@@ -34,6 +34,9 @@ from bslora_convert.recipe import Recipe
         ({"min_shared": 1.5}, "min_shared is 1.5"),
         ({"shared_size": 0}, "shared_size is 0"),
         ({"shared_size": 64, "transform": "ss"}, "no meaning"),
+        ({"slice": "top-left"}, "no windows"),
+        ({"kernel": "2_r", "transform": "ss"}, "no kernels"),
+        ({"metric": "two-sided"}, "give calibration"),
     ],
 )
 def test_wrong_values_are_named(options: dict[str, Any], words: str) -> None:

@@ -87,6 +87,10 @@ def load_base(name: str | Path, device: str = "auto", dtype: str = "auto") -> Ba
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
     place = pick_device(device)
+    if not Path(name).is_dir() and (
+        Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    ):
+        raise InputError(f"base model {name}: no such directory")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise InputError(f"{name}: no config.json; the directory of a transformers model is expected")
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype

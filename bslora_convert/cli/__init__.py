@@ -27,6 +27,8 @@ def main() -> None:
       bslora-convert batch    LIBRARY  OUT --workers 4
       bslora-convert expand   OUT_DIR  NEW_LORA_DIR
       bslora-convert verify   OUT_DIR  --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
+      bslora-convert finetune OUT_DIR  TUNED_DIR --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
+      bslora-convert capacity OUT      --gpu-gib 80 --base-gib 20
     """
 
 

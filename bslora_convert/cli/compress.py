@@ -96,7 +96,9 @@ def recipe_options(function: Any) -> Any:
                 show_default=True,
                 help="Storage; auto = as the source.",
             ),
-            click.option("--base-model", help="Directory or hub name of the base model, for the next two."),
+            click.option(
+                "--base-model", help="Directory or hub name of the base model, for --calibration and --finetune."
+            ),
             click.option(
                 "--calibration", help="JSONL prompts: fit in the metric of the base model's activations on them."
             ),
@@ -128,7 +130,8 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     """Converts one LoRA adapter into BSLoRA form.
 
     Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR. A directory in the BSLoRA
-    authors' layout is converted without a fit: every tensor is kept, each once.
+    authors' layout is converted without a fit: every tensor is kept, each once. --train and what follows it say how
+    --finetune trains.
 
     \b
     Example:
@@ -169,7 +172,7 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     table.add_row(
         "source, every copy" if "deduplication" in record else "source LoRA",
         f"{source['parameters']:,}",
-        "100.00 %",
+        "100.00%",
         f"{source['bytes']:,}",
         "0",
     )

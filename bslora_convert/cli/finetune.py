@@ -85,6 +85,7 @@ def finetune(
         --prompts train.jsonl --max-minutes 10
     """
     from bslora_convert.finetuning import finetune as run
+    from bslora_convert.finetuning import is_resumable
 
     share, file = _heldout(heldout)
     settings = {name: options.pop(name) for name in OPTIONS}
@@ -104,10 +105,12 @@ def finetune(
                 **options,
             )
     except KeyboardInterrupt:
-        output.notes(
-            ["the state after the last evaluation is kept beside OUT_DIR; the same command with --resume goes on"]
-        )
-        raise
+        if not is_resumable(out_dir):
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; {out_dir} was not written, the state after the last evaluation is kept beside it: "
+            "the same command with --resume goes on"
+        ) from None
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
 

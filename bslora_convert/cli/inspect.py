@@ -32,10 +32,11 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
         console.print(text, highlight=False, markup=False, **style)
 
     ranks = result["ranks"]
+    rank = "local rank" if result["kind"] == "bslora" else "rank"
     say(f"{directory}: {result['kind']} adapter for {result['base_model'] or 'an unnamed base model'}", style="bold")
     say(
         f"{result['modules']} modules, {result['parameters']:,} parameters, {result['bytes']:,} bytes, "
-        f"rank {ranks['min']} to {ranks['max']}, expanded rank {result['expanded_rank']}"
+        f"{rank} {ranks['min']} to {ranks['max']}, expanded rank {result['expanded_rank']}"
     )
     if "stored_parameters" in result:
         say(f"The file holds {result['stored_parameters']:,} numbers: every module has its own copy of what is shared.")
@@ -54,7 +55,7 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
     if "kinds" in result:
         kinds = Table()
         kinds.add_column("kind", no_wrap=True)
-        for column in ("modules", "out×in", "rank"):
+        for column in ("modules", "out×in", rank):
             kinds.add_column(column)
         for column in ("stable rank", "energy at r/2", "at r/4") if spectra else ():
             kinds.add_column(column, justify="right")

@@ -202,7 +202,7 @@ def test_wrong_pairs_are_refused(tmp_path: Path) -> None:
                       base_model_name_or_path="fixtures/tiny/base")  # fmt: skip
     refused(r"the base model has no model\.layers\.7", reference=deep)
     refused("no such file", reference=tmp_path / "nowhere")
-    refused("can't be loaded", base_model=tmp_path / "no-model")
+    refused("no such directory", base_model=tmp_path / "no-model")
     refused("no config.json", base_model=tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     refused("holds no prompts", prompts=tmp_path / "empty.jsonl")
