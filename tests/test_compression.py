@@ -209,8 +209,18 @@ def test_bad_places_are_refused_before_any_work(real_adapter: Path, tmp_path: Pa
     assert names(tmp_path) == ["lora"]
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", ["reading", "starting the shared parts", "writing"])
+@pytest.mark.parametrize(
+    ("end", "step"),
+    [
+        (signal.SIGKILL, "reading"),
+        (signal.SIGKILL, "starting the shared parts"),
+        (signal.SIGKILL, "writing"),
+        (signal.SIGTERM, "starting the shared parts"),
+        (signal.SIGTERM, "writing"),
+        (signal.SIGINT, "reading"),
+        (signal.SIGINT, "writing"),
+    ],
+)
 def test_a_killed_run_leaves_no_output(real_adapter: Path, tmp_path: Path, end: signal.Signals, step: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bslora_convert", "compress", str(real_adapter), str(out), "--verbose"]

@@ -65,7 +65,10 @@ def evaluate(
         raise RecipeError("tasks need lm-evaluation-harness: pip install 'bslora-convert[eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [str(TASKS), *([str(include_path)] if include_path else [])]
-    manager = TaskManager(include_path=folders, metadata={"data": str(task_data)} if task_data else None)
+    metadata = {"data": str(task_data)} if task_data else None
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    if not set(tasks) <= set(manager.all_tasks):  # reading its thousands of own files takes many seconds
+        manager = TaskManager(include_path=folders, metadata=metadata)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         shipped = ", ".join(sorted(f"local_{path.stem}" for path in TASKS.glob("*.yaml")))
@@ -85,7 +88,7 @@ def evaluate(
                     task_manager=manager,
                     bootstrap_iters=0,
                     apply_chat_template=chat_template and bool(base.tokenizer.chat_template),
-                    metadata={"data": str(task_data)} if task_data else None,
+                    metadata=metadata,
                     random_seed=seed,
                     numpy_random_seed=seed,
                     torch_random_seed=seed,

@@ -292,34 +292,39 @@ def test_the_same_seed_gives_the_same_bytes(compact: Path, tmp_path: Path) -> No
     )
 
 
+def step_of(state: Path) -> int:
+    try:
+        return int(json.loads(state.read_text())["step"])
+    except FileNotFoundError:  # before the first, or just while another takes its place
+        return 0
+
+
 def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_path: Path) -> None:
     def command(name: str, *more: str) -> list[str]:
         return [
             sys.executable, "-m", "bslora_convert", "finetune", str(compact), str(tmp_path / name), "--reference", str(LORA),
-            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "16", "--epochs", "9", "--evaluate-every", "2",
+            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "12", "--epochs", "9", "--evaluate-every", "2",
             "--learning-rate", "0.005", "--train", "all", "-q", *more,
         ]  # fmt: skip
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FIXTURES.parent)}
     subprocess.run(command("whole"), check=True, env=environment)
-    process = subprocess.Popen(command("killed"), env=environment)
     state = tmp_path / ".killed.training" / "state" / "state.json"
-    deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed").exists()
-    assert 2 <= json.loads(state.read_text())["step"] < 16
-    other = subprocess.run(
-        [*command("killed", "--resume"), "--temperature", "2"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert other.returncode == 2
+    reached = 0
+    for sign, *more in ((signal.SIGKILL,), (signal.SIGTERM, "--resume")):
+        process = subprocess.Popen(command("killed", *more), env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while step_of(state) <= reached and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be stopped"
+        process.send_signal(sign)
+        _, stderr = process.communicate()
+        assert ("--resume goes on" in stderr, process.returncode) == (sign == signal.SIGTERM, 130 if more else -sign)
+        assert not (tmp_path / "killed").exists()
+        assert reached < step_of(state) < 12
+        reached = step_of(state)
+    other = CliRunner().invoke(main, [*command("killed", "--resume")[3:], "--temperature", "2"])
+    assert other.exit_code == 2
     assert "trained with temperature 1.0, now 2.0" in other.stderr
     subprocess.run(command("killed", "--resume"), check=True, env=environment)
     whole, resumed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "killed"))

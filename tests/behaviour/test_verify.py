@@ -249,14 +249,14 @@ def test_tasks_run_offline_through_the_harness(compact: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = ["boolq", "piqa", "social_i_qa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "gsm8k", "svamp"]
     record = verify(
-        compact, LORA, BASE, tasks=[f"local_{name}" for name in names], task_data=FIXTURES / "tasks", limit=2,
+        compact, LORA, BASE, tasks=[f"local_{name}" for name in names], task_data=FIXTURES / "tasks", limit=1,
         max_accuracy_drop=1.0,
     )  # fmt: skip
     assert record["kl"] is None
     assert record["passed"]
     for name in names:
         task = record["tasks"][f"local_{name}"]
-        assert task["items"] == 2
+        assert task["items"] == 1
         assert task["metric"] == ("exact_match" if name in ("gsm8k", "svamp") else "acc")
         low, high = task["difference_ci95"]
         assert -1 <= low <= task["compact"] - task["reference"] <= high <= 1
@@ -300,13 +300,13 @@ def test_rouge_l_is_a_likeness(words: list[str], others: list[str]) -> None:
 @pytest.mark.real_base
 def test_the_real_adapter_on_its_base_model(smollm2: Path, real_adapter: Path, tmp_path: Path) -> None:
     same = verify(
-        real_adapter, real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=3, max_new_tokens=0
+        real_adapter, real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=1, max_new_tokens=0
     )
     assert same["kl"] < 1e-6
     assert (same["agreement"], same["retention"]) == (1.0, 1.0)
     compress(real_adapter, tmp_path / "small", Recipe(transform="none", ranks=(2, 0, 0), local_ranks="uniform"))
     record = verify(
-        tmp_path / "small", real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=12, max_new_tokens=16
+        tmp_path / "small", real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=12, max_new_tokens=4
     )
     assert 0.005 < record["kl"] < 0.03
     assert 0.4 < record["base_kl"] < 0.9
