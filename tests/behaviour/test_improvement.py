@@ -103,7 +103,7 @@ def test_calibration_is_measured_and_the_better_fit_kept(tmp_path: Path, transfo
     kl = calibration["heldout_kl"]
     assert calibration["kept"] == min(kl, key=lambda name: kl[name]) == "calibrated"
     assert (calibration["rows"], calibration["heldout_rows"]) == (58, 6)
-    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None))
+    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None, metric="input"))
     assert record["compact"]["parameters"] <= plain["compact"]["parameters"]
     assert record["weight"]["relative_error"] >= plain["weight"]["relative_error"]
     assert "metric of 58 prompts" in (tmp_path / "out" / "report.html").read_text()
@@ -119,7 +119,7 @@ def test_codes_are_fitted_in_the_metric_and_take_no_more(tmp_path: Path, size: d
         transform="ke", base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided", shared_size=32, **size
     )
     record = compress(LORA, tmp_path / "out", recipe)
-    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None))
+    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None, metric="input"))
     assert record["calibration"]["kept"] == "calibrated"
     assert record["coding"]["bits"] <= plain["coding"]["bits"]
     assert record["weight"]["relative_error"] > plain["weight"]["relative_error"]
