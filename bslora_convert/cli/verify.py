@@ -54,7 +54,8 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
     with output.bar("verify") as progress:
         record = run(compact_dir, tasks=names, progress=progress, **options)
     output.notes(record["notes"])
-    output.result(record, lambda console: _show(console, record))
+    where = options["out"] or (compact_dir / "verify.json" if record["compact"]["kind"] == "bslora" else None)
+    output.result(record, lambda console: _show(console, record, where))
     if not record["passed"]:
         missed = [
             f"{name} {checked['limit']:g} (measured {checked['value']:.4g})"
@@ -64,7 +65,7 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         raise ThresholdMissed(f"missed: {', '.join(missed)}")
 
 
-def _show(console: Any, record: dict[str, Any]) -> None:
+def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
     from rich.table import Table
 
     from bslora_convert.report.verdict import behaviour
@@ -97,3 +98,5 @@ def _show(console: Any, record: dict[str, Any]) -> None:
             table.add_row(name, task["metric"], str(task["items"]), *scores, f"{low:+.4f} to {high:+.4f}")
         console.print(table)
     console.print(" ".join(behaviour(record)), style="bold", highlight=False, markup=False)
+    if where is not None:
+        console.print(f"Written to {where}", highlight=False, markup=False)
