@@ -238,6 +238,7 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
     shown = run()
     assert shown.exit_code == 0
     assert "survived" in shown.stdout
+    assert "verify.json" in shown.stdout.replace("\n", "")
     assert run("--limit", "0").exit_code == 2
 
 
