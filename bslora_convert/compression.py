@@ -23,18 +23,18 @@ from bslora_convert.bslora.official import is_official
 from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
+from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.tensorfile import sha256
 from bslora_convert.fit.convert import (
     Source,
     measure,
 )
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fitting import cast, fit_stored, missed
-from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
 from bslora_convert.result import Extras, write_result
-from bslora_convert.tensorfile import sha256
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 

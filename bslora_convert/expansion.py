@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from bslora_convert.address import resolve
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import is_official, load_official, save_official
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
 from bslora_convert.errors import RecipeError, Refused
+from bslora_convert.files.address import resolve
+from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.tensorfile import dtype_name
+from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
-from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.recipe import DTYPES, FORMATS
-from bslora_convert.tensorfile import dtype_name
-from bslora_convert.tokenizer import copy_tokenizer
 
 
 def expand(
@@ -63,7 +63,7 @@ def expand(
             result = _write_official(adapter, place, config, stored)
         else:
             result = _write_lora(adapter, place, config, stored, rank)
-        copy_tokenizer(adapter.path, place)
+        copy_travelling(adapter.path, place)
         return {
             "format": format,
             **result,

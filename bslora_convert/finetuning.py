@@ -9,19 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.address import resolve
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import InputError
+from bslora_convert.files.address import resolve
+from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.tensorfile import read_json
 from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
-from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.report import FIDELITY_NAME
 from bslora_convert.result import Extras, write_result
-from bslora_convert.tensorfile import read_json
 
 STATE = "state"  # directory of the checkpoint beside the output
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.address import resolve
 from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.form import BsloraForm, kind_of
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
 from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
 from bslora_convert.errors import Refused
+from bslora_convert.files.address import resolve
+from bslora_convert.files.tensorfile import dtype_name, read_json, read_tensors
 from bslora_convert.fit.convert import measure
 from bslora_convert.lora.adapter import (
     CONFIG_NAME,
@@ -28,7 +29,6 @@ from bslora_convert.lora.adapter import (
     locate,
 )
 from bslora_convert.result import bases_record
-from bslora_convert.tensorfile import dtype_name, read_json, read_tensors
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
 SLOT_BYTES = 2  # bf16 and fp16 slots

@@ -12,10 +12,10 @@ from bslora_convert import fidelity
 from bslora_convert.bslora.bases import Cores
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
+from bslora_convert.files.tensorfile import dtype_name
+from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
-from bslora_convert.tensorfile import dtype_name
-from bslora_convert.tokenizer import copy_tokenizer
 from bslora_convert.version import __version__
 
 
@@ -59,7 +59,7 @@ def write_result(
     began = time.perf_counter()
     progress("writing")
     save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes, cores=cores)
-    copy_tokenizer(adapter.weights.parent, place)
+    copy_travelling(adapter.weights.parent, place)
     progress("measuring what was written")
     compact = load_compact(place)
     weight = fidelity.compare(measured, compact.form).to_dict()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bslora_convert.errors import OutputError
-from bslora_convert.landing import check_output, landing
+from bslora_convert.files.landing import check_output, landing
 
 
 def files(directory: Path) -> list[str]:

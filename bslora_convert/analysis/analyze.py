@@ -9,12 +9,12 @@ from bslora_convert.analysis import entropy, ranks, recommendation, sharing, sub
 from bslora_convert.analysis.clusters import clustered
 from bslora_convert.bslora.form import kind_of, natural_order
 from bslora_convert.errors import RecipeError
+from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.tensorfile import sha256
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
-from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.progress import Progress, silent
-from bslora_convert.tensorfile import sha256
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bslora_convert.address import resolve
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, load_compact
 from bslora_convert.errors import InputError
+from bslora_convert.files.address import resolve
+from bslora_convert.files.tensorfile import read_json, sha256
 from bslora_convert.lora import load_lora
-from bslora_convert.tensorfile import read_json, sha256
 
 
 @dataclass(frozen=True, slots=True)

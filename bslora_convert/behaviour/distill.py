@@ -44,9 +44,9 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors
 from bslora_convert.errors import InputError
-from bslora_convert.landing import landing
+from bslora_convert.files.landing import landing
+from bslora_convert.files.tensorfile import read_json, read_tensors
 from bslora_convert.progress import Progress, silent
-from bslora_convert.tensorfile import read_json, read_tensors
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW

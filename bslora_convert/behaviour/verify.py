@@ -16,9 +16,9 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.errors import RecipeError
-from bslora_convert.landing import replace_file
+from bslora_convert.files.landing import replace_file
+from bslora_convert.files.tensorfile import read_json, sha256
 from bslora_convert.progress import Progress, silent
-from bslora_convert.tensorfile import read_json, sha256
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file

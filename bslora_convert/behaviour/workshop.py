@@ -9,9 +9,9 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.generation import complete
 from bslora_convert.behaviour.model import BaseModel, load_base
 from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode
-from bslora_convert.landing import replace_file
+from bslora_convert.files.landing import replace_file
+from bslora_convert.files.tensorfile import sha256
 from bslora_convert.progress import Progress, silent
-from bslora_convert.tensorfile import sha256
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.address import resolve
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.coded import GROUP
 from bslora_convert.bslora.coding.file import NAMES, VERSION, from_file
@@ -35,7 +34,8 @@ from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
-from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_json, read_tensors, write_tensors
+from bslora_convert.files.address import resolve
+from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_json, read_tensors, write_tensors
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1

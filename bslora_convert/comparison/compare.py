@@ -16,15 +16,15 @@ from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE
 from bslora_convert.device import pick_device
 from bslora_convert.errors import RecipeError
+from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.tensorfile import dtype_name, sha256
 from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, measure
-from bslora_convert.landing import check_apart, check_output, landing
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import DTYPES
-from bslora_convert.tensorfile import dtype_name, sha256
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1

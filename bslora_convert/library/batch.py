@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.address import MANIFEST, PAGE, SUMMARY
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
-from bslora_convert.landing import landing, replace_file
+from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.landing import landing, replace_file
 from bslora_convert.library.convert import COPYING, STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES

@@ -11,10 +11,10 @@ from typing import Any
 
 from bslora_convert.bslora.bases import DIRECTORY as BASES
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
-from bslora_convert.landing import replace_file
+from bslora_convert.files.landing import replace_file
+from bslora_convert.files.tensorfile import sha256
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
-from bslora_convert.tensorfile import sha256
 from bslora_convert.version import __version__
 
 STATE = ".batch"  # directory of the output that holds a marker for each adapter

@@ -6,10 +6,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from bslora_convert.errors import InputError
+from bslora_convert.files.travel import TRAVELLING
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.items import Item
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
-from bslora_convert.tokenizer import TOKENIZER_FILES
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def local_copy(item: Item) -> Iterator[Path]:
     with TemporaryDirectory(prefix="bslora-") as place:
         try:
             names = {PurePosixPath(name).name: name for name in filesystem.ls(root, detail=False)}
-            wanted = [CONFIG_NAME, *next(([name] for name in WEIGHTS_NAMES if name in names), []), *TOKENIZER_FILES]
+            wanted = [CONFIG_NAME, *next(([name] for name in WEIGHTS_NAMES if name in names), []), *TRAVELLING]
             for name in wanted:
                 if name in names:
                     filesystem.get_file(names[name], str(Path(place) / name))

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bslora_convert.address import check_id
 from bslora_convert.errors import InputError
+from bslora_convert.files.address import check_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,10 @@ from bslora_convert.bslora.bases import Basis, Cores, Uses
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME, load_compact
 from bslora_convert.errors import BsloraConvertError, InputError, OutputError, Refused
+from bslora_convert.files.landing import landing
+from bslora_convert.files.tensorfile import read_json, sha256, write_tensors
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
-from bslora_convert.landing import landing
 from bslora_convert.library.clustering import Member, clustered, fit_cluster, join
 from bslora_convert.library.convert import STATE, Result, figures, mark
 from bslora_convert.library.fetch import local_copy
@@ -33,7 +34,6 @@ from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.report import FIDELITY_NAME, REPORT_NAME
 from bslora_convert.result import Extras, write_result
-from bslora_convert.tensorfile import read_json, sha256, write_tensors
 
 TOGETHER = 32  # adapters looked at together: what they hold in memory and what their stacked updates cost stay bounded
 TOGETHER_BYTES = 4 << 30  # of their weight files

@@ -8,14 +8,14 @@ from typing import Any
 
 from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
+from bslora_convert.files.tensorfile import sha256
+from bslora_convert.files.travel import TRAVELLING
 from bslora_convert.library.convert import Job, Result, failure, job_key, marked
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.fetch import at_revision
 from bslora_convert.library.items import Item
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
 from bslora_convert.progress import Progress, silent
-from bslora_convert.tensorfile import sha256
-from bslora_convert.tokenizer import TOKENIZER_FILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _look(item: Item) -> tuple[str, int]:
     directory, weights = locate(Path(item.uri))
     if not is_official(item.uri):
         load_lora(item.uri, headers_only=True)
-    beside = [directory / name for name in (CONFIG_NAME, *TOKENIZER_FILES) if (directory / name).is_file()]
+    beside = [directory / name for name in (CONFIG_NAME, *TRAVELLING) if (directory / name).is_file()]
     return " ".join((sha256(weights), *(f"{file.name} {sha256(file)}" for file in beside))), weights.stat().st_size
 
 

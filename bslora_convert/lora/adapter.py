@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.address import resolve
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
+from bslora_convert.files.address import resolve
+from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_headers, read_json, read_tensors
 from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
-from bslora_convert.tensorfile import FLOATS, check_finite, dtype_name, read_headers, read_json, read_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")

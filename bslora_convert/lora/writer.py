@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors
+from bslora_convert.files.tensorfile import write_tensors
 from bslora_convert.lora.adapter import CONFIG_NAME, PREFIX
-from bslora_convert.tensorfile import write_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SIDES = {

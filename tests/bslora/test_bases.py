@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.address import resolve
 from bslora_convert.bslora.bases import DIRECTORY, Basis, Cores, Sizes, Uses, named_tensors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.storage import load_compact, save_compact
 from bslora_convert.errors import InputError
-from bslora_convert.tensorfile import sha256
+from bslora_convert.files.address import resolve
+from bslora_convert.files.tensorfile import sha256
 
 SHAPE = (6, 5)
 NAMES = ("both", "left", "right")

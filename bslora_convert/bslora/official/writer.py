@@ -16,7 +16,7 @@ from bslora_convert.bslora.official.plan import MODULE, SCALING, Plan, fits, gro
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.bslora.transforms import Slice
 from bslora_convert.errors import Refused
-from bslora_convert.tensorfile import write_tensors
+from bslora_convert.files.tensorfile import write_tensors
 
 INSTEAD = "expand it to a LoRA instead"
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bslora_convert.address import MARK
 from bslora_convert.errors import InputError, OutputError
+from bslora_convert.files.address import MARK
 
 
 def check_output(out: Path, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-TOKENIZER_FILES = (
+TRAVELLING = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -19,9 +19,9 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(source: Path, place: Path) -> None:
+def copy_travelling(source: Path, place: Path) -> None:
     """Copies the tokenizer files that `source` has."""
-    for name in TOKENIZER_FILES:
+    for name in TRAVELLING:
         file = source / name
         if file.is_file():
             shutil.copyfile(file, place / name)
