@@ -23,8 +23,9 @@ from bslora_convert.bslora.official import is_official
 from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
+from bslora_convert.files.address import resolve
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
-from bslora_convert.files.tensorfile import sha256
 from bslora_convert.fit.convert import (
     Source,
     measure,
@@ -73,7 +74,8 @@ def compress(
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
-    check_apart(adapter.weights.parent, out)
+    for given in (resolve(source), adapter.weights):
+        check_apart(given, out)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)

@@ -3,6 +3,8 @@
 The message of every error says what is wrong, where (file and tensor) and what to do about it.
 """
 
+from typing import Any
+
 
 class BsloraConvertError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -20,6 +22,14 @@ class RecipeError(BsloraConvertError, ValueError):
 
 class OutputError(BsloraConvertError):
     """The output place can't be used."""
+
+
+class Unsaved(OutputError):
+    """A result that was computed and could not be kept; `record` holds it."""
+
+    def __init__(self, message: str, record: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.record = record
 
 
 class Refused(BsloraConvertError):

@@ -16,13 +16,18 @@ from bslora_convert.bslora.official import is_official, load_official, save_offi
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
 from bslora_convert.errors import RecipeError, Refused
 from bslora_convert.files.address import resolve
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.recipe import DTYPES, FORMATS
+from bslora_convert.version import __version__
+
+SCHEMA_VERSION = 1  # of expansion.json
 
 
 def expand(
@@ -34,6 +39,7 @@ def expand(
     dtype: str = "auto",
     format: str = "lora",
     overwrite: bool = False,
+    accept_changed: bool = False,
 ) -> dict[str, Any]:
     """Writes a compact directory, or one in the authors' layout, as a PEFT LoRA directory and returns what was written.
 
@@ -41,7 +47,7 @@ def expand(
 
     rank: a number re-truncates every module that has more; "uniform" pads every module with zeros to the largest rank.
     base_model: replaces `base_model_name_or_path`. dtype: storage, auto = the compact adapter's.
-    format: "lora", or "official" for the authors' layout.
+    format: "lora", or "official" for the authors' layout. accept_changed: as for `load_compact`.
 
     :raises InputError: when the source directory is missing or damaged.
     :raises Refused: when the authors' layout can't hold the adapter, or the source in it can't be read faithfully.
@@ -53,7 +59,7 @@ def expand(
     check_output(out, overwrite)
     source = resolve(compact)
     check_apart(source, out)
-    adapter = _load(source)
+    adapter, weights = _load(source, accept_changed)
     config = dict(adapter.config)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
@@ -63,14 +69,22 @@ def expand(
             result = _write_official(adapter, place, config, stored)
         else:
             result = _write_lora(adapter, place, config, stored, rank)
-        copy_travelling(adapter.path, place)
-        return {
-            "format": format,
-            **result,
-            "bytes": (place / WEIGHTS_NAME).stat().st_size,
-            "dtype": dtype_name(stored),
-            "base_model": config.get("base_model_name_or_path"),
-        }
+        notes = (*adapter.notes, *copy_travelling(adapter.path, place))
+        return seal(
+            place,
+            EXPANSION_NAME,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "tool_version": __version__,
+                "source": {"path": str(compact), "sha256": sha256(weights)},
+                "format": format,
+                **result,
+                "bytes": (place / WEIGHTS_NAME).stat().st_size,
+                "dtype": dtype_name(stored),
+                "base_model": config.get("base_model_name_or_path"),
+                "notes": list(notes),
+            },
+        )
 
 
 def _check_options(rank: int | str | None, dtype: str, format: str) -> None:
@@ -86,12 +100,13 @@ def _check_options(rank: int | str | None, dtype: str, format: str) -> None:
         )
 
 
-def _load(path: str | Path) -> CompactAdapter:
-    """A compact directory, or one in the authors' layout as if it were compact."""
+def _load(path: Path, accept_changed: bool) -> tuple[CompactAdapter, Path]:
+    """A compact directory, or one in the authors' layout as if it were compact, and the file of its weights."""
     if not is_official(path):
-        return load_compact(path)
+        return load_compact(path, accept_changed=accept_changed), path / WEIGHTS_NAME
     official = load_official(path)
-    return CompactAdapter(official.form, {}, official.inherited, official.weights.parent)
+    found = CompactAdapter(official.form, {}, official.inherited, official.weights.parent, integrity=AS_WRITTEN)
+    return found, official.weights
 
 
 def _write_lora(

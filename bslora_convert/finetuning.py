@@ -15,12 +15,11 @@ from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.landing import check_apart, check_output, landing
-from bslora_convert.files.tensorfile import read_json
+from bslora_convert.files.record import recorded
 from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
-from bslora_convert.report import FIDELITY_NAME
 from bslora_convert.result import Extras, write_result
 
 STATE = "state"  # directory of the checkpoint beside the output
@@ -41,6 +40,7 @@ def finetune(
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
+    accept_changed: bool = False,
     report_html: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def finetune(
 
     prompts: JSONL rows; the reference writes missing completions, greedily, at most `max_new_tokens` each, once for all runs.
     heldout: a file of rows for choosing the state that is kept, instead of a share of `prompts`.
+    accept_changed: as for `load_compact`.
     While it runs, the state after every evaluation lies in `.OUT.training` beside `out`; `resume` goes on from there.
 
     :raises InputError: when something is missing or damaged, or the adapters and the base don't belong together.
@@ -61,7 +62,7 @@ def finetune(
 
     training, out, compact = training or Training(), Path(out), resolve(compact)
     check_output(out, overwrite)
-    for given in (compact, Path(reference)):
+    for given in (compact, resolve(reference)):
         check_apart(given, out)
     began = time.perf_counter()
     progress("reading", 0, 0)
@@ -73,14 +74,16 @@ def finetune(
     }
     rows = Prompts.read(prompts, limit, **settings)
     held = Prompts.read(heldout, training.max_heldout, **settings) if heldout is not None else None
-    student = load_compact(compact)
+    student = load_compact(compact, accept_changed=accept_changed)
     source = load_lora(reference)
     if set(student.form.modules) != set(source.modules):
         raise InputError(f"{compact} and {reference} don't change the same modules; give the LoRA that it came from")
     with modules_over_cores():
         measured = measure(source.modules, source.kinds)
     read = time.perf_counter()
-    workshop = open_workshop(reference, base_model, device, dtype, progress, read_adapter(compact))
+    workshop = open_workshop(
+        reference, base_model, device, dtype, progress, read_adapter(compact, accept_changed=accept_changed)
+    )
     checkpoints = _checkpoints(out)
     done = distilled(
         workshop,
@@ -95,9 +98,13 @@ def finetune(
     )
     if not is_writer():
         return written_by_another(out)
-    known = _known(compact)
+    known = recorded(compact)
     extras = Extras(
-        known.get("calibration"), done.record, done.log, (*known.get("notes", ()), *done.notes), codes=done.codes
+        known.get("calibration"),
+        done.record,
+        done.log,
+        (*student.notes, *known.get("notes", ()), *done.notes),
+        codes=done.codes,
     )
     record_of = {
         **known.get("recipe", {}),
@@ -123,9 +130,3 @@ def is_resumable(out: str | Path) -> bool:
 
 def _checkpoints(out: Path) -> Path:
     return out.absolute().parent / f".{out.name}.training"
-
-
-def _known(compact: Path) -> dict[str, Any]:
-    """What the compact directory says of itself; nothing where it has no record."""
-    path = compact / FIDELITY_NAME
-    return read_json(path) if path.is_file() else {}

@@ -17,7 +17,8 @@ from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
-from bslora_convert.files.tensorfile import dtype_name, read_json, read_tensors
+from bslora_convert.files.jsonfile import read_json
+from bslora_convert.files.tensorfile import dtype_name, read_tensors
 from bslora_convert.fit.convert import measure
 from bslora_convert.lora.adapter import (
     CONFIG_NAME,
@@ -85,7 +86,7 @@ def slot_bytes(shapes: Mapping[str, Shape], rank: int) -> dict[str, int]:
 
 
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:
-    adapter = load_compact(directory)
+    adapter = load_compact(directory, accept_changed=True)
     said = _form(adapter.form, weights, _carried_bytes(adapter.carried, adapter.config))
     if adapter.codes:
         carried = _carried_bytes(adapter.carried, adapter.config)
@@ -100,6 +101,7 @@ def _compact(directory: Path, weights: Path) -> dict[str, Any]:
         "reasons": ["already in BSLoRA form; `expand` gives the LoRA back"],
         "base_model": adapter.config.get("base_model_name_or_path"),
         **said,
+        "integrity": adapter.integrity,
         "notes": [],
     }
 

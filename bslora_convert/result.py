@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from bslora_convert import fidelity
 from bslora_convert.bslora.bases import Cores
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
+from bslora_convert.files.hashing import sha256
+from bslora_convert.files.record import FIDELITY_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
@@ -59,16 +62,19 @@ def write_result(
     began = time.perf_counter()
     progress("writing")
     save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes, cores=cores)
-    copy_travelling(adapter.weights.parent, place)
+    notes = (*extras.notes, *copy_travelling(adapter.weights.parent, place))
     progress("measuring what was written")
-    compact = load_compact(place)
-    weight = fidelity.compare(measured, compact.form).to_dict()
+    with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
+        hashing = pool.submit(sha256, place / WEIGHTS_NAME)
+        compact = load_compact(place)
+        weight = fidelity.compare(measured, compact.form).to_dict()
+        written = hashing.result()
     record = {
         "schema_version": fidelity.SCHEMA_VERSION,
         "tool_version": __version__,
         "source": _source_record(adapter, digest, dtype_name(adapter.dtype), source_name or str(adapter.path)),
         "recipe": dict(recipe),
-        "compact": _compact_record(compact, place, adapter),
+        "compact": {**_compact_record(compact, place, adapter), "sha256": written},
         "weight": weight,
         **({"coding": fidelity.coding(measured, compact, weight["relative_error"])} if compact.codes else {}),
         "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
@@ -76,7 +82,7 @@ def write_result(
         **({"calibration": dict(extras.calibration)} if extras.calibration else {}),
         **({"training": dict(extras.training)} if extras.training else {}),
         **({"deduplication": dict(extras.deduplication)} if extras.deduplication else {}),
-        "notes": list(extras.notes),
+        "notes": list(dict.fromkeys(notes)),
     }
     if seconds is None:
         record["seconds"] = dict.fromkeys(("read", "fit", "write", "total"))
@@ -84,7 +90,7 @@ def write_result(
         spent = {**seconds, "write": time.perf_counter() - began}
         record["seconds"] = {**spent, "total": sum(spent.values())}
     report.write(place, record, measured.spectra, compact, html=html, log=extras.log)
-    return record
+    return seal(place, FIDELITY_NAME, record, {WEIGHTS_NAME: written})
 
 
 def _numbers(compact: CompactAdapter) -> int:

@@ -1,6 +1,5 @@
 """`analyze`: every measure of one adapter, gathered, described in plain words and drawn."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ from bslora_convert.analysis import entropy, ranks, recommendation, sharing, sub
 from bslora_convert.analysis.clusters import clustered
 from bslora_convert.bslora.form import kind_of, natural_order
 from bslora_convert.errors import RecipeError
+from bslora_convert.files.address import resolve
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
-from bslora_convert.files.tensorfile import sha256
+from bslora_convert.files.record import ANALYSIS_NAME, seal
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.lora import LoraAdapter, load_lora
@@ -59,7 +60,8 @@ def analyze(
     progress("reading", 0, 0)
     adapter = load_lora(lora)
     if out is not None:
-        check_apart(adapter.weights.parent, Path(out))
+        for given in (resolve(lora), adapter.weights):
+            check_apart(given, Path(out))
     others = {str(path): load_lora(path) for path in beside}
     with modules_over_cores():
         source = measure(adapter.modules, adapter.kinds)
@@ -76,8 +78,8 @@ def analyze(
         from bslora_convert.report.analysis import write
 
         with landing(Path(out), overwrite) as place:
-            (place / "analysis.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             write(place, record)
+            record = seal(place, ANALYSIS_NAME, record)
     return record
 
 

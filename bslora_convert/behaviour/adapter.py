@@ -10,7 +10,8 @@ from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, load_compact
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
-from bslora_convert.files.tensorfile import read_json, sha256
+from bslora_convert.files.hashing import sha256
+from bslora_convert.files.jsonfile import read_json
 from bslora_convert.lora import load_lora
 
 
@@ -24,10 +25,11 @@ class Adapter:
     carried: Mapping[str, Tensor]
     base_model: str | None
     sha256: str
+    notes: tuple[str, ...] = ()
 
 
-def read_adapter(path: str | Path) -> Adapter:
-    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory.
+def read_adapter(path: str | Path, *, accept_changed: bool = False) -> Adapter:
+    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory. accept_changed: as for `load_compact`.
 
     :raises InputError: when it is missing or damaged. :raises Refused: when it is a LoRA of a kind that can't be read faithfully.
     """
@@ -35,9 +37,10 @@ def read_adapter(path: str | Path) -> Adapter:
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if (path / CONFIG_NAME).is_file() and read_json(path / CONFIG_NAME).get("peft_type") == PEFT_TYPE:
-        compact = load_compact(path)
+        compact = load_compact(path, accept_changed=accept_changed)
         name = compact.config.get("base_model_name_or_path")
-        return Adapter(path, "bslora", compact.form, compact.carried, name, sha256(path / WEIGHTS_NAME))
+        digest = sha256(path / WEIGHTS_NAME)
+        return Adapter(path, "bslora", compact.form, compact.carried, name, digest, compact.notes)
     lora = load_lora(path)
     modules = {name: Module(module.shape, module.factors(), {}, module.kind) for name, module in lora.modules.items()}
     name = lora.config.raw.get("base_model_name_or_path")

@@ -44,8 +44,9 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors
 from bslora_convert.errors import InputError
-from bslora_convert.files.landing import landing
-from bslora_convert.files.tensorfile import read_json, read_tensors
+from bslora_convert.files.jsonfile import read_json
+from bslora_convert.files.landing import replacing
+from bslora_convert.files.tensorfile import read_tensors
 from bslora_convert.progress import Progress, silent
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
@@ -317,7 +318,7 @@ class Run:
         for name, parameter in self.student.trained.items():
             state = self.optimizer.state[parameter]  # empty for a module that no token has reached
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS if key in state}
-        with landing(self.checkpoints, overwrite=True) as place:
+        with replacing(self.checkpoints) as place:
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, place / CHECKPOINT)
             scalars = {key: getattr(self, key) for key in self._scalars()}
             (place / STATE).write_text(json.dumps({"options": self.training.to_dict(), **scalars}))

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.files.record import FIDELITY_NAME
+
 
 def is_writer() -> bool:
     """Whether this process writes results and speaks."""
@@ -14,8 +16,6 @@ def is_writer() -> bool:
 
 def written_by_another(out: Path) -> dict[str, Any]:
     """Waits for the process that writes, and returns the record of the directory that it wrote."""
-    from bslora_convert.report import FIDELITY_NAME
-
     meet()
     value: dict[str, Any] = json.loads((out / FIDELITY_NAME).read_text(encoding="utf-8"))
     return value

@@ -1,8 +1,7 @@
 """`verify`: does the compact adapter behave like the LoRA that it came from, on these prompts and this base model?"""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,19 +13,18 @@ from bslora_convert.behaviour.divergence import Divergence, diverge
 from bslora_convert.behaviour.generation import generate, rouge_l
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
+from bslora_convert.behaviour.saving import MEASURES, Saving
 from bslora_convert.behaviour.workshop import Workshop
-from bslora_convert.errors import RecipeError
-from bslora_convert.files.landing import replace_file
-from bslora_convert.files.tensorfile import read_json, sha256
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.files.address import resolve
+from bslora_convert.files.hashing import sha256
+from bslora_convert.files.record import recorded
 from bslora_convert.progress import Progress, silent
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file
 WORST = 6  # rows that a reader sees side by side
 WRITTEN_TOKENS = 64  # of a completion that the reference writes where no generations are asked for
-MEASURES = (
-    "prompts", "kl", "kl_p99", "agreement", "nll", "perplexity", "base_kl", "retention", "hidden_error", "generation",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +45,15 @@ class Thresholds:
                 allowed = "at most 1" if field.name.startswith("min") else "finite"
                 raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed")
 
-    def check(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Each threshold that was set with the value that it met or missed.
+    def check_measured(self, prompts: bool, tasks: bool) -> None:
+        """:raises RecipeError: when a threshold needs what is not going to be measured."""
+        for field in fields(self):
+            needs, given = ("tasks", tasks) if "accuracy" in field.name else ("prompts", prompts)
+            if getattr(self, field.name) is not None and not given:
+                raise RecipeError(f"{field.name} needs {needs}, which were not given")
 
-        :raises RecipeError: when a threshold needs what was not measured.
-        """
+    def check(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Each threshold that was set with the value that it met or missed."""
         drops = [task["reference"] - task["compact"] for task in record["tasks"].values()]
         values = {
             "max_kl": record["kl"],
@@ -64,8 +66,7 @@ class Thresholds:
             limit = getattr(self, name)
             if limit is None:
                 continue
-            if value is None:
-                raise RecipeError(f"{name} needs {'tasks' if 'accuracy' in name else 'prompts'}, which were not given")
+            assert value is not None  # check_measured sees to it
             passed = value >= limit if name.startswith("min") else value <= limit
             checked[name] = {"limit": limit, "value": value, "passed": passed}
         return checked
@@ -73,8 +74,8 @@ class Thresholds:
 
 def verify(
     compact: str | Path,
-    reference: str | Path,
-    base_model: str | Path,
+    reference: str | Path | None = None,
+    base_model: str | Path | None = None,
     *,
     prompts: str | Path | None = None,
     tasks: Sequence[str] = (),
@@ -89,7 +90,11 @@ def verify(
     min_agreement: float | None = None,
     min_retention: float | None = None,
     max_accuracy_drop: float | None = None,
+    any_reference: bool = False,
+    accept_changed: bool = False,
     out: str | Path | None = None,
+    save: bool = False,
+    overwrite: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -97,17 +102,21 @@ def verify(
 ) -> dict[str, Any]:
     """Compares two adapters of one base model and returns what `verify.json` holds.
 
-    compact: a compact directory, or a plain LoRA. reference: a LoRA, or a compact directory. prompts: a JSONL file, see
-    `behaviour/prompts.py`. tasks: names of lm-evaluation-harness. out: where `verify.json` goes; without it, into the
-    compact directory. Its fidelity.json and report.html gain the result too.
+    compact: a compact directory, or a plain LoRA. reference: a LoRA, or a compact directory; base_model: both default to what the
+    compact directory records. prompts: a JSONL file, see `behaviour/prompts.py`. tasks: names of lm-evaluation-harness.
+    any_reference: allows one that the compact adapter was not made from. accept_changed: as for `load_compact`.
+    save: writes `verify.json` into the compact directory, whose fidelity.json and report.html gain the result too.
+    out: a file for the result instead. overwrite: lets it replace one of more rows; see `behaviour/saving.py`.
 
     :raises InputError: when a file is missing or damaged, or the three don't belong together.
     :raises RecipeError: for an option that is not allowed. A missed threshold is no error: see `passed`.
+    :raises OutputError: when the result could not be kept, before it is measured; `Unsaved` with the result after that.
     """
     if prompts is None and not tasks:
         raise RecipeError("nothing to measure: give prompts, tasks or both")
     _check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
     thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
+    thresholds.check_measured(prompts is not None, bool(tasks))
     progress("reading", 0, 0)
     rows = None
     if prompts is not None:
@@ -115,14 +124,30 @@ def verify(
             prompts, limit, max_length=max_length, max_new_tokens=max_new_tokens, chat_template=chat_template,
             batch_size=batch_size,
         )  # fmt: skip
-    first, second = read_adapter(compact), read_adapter(reference)
+    first = read_adapter(compact, accept_changed=accept_changed)
+    known = recorded(first.path) if first.kind == "bslora" else {}
+    reference = reference or _source_of(known, compact)
+    name = str(base_model or first.base_model or "")
+    if not name:
+        raise InputError(f"{compact}: its configuration names no base model; give base_model (--base-model)")
+    second = read_adapter(reference)
     check_pair(first, second)
-    workshop = Workshop(second, str(base_model), device, dtype, progress)
+    source = known.get("source", {}).get("sha256")
+    another = source is not None and source != second.sha256
+    if another and not any_reference:
+        raise InputError(
+            f"{reference} is not what {compact} was made from (its weights have another SHA-256); give that LoRA, or "
+            "any_reference (--any-reference) to compare them all the same"
+        )
+    saving = Saving.plan(first, Path(out) if out is not None else None, save, overwrite, another)
+    if saving is not None:
+        saving.check(second, name, len(rows.rows) if rows is not None else None, tasks, limit)
+    workshop = Workshop(second, name, device, dtype, progress)
     base = workshop.base
     attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "base_model": str(base_model),
+        "base_model": name,
         "compact": {"path": str(compact), "kind": first.kind, "sha256": first.sha256},
         "reference": {"path": str(reference), "kind": second.kind, "sha256": second.sha256},
         "dtype": str(base.model.dtype).removeprefix("torch."),
@@ -130,8 +155,10 @@ def verify(
         **dict.fromkeys(MEASURES),
         "worst": [],
         "tasks": {},
-        "notes": _notes(base, first, second),
+        "notes": [*first.notes, *_notes(base, first, second)],
     }
+    if another:
+        record["notes"].append("the reference is not what the adapter was made from")
     if rows is not None:
         measured, notes = _on_prompts(workshop, attached, rows)
         record |= measured
@@ -154,8 +181,24 @@ def verify(
         record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
     record["thresholds"] = thresholds.check(record)
     record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
-    _save(record, first, second, Path(out) if out else None)
+    if saving is not None:
+        saving.keep(record)
     return record
+
+
+def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
+    """The LoRA that a compact directory was made from, by its record.
+
+    :raises InputError: when no record says, or it is not there any more.
+    """
+    path = known.get("source", {}).get("path")
+    if not isinstance(path, str) or not path:
+        raise InputError(f"{compact}: no record says what it was made from; give reference (--reference)")
+    if not resolve(path).exists():
+        raise InputError(
+            f"{compact}: it was made from {path}, which is not there from here; give reference (--reference)"
+        )
+    return path
 
 
 def _check_counts(counts: dict[str, int | None], max_new_tokens: int) -> None:
@@ -244,24 +287,3 @@ def _generations(workshop: Workshop, compact: Attached, found: Divergence, promp
 
 def _counted(progress: Progress, step: str, total: int) -> Callable[[int], None]:
     return lambda done: progress(step, done, total)
-
-
-def _save(record: dict[str, Any], compact: Adapter, reference: Adapter, out: Path | None) -> None:
-    """verify.json, and into a compact directory's own record and page where the reference is what it was made from."""
-    from bslora_convert import report
-
-    fidelity, page = compact.path / report.FIDELITY_NAME, compact.path / report.REPORT_NAME
-    known = read_json(fidelity) if compact.kind == "bslora" and fidelity.is_file() else None
-    if known is not None and known.get("source", {}).get("sha256") != reference.sha256:
-        record["notes"].append(
-            "the reference is not what the adapter was made from, so its fidelity.json stays as it is"
-        )
-        known = None
-    if out is None and compact.kind == "bslora":
-        out = compact.path / "verify.json"
-    if out is not None:
-        replace_file(out, json.dumps(record, indent=1) + "\n")
-    if known is not None:
-        replace_file(fidelity, json.dumps({**known, "functional": record}, indent=1) + "\n")
-        if page.is_file():
-            replace_file(page, report.with_functional(page.read_text(encoding="utf-8"), record))

@@ -9,8 +9,8 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.generation import complete
 from bslora_convert.behaviour.model import BaseModel, load_base
 from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import replace_file
-from bslora_convert.files.tensorfile import sha256
 from bslora_convert.progress import Progress, silent
 
 

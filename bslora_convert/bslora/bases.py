@@ -24,7 +24,8 @@ from torch import Tensor
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.layout import LARGEST_SIDE, Entry, Layout
 from bslora_convert.errors import InputError
-from bslora_convert.files.tensorfile import check_finite, read_tensors, sha256
+from bslora_convert.files.hashing import sha256
+from bslora_convert.files.tensorfile import check_finite, read_tensors
 
 DIRECTORY = ".bases"
 HASH = re.compile(r"[0-9a-f]{64}")

@@ -19,6 +19,7 @@ Where the numbers are in codes of few bits the configuration says `coding` and t
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path as FilePath
@@ -35,7 +36,9 @@ from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
-from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_json, read_tensors, write_tensors
+from bslora_convert.files.jsonfile import read_json
+from bslora_convert.files.record import CHANGED, FIDELITY_NAME, NO_RECORD, integrity
+from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_tensors, write_tensors
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
@@ -64,6 +67,7 @@ class CompactAdapter:
     """A compact directory as read: the form, the tensors carried along, the raw configuration, what it takes from a library.
 
     codes: what the form was decoded from, as the file has it; empty where it holds floats.
+    integrity: whether the weights are still what was written and measured (`files.record`).
     """
 
     form: BsloraForm
@@ -72,11 +76,23 @@ class CompactAdapter:
     path: FilePath
     uses: bases.Uses | None = None
     codes: Mapping[str, Tensor] = field(default_factory=dict)
+    integrity: str = NO_RECORD
 
     @property
     def dtype(self) -> torch.dtype:
         """Storage dtype of the form's tensors."""
         return next(iter(self.form.tensors())).dtype
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of where the weights come from."""
+        said = {
+            NO_RECORD: f"{self.path} has no record of what was written and measured (it was re-saved, or moved without it): "
+            "its weights were taken as they are",
+            CHANGED: f"{self.path / WEIGHTS_NAME} is not what was written and measured; it was taken knowingly, and the figures "
+            f"in {FIDELITY_NAME} are not of it",
+        }
+        return (said[self.integrity],) if self.integrity in said else ()
 
     @property
     def parts_parameters(self) -> dict[str, int]:
@@ -137,11 +153,14 @@ def save_compact(
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def load_compact(path: str | FilePath) -> CompactAdapter:
+def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> CompactAdapter:
     """Reads a compact directory, or `LIBRARY::ID`, and checks everything before handing it out.
 
-    :raises InputError: when files are missing or damaged, the version is unknown, or a tensor is missing, left over, of
-        another shape, of another dtype or not finite; so too for bases that it takes from its library.
+    accept_changed: takes weights that are not what was written and measured any more.
+
+    :raises InputError: when files are missing or damaged, the version is unknown, a tensor is missing, left over, of another
+        shape, of another dtype or not finite, or the weights are not what was written; so too for bases that it takes from
+        its library.
     """
     directory = resolve(path)
     if not directory.exists():
@@ -153,8 +172,14 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
             f"{config_path}: peft_type is {config.get('peft_type')!r}, a compact adapter says {PEFT_TYPE!r}"
         )
     check_version(config, config_path)
+    with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
+        checking = pool.submit(integrity, directory, weights_path)
+        read = read_tensors(weights_path)
+        state = checking.result()
+    if state == CHANGED and not accept_changed:
+        raise InputError(changed(directory))
     tensors = {}
-    for key, tensor in read_tensors(weights_path).items():
+    for key, tensor in read.items():
         if not key.startswith(PREFIX):
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
@@ -175,7 +200,15 @@ def load_compact(path: str | FilePath) -> CompactAdapter:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")
     if uses is not None:
         taken |= uses.local(layout, taken, directory)
-    return CompactAdapter(assemble(layout, taken), tensors, config, directory, uses, codes)
+    return CompactAdapter(assemble(layout, taken), tensors, config, directory, uses, codes, state)
+
+
+def changed(directory: FilePath) -> str:
+    """Why a directory is not read whose weights are not what was written, and how to go on knowingly."""
+    return (
+        f"{directory / WEIGHTS_NAME}: not the file that was written and measured (its SHA-256 is not that in {FIDELITY_NAME}): "
+        "it was damaged, or saved again; convert it anew, or take it as it is with --accept-changed (accept_changed=True)"
+    )
 
 
 def check_version(config: Mapping[str, Any], where: object) -> None:

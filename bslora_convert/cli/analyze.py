@@ -24,7 +24,7 @@ from bslora_convert.cli.verb import Output, verb
 @click.option("--draws", type=int, default=8, show_default=True, help="Random adapters behind each z-score.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random adapters.")
-@click.option("--overwrite", is_flag=True, help="Replace what stands in the output directory.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result in --out.")
 @verb
 def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
     """Measures what a LoRA's modules and layers have in common, and says what is worth trying.

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Shard(click.ParamType[tuple[int, int]]):
 
 @click.command()
 @click.argument("library")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @recipe_options
 @training_options
 @click.option("--workers", type=int, help="Processes, one thread each; 0 = in this one.  [default: the cores]")
@@ -56,57 +57,78 @@ class Shard(click.ParamType[tuple[int, int]]):
     is_flag=True,
     help="Adapters of one base share bases where that saves bytes at the same error.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace finished results of another recipe in OUT.")
 @click.option("--dry-run", is_flag=True, help="Check every header and say what would be done.")
 @verb
-def batch(output: Output, library: str, out: Path, workers: int | None, dry_run: bool, **options: Any) -> None:
+def batch(output: Output, library: str, out: Path | None, workers: int | None, dry_run: bool, **options: Any) -> None:
     """Converts a library of adapters: a directory tree, a manifest (JSONL, CSV) or an fsspec URL.
 
-    One bad adapter never stops the rest. The same command again goes on where an interrupted one stopped.
+    OUT is new, empty or batch's own. One bad adapter never stops the rest. The same command again goes on where an
+    interrupted one stopped, and so does `batch OUT --resume`: OUT keeps what it was made with.
 
     \b
     Example:
       bslora-convert batch ./adapters ./compact --transform auto --budget 0.25 --workers 4
       bslora-convert batch s3://bucket/adapters ./compact --shard 3/16
       bslora-convert batch ./adapters ./compact --share-across
+      bslora-convert batch ./compact --resume
     """
     from bslora_convert.library.batch import batch as run
     from bslora_convert.library.batch import is_failed
+    from bslora_convert.library.batch import resume as go_on
 
-    own = {
-        name: options.pop(name)
-        for name in (
-            "engine",
-            "shard",
-            "resume",
-            "retry_failed",
-            "fail_fast",
-            "max_failures",
-            "report_html",
-            "share_across",
-        )
-    }
-    settings = {name: options.pop(name) for name in OPTIONS}
-    recipe = Recipe(**options)
-    training = Training(**settings, seed=recipe.seed) if recipe.finetune or recipe.calibration else None
+    where = {
+        name: options.pop(name) for name in ("engine", "shard", "resume", "retry_failed", "fail_fast", "max_failures")
+    } | {"workers": os.cpu_count() or 1 if workers is None else workers, "dry_run": dry_run}
+    given = _given()
+    if out is None:
+        _check_resuming(given, options)
+        out = Path(library)
+        run = partial(go_on, out, **where)
+    else:
+        run = partial(run, library, out, **_new(options), **where)
     try:
         with output.bar("batch") as progress:
-            summary = run(
-                library,
-                out,
-                recipe,
-                training=training,
-                workers=os.cpu_count() or 1 if workers is None else workers,
-                dry_run=dry_run,
-                progress=progress,
-                **own,
-            )
+            summary = run(progress=progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done stays in {out}, and the same command goes on from there"
         ) from None
+    if "resume" in given and not summary.get("skipped", summary.get("done")):
+        output.notes([f"{out} held nothing that was done: it was begun anew"])
     output.result(summary, lambda console: _show(console, summary, out))
     if summary.get("bad") if dry_run else is_failed(summary):
         sys.exit(1)
+
+
+def _given() -> set[str]:
+    """Options that stand on the command line."""
+    context = click.get_current_context()
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is click.core.ParameterSource.COMMANDLINE}
+
+
+def _check_resuming(given: set[str], options: dict[str, Any]) -> None:
+    """With OUT alone its own recipe goes on, and nothing else can be asked for.
+
+    :raises click.UsageError: when OUT was forgotten, or an option of the recipe is given.
+    """
+    if "resume" not in given:
+        raise click.UsageError("Missing argument 'OUT' (with `batch OUT --resume` an earlier run goes on).")
+    for name in given & set(options):
+        raise click.UsageError(
+            f"--{name.replace('_', '-')} with OUT alone: OUT keeps what it was made with; leave the option out, or give LIBRARY "
+            "and OUT and --overwrite"
+        )
+
+
+def _new(options: dict[str, Any]) -> dict[str, Any]:
+    """What a run is to be made with, as `batch` takes it."""
+    own = {name: options.pop(name) for name in ("report_html", "share_across", "overwrite")}
+    settings = {name: options.pop(name) for name in OPTIONS}
+    recipe = Recipe(**options)
+    training = Training(**settings, seed=recipe.seed) if recipe.finetune or recipe.calibration else None
+    return {"recipe": recipe, "training": training, **own}
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:

@@ -57,7 +57,7 @@ class Shares(click.ParamType[tuple[float, ...]]):
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
-@click.option("--overwrite", is_flag=True, help="Replace what stands in the output directory.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result in --out.")
 @verb
 def compare(output: Output, lora_dir: Path, **options: Any) -> None:
     """Fits every known form to a LoRA at equal size and prints the table.

@@ -124,7 +124,7 @@ def recipe_options(function: Any) -> Any:
 @recipe_options
 @training_options
 @click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
-@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
 @verb
 def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any) -> None:
     """Converts one LoRA adapter into BSLoRA form.

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bslora_convert.cli.verb import Output, verb
+from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.recipe import DTYPES, FORMATS
 
 
@@ -47,7 +47,8 @@ class Rank(click.ParamType[int | str]):
     show_default=True,
     help="lora, or official for the layout of the BSLoRA authors' code.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
+@accept_changed_option
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
 @verb
 def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
     """Writes a compact adapter back as a standard PEFT LoRA.
@@ -65,6 +66,7 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
 
     with output.progress("expand"):
         result = run(compact_dir, out_dir, **options)
+    output.notes(result["notes"])
     output.result(result, lambda console: _show(console, result, out_dir))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.behaviour.training import OPTIONS, TRAINED, Training
-from bslora_convert.cli.verb import Output, verb
+from bslora_convert.cli.verb import Output, accept_changed_option, verb
 
 
 def training_options(function: Any) -> Any:
@@ -70,7 +70,8 @@ def training_options(function: Any) -> Any:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result on a CPU.")
 @click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
-@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT_DIR.")
+@accept_changed_option
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
 @verb
 def finetune(
     output: Output, compact_dir: Path, out_dir: Path, heldout: str, chat_template: bool, seed: int, **options: Any

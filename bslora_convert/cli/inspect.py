@@ -7,6 +7,13 @@ import click
 
 from bslora_convert.cli.verb import Output, verb
 
+INTEGRITY = {
+    "as written": "The weights are what was written and measured.",
+    "changed": "The weights are NOT what was written and measured: damaged, or saved again. Readers refuse them "
+    "without --accept-changed.",
+    "no record": "No record says what was written and measured, so the weights can't be checked.",
+}
+
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -78,6 +85,8 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
                 ),
             )
         console.print(kinds)
+    if "integrity" in result:
+        say(INTEGRITY[result["integrity"]], style="yellow" if result["integrity"] == "changed" else "")
     if result["slot_bytes"]:
         step, count = next(iter(result["slot_bytes"].items()))
         say(

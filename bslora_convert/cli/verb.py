@@ -88,6 +88,13 @@ class Output:
                 click.secho(f"note: {note}", err=True, dim=True)
 
 
+accept_changed_option = click.option(
+    "--accept-changed",
+    is_flag=True,
+    help="Take weights that are not what was written and measured any more (re-saved, damaged).",
+)
+
+
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the common options; the function gets an `Output` first. Errors become one line and an exit code."""
 

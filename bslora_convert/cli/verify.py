@@ -5,14 +5,21 @@ from typing import Any
 
 import click
 
-from bslora_convert.cli.verb import Output, verb
-from bslora_convert.errors import ThresholdMissed
+from bslora_convert.cli.verb import Output, accept_changed_option, verb
+from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
 
 
 @click.command()
 @click.argument("compact_dir", type=click.Path(path_type=Path))
-@click.option("--reference", type=click.Path(path_type=Path), required=True, help="The LoRA that it came from.")
-@click.option("--base-model", required=True, help="Directory of the base model, or its name on the hub.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="The LoRA that it came from.  [default: what COMPACT_DIR was made from]",
+)
+@click.option(
+    "--base-model", help="Directory of the base model, or its name on the hub.  [default: what COMPACT_DIR names]"
+)
+@click.option("--any-reference", is_flag=True, help="Allow a reference that COMPACT_DIR was not made from.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")
 @click.option("--tasks", help="Names of lm-evaluation-harness, by commas (extra eval); local_* read --task-data.")
 @click.option("--include-path", type=click.Path(path_type=Path), help="Directory of more task files (YAML).")
@@ -28,9 +35,10 @@ from bslora_convert.errors import ThresholdMissed
 @click.option("--min-agreement", type=float, help="Threshold: share of tokens with the same first choice.")
 @click.option("--min-retention", type=float, help="Threshold: share of the adapter's effect that survived.")
 @click.option("--max-accuracy-drop", type=float, help="Threshold: largest drop of a task's score.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Where the result goes.  [default: COMPACT_DIR/verify.json]"
-)
+@click.option("--out", type=click.Path(path_type=Path), help="File for the result, outside of COMPACT_DIR.")
+@click.option("--save", is_flag=True, help="Write verify.json into COMPACT_DIR, and its record and page.")
+@click.option("--overwrite", is_flag=True, help="Let the result replace one of more rows or items.")
+@accept_changed_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto (float32 on a CPU), float32, bfloat16 or float16."
@@ -44,18 +52,24 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
 
     \b
     Example:
-      bslora-convert verify ./my-lora-compact --reference ./my-lora --base-model ./base --prompts held-out.jsonl
+      bslora-convert verify ./my-lora-compact --base-model ./base --prompts held-out.jsonl --save
       bslora-convert verify ./my-lora-compact --reference ./my-lora --base-model ./base --prompts held-out.jsonl \\
         --max-kl 0.01 --min-retention 0.98
     """
     from bslora_convert.behaviour.verify import verify as run
 
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-    with output.bar("verify") as progress:
-        record = run(compact_dir, tasks=names, progress=progress, **options)
+    unsaved = None
+    try:
+        with output.bar("verify") as progress:
+            record = run(compact_dir, tasks=names, progress=progress, **options)
+    except Unsaved as error:
+        record, unsaved = error.record, str(error)
     output.notes(record["notes"])
-    where = options["out"] or (compact_dir / "verify.json" if record["compact"]["kind"] == "bslora" else None)
-    output.result(record, lambda console: _show(console, record, where))
+    where = compact_dir / "verify.json" if options["save"] else options["out"]
+    output.result(record, lambda console: _show(console, record, None if unsaved else where))
+    if unsaved:
+        raise OutputError(unsaved)
     if not record["passed"]:
         missed = [
             f"{name} {checked['limit']:g} (measured {checked['value']:.4g})"

@@ -1,6 +1,5 @@
 """`compare`: fits every form to one adapter at the sizes asked for and measures each in weights and, if asked, in behaviour."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,11 @@ from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE
 from bslora_convert.device import pick_device
 from bslora_convert.errors import RecipeError
+from bslora_convert.files.address import resolve
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
-from bslora_convert.files.tensorfile import dtype_name, sha256
+from bslora_convert.files.record import COMPARISON_NAME, seal
+from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, measure
@@ -65,7 +67,8 @@ def compare(
     progress("reading", 0, 0)
     adapter = load_lora(lora)
     if out is not None:
-        check_apart(adapter.weights.parent, Path(out))
+        for given in (resolve(lora), adapter.weights):
+            check_apart(given, Path(out))
     storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
     chosen = [name for name in FORMS if not forms or name in forms]
     tasks = [(name, budget) for budget in budgets for name in chosen if name not in OWN_SIZE]
@@ -96,8 +99,8 @@ def compare(
         with landing(Path(out), overwrite) as place:
             if save:
                 _save(found, place, adapter, storage)
-            (place / "comparison.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             report.write(place, record)
+            record = seal(place, COMPARISON_NAME, record)
     return record
 
 

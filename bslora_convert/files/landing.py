@@ -9,13 +9,15 @@ from pathlib import Path
 
 from bslora_convert.errors import InputError, OutputError
 from bslora_convert.files.address import MARK
+from bslora_convert.files.record import foreign, named
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuses an output place that can't be used, before any work is done.
 
-    :raises OutputError: when it is a file, a non-empty directory without `overwrite`, one that holds the current directory or the
-        user's own, an address in a library, or can't be made.
+    :raises OutputError: when it is a file, a directory with content without `overwrite`, with `overwrite` one in which anything
+        was not written by this tool or was changed since, one that holds the current directory or the user's own, an address
+        in a library, or can't be made.
     """
     if MARK in str(out):
         raise OutputError(f"{out}: {MARK} names an adapter of a library, which `batch` alone writes; give a directory")
@@ -24,41 +26,74 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists():
         if not out.is_dir():
             raise OutputError(f"{out}: exists and is not a directory")
-        if any(out.iterdir()) and not overwrite:
-            raise OutputError(f"{out}: not empty; give --overwrite to replace it")
-    ancestor = out.absolute().parent
+        _check_content(out, overwrite)
+    ancestor = out.resolve().parent
     while not ancestor.exists():
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise OutputError(f"{out}: {ancestor} can't be written to")
 
 
+def _check_content(out: Path, overwrite: bool) -> None:
+    try:
+        if not any(out.iterdir()):
+            return
+        if not overwrite:
+            raise OutputError(f"{out}: not empty; give --overwrite to replace what this tool wrote there")
+        strangers = foreign(out)
+    except OSError as error:
+        raise OutputError(f"{out}: can't be looked into ({error.strerror or error})") from None
+    if strangers:
+        raise OutputError(
+            f"{out}: --overwrite replaces only what this tool wrote, and there is also {named(strangers)}; "
+            "nothing was touched: move that away or give another directory"
+        )
+
+
 def check_apart(source: Path, out: Path) -> None:
-    """Refuses an output place that would replace the source directory.
+    """Refuses an output place in the source directory, or one that holds it.
+
+    source: a directory, or a file in it.
 
     :raises InputError: naming both.
     """
-    source, target = source.resolve(), out.resolve()
-    if target == source or target in source.parents:
-        raise InputError(f"{out}: the output would replace the source {source}")
+    given, target = source.resolve(), out.resolve()
+    place = given.parent if given.is_file() else given
+    if target == place or target in place.parents:
+        raise InputError(f"{out}: the output would replace the source {source}; give a directory outside of it")
+    if place in target.parents:
+        raise InputError(f"{out}: the output would lie inside of the source {source}; give a directory outside of it")
 
 
 @contextmanager
 def landing(out: Path, overwrite: bool) -> Iterator[Path]:
     """A fresh directory beside `out` that takes its place when the block ends well and vanishes when it doesn't.
 
+    A link to a directory stays; the directory that it means is replaced.
+
     :raises OutputError: as `check_output`, or when writing fails (disk full, permissions).
     """
-    out = out.absolute()
-    _remove_stale(out)
+    _remove_stale(out.resolve())
     check_output(out, overwrite)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    with replacing(out) as place:
+        yield place
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """As `landing`, for a directory that is known to be this tool's own: what stands there is not looked at.
+
+    :raises OutputError: when writing fails.
+    """
+    target = out.resolve()
+    _remove_stale(target)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        _replace(partial, out)
+        _replace(partial, target)
     except OSError as error:
         raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
     finally:

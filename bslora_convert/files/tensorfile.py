@@ -1,10 +1,7 @@
-"""Reading tensor files and JSON without trusting them, and hashing them."""
+"""Reading and writing tensor files without trusting what they say of themselves."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,11 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bslora_convert.errors import InputError
+from bslora_convert.files.jsonfile import check_file
 
-LARGEST_JSON = 64 << 20
-LFS_POINTER = b"version https://git-lfs"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-HASH_CHUNK = 1 << 22
 DTYPE_CODES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -24,29 +19,12 @@ DTYPE_CODES = {
 }  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    :raises InputError: when the file is missing, too large, not JSON or not an object.
-    """
-    _check_file(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a configuration file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is expected, found {type(value).__name__}")
-    return value
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a `.safetensors` file, or of a `.bin`/`.pt` file read with `weights_only=True`.
 
     :raises InputError: when the file is missing, a Git-LFS pointer, truncated or holds anything but tensors.
     """
-    _check_file(path)
+    check_file(path)
     try:
         # What a damaged file makes the two readers raise has no common base: TypeError and AssertionError among it.
         if path.suffix == ".safetensors":
@@ -71,7 +49,7 @@ def read_headers(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix != ".safetensors":
         return {key: tensor.to("meta") for key, tensor in read_tensors(path).items()}
-    _check_file(path)
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  a handle, not a dictionary
@@ -113,18 +91,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     )  # readable by whom the directory is; the library writes it for the owner only
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise InputError(f"{path}: a Git-LFS pointer, not the weights; run `git lfs pull` first")
-
-
 def check_finite(path: Path, key: str, tensor: Tensor) -> None:
     """Refuses NaN and infinity.
 
@@ -141,12 +107,3 @@ def check_finite(path: Path, key: str, tensor: Tensor) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

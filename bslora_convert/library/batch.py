@@ -19,12 +19,13 @@ from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
-from bslora_convert.files.landing import landing, replace_file
+from bslora_convert.files.landing import check_apart, landing, replace_file
 from bslora_convert.library.convert import COPYING, STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
 from bslora_convert.library.plan import Plan, plan
+from bslora_convert.library.settings import Settings, read_settings, settle
 from bslora_convert.library.sharing import sharing
 from bslora_convert.library.summary import summarise
 from bslora_convert.progress import Progress, silent
@@ -47,6 +48,7 @@ def batch(
     dry_run: bool = False,
     report_html: bool = True,
     share_across: bool = False,
+    overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds.
@@ -54,9 +56,10 @@ def batch(
     library: a directory, a manifest or an fsspec URL. workers: processes (0: in this one). shard: (I, N), from 1.
     retry_failed: bad input of an earlier run is tried again. fail_fast, max_failures: when to give up; the rest stays undone.
     dry_run: checks every header and says what would be done. share_across: adapters of one base share bases where that saves.
+    overwrite: finished results of another recipe are replaced.
 
     :raises InputError: when the library has no adapter. :raises RecipeError: for an option that is not allowed.
-    :raises OutputError: when `out` can't be written.
+    :raises OutputError: when `out` can't be written, was not made by `batch`, or holds results of another recipe.
     """
     recipe = recipe or Recipe()
     _check(engine, workers, shard, max_failures)
@@ -66,17 +69,20 @@ def batch(
     for name in ("calibration", "finetune"):
         if getattr(recipe, name) is not None:
             read_prompts(getattr(recipe, name))
-    items = discover(str(library), out)
+    _check_library(str(library), out)
+    chosen = recipe.to_dict(), (training.to_dict() if training is not None else {})
+    settings = settle(out, Settings.of(str(library), *chosen, report_html, share_across), overwrite)
+    items = discover(str(library))
     _check_place(items, out)
     own = shard_of(items, shard)
-    settings = recipe.to_dict(), (training.to_dict() if training is not None else {})
-    options = options_key(*settings, report_html)
+    options = options_key(*chosen, report_html, settings.files)
     found = plan(
-        own, out, *settings, options, html=report_html, resume=resume, retry_failed=retry_failed, progress=progress
+        own, out, *chosen, options, html=report_html, resume=resume, retry_failed=retry_failed, progress=progress
     )
     if dry_run:
         return _dry(found, items, own)
     _make(out)
+    settings.keep(out)
     began = time.perf_counter()
     limit = 1 if fail_fast else max_failures
     rows = _run(found, out, engine, workers, limit, progress)
@@ -88,6 +94,25 @@ def batch(
         rows, reasons = share(rows, {item.id: item for item in items}, out, progress)
     seconds = time.perf_counter() - began
     return _finish(items, rows, out, options, shard, seconds, gave_up, reasons)
+
+
+def resume(out: str | Path, **where: Any) -> dict[str, Any]:
+    """Goes on with an output of `batch` with what it was made with; where: options that change no result, as of `batch`.
+
+    :raises InputError: when it is no output of `batch`. Raises also what `batch` raises.
+    """
+    known = read_settings(Path(out).absolute())
+    if known is None:
+        raise InputError(f"{out}: nothing to go on with: it was not made by `batch`")
+    return batch(
+        known.library,
+        out,
+        Recipe.from_dict(dict(known.recipe)),
+        training=Training(**known.training) if known.training else None,
+        report_html=known.report_html,
+        share_across=known.share_across,
+        **where,
+    )
 
 
 def _run(
@@ -229,6 +254,18 @@ def _check_place(items: Sequence[Item], out: Path) -> None:
             source = Path(item.uri).resolve()
             if source == target or source in target.parents or target in source.parents:
                 raise InputError(f"{out}: the output and {item.uri} lie inside of each other")
+
+
+def _check_library(library: str, out: Path) -> None:
+    """Refuses an output in the library or a library in the output, whose results would become adapters of the next run.
+
+    :raises InputError: naming both.
+    """
+    path = Path(library)
+    if "://" not in library and path.is_dir():
+        check_apart(path, out)
+    elif "://" not in library and path.is_file() and out.resolve() in path.resolve().parents:
+        raise InputError(f"{out}: the output holds the manifest {library}; give another directory")
 
 
 def _make(out: Path) -> None:

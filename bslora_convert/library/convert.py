@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.bslora.bases import DIRECTORY as BASES
+from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import replace_file
-from bslora_convert.files.tensorfile import sha256
+from bslora_convert.files.record import FIDELITY_NAME
+from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
-from bslora_convert.version import __version__
 
 STATE = ".batch"  # directory of the output that holds a marker for each adapter
 COPYING = "copying"  # status of a duplicate whose copy has not landed yet
@@ -81,11 +83,9 @@ def marker_of(out: Path, name: str) -> Path:
     return out / STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
 
-def options_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool) -> str:
-    """Hash of the options, of what the files that they name hold, and of the tool's version."""
-    files = {name: recipe.get(name) for name in ("calibration", "finetune", "groups")}
-    held = {name: sha256(Path(path)) for name, path in files.items() if path is not None and Path(path).is_file()}
-    text = json.dumps([recipe, held, training, html, __version__], sort_keys=True)
+def options_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool, files: Mapping[str, str]) -> str:
+    """Hash of the options and of what the files that they name hold (`files`: their hashes)."""
+    text = json.dumps([{**recipe, "device": None}, dict(files), training, html], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -106,6 +106,7 @@ def convert_one(job: Job) -> Result:
     began = time.perf_counter()
     place = job.item.uri
     try:
+        _discard_damaged(job)
         with local_copy(job.item) as source:
             place = str(source)
             record = compress(
@@ -131,6 +132,16 @@ def convert_one(job: Job) -> Result:
     return replace(result, seconds=time.perf_counter() - began)
 
 
+def _discard_damaged(job: Job) -> None:
+    """Removes weights of an earlier result that can't be read at all: nobody's work is in them."""
+    weights = job.destination / WEIGHTS_NAME
+    if weights.is_file() and is_ours(job):
+        try:
+            read_headers(weights)
+        except InputError:
+            weights.unlink()
+
+
 def done(job: Job, record: Mapping[str, Any]) -> Result:
     """The row of a conversion that worked."""
     return Result(job.item.id, job.item.uri, "ok", job.key, final=True, options=job.options, **figures(record))
@@ -151,6 +162,7 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
             "expanded_rank": compact["expanded_rank"],
             "source_rank": max(map(int, record["source"]["ranks"])),
             "width": record["source"]["width"],
+            "sha256": compact["sha256"],
             **({"loaded_bytes": compact["loaded_bytes"]} if "loaded_bytes" in compact else {}),
             **({"bases": compact["bases"]["sha256"]} if "bases" in compact else {}),
         },
@@ -175,7 +187,7 @@ def is_ours(job: Job, *copied: str) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
-        record = json.loads((job.destination / "fidelity.json").read_text(encoding="utf-8"))
+        record = json.loads((job.destination / FIDELITY_NAME).read_text(encoding="utf-8"))
         return bool(record["source"]["path"] in (job.item.uri, *copied))
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -200,8 +212,10 @@ def marked(job: Job) -> Result | None:
     if result.key != job.key or not result.final:
         return None
     if result.status == "ok":
-        weights = job.destination / "adapter_model.safetensors"
+        weights = job.destination / WEIGHTS_NAME
         if not weights.is_file() or weights.stat().st_size != result.bytes or not os.access(weights, os.R_OK):
+            return None
+        if sha256(weights) != result.settings.get("sha256"):
             return None
         shared = result.settings.get("bases")
         if shared is not None and not (Path(job.out) / BASES / f"{shared}.safetensors").is_file():

@@ -15,11 +15,11 @@ MANIFESTS = (".jsonl", ".csv")
 LARGEST_MANIFEST = 256 << 20
 
 
-def discover(library: str, out: Path | None = None) -> list[Item]:
+def discover(library: str) -> list[Item]:
     """Every adapter of a library, by id.
 
     A directory is searched at any depth for PEFT directories. A manifest (`.jsonl`, `.csv`) names `id`, `uri` and optionally
-    `revision`; its relative paths start from its own directory. out: a directory that is passed over, where results go.
+    `revision`; its relative paths start from its own directory.
 
     :raises InputError: when there is nothing, or a manifest is damaged. :raises RecipeError: when a URL needs a missing package.
     """
@@ -30,7 +30,7 @@ def discover(library: str, out: Path | None = None) -> list[Item]:
         path = Path(library)
         if not path.exists():
             raise InputError(f"{library}: no such file or directory")
-        items = _manifest(path) if path.is_file() and path.suffix in MANIFESTS else _tree(path, out)
+        items = _manifest(path) if path.is_file() and path.suffix in MANIFESTS else _tree(path)
     if not items:
         raise InputError(
             f"{library}: holds no adapter; a directory with {CONFIG_NAME} and weights, or a manifest, is expected"
@@ -57,15 +57,12 @@ def _plain(uri: str) -> str:
     return uri
 
 
-def _tree(root: Path, out: Path | None) -> list[Item]:
+def _tree(root: Path) -> list[Item]:
     if root.is_file():
         raise InputError(f"{root}: a directory, a manifest ({', '.join(MANIFESTS)}) or a URL is expected")
     found = []
-    skipped = out.resolve() if out is not None else None
     for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != skipped
-        )
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         if CONFIG_NAME in files:
             found.append(Path(folder))
             folders.clear()  # what lies inside of an adapter belongs to it

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from bslora_convert.errors import InputError
-from bslora_convert.files.travel import TRAVELLING
+from bslora_convert.files.travel import travels
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.items import Item
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
@@ -14,7 +14,7 @@ from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
 @contextmanager
 def local_copy(item: Item) -> Iterator[Path]:
-    """The adapter's directory; a remote one's configuration, weights and tokenizer are fetched and gone afterwards.
+    """The adapter's directory; a remote one's configuration, weights and what travels are fetched and gone afterwards.
 
     :raises InputError: when it can't be read.
     """
@@ -24,11 +24,14 @@ def local_copy(item: Item) -> Iterator[Path]:
     filesystem, root, _ = open_url(at_revision(item))
     with TemporaryDirectory(prefix="bslora-") as place:
         try:
-            names = {PurePosixPath(name).name: name for name in filesystem.ls(root, detail=False)}
-            wanted = [CONFIG_NAME, *next(([name] for name in WEIGHTS_NAMES if name in names), []), *TRAVELLING]
-            for name in wanted:
-                if name in names:
-                    filesystem.get_file(names[name], str(Path(place) / name))
+            top = PurePosixPath(root)
+            found = [PurePosixPath(name) for name in filesystem.find(root, maxdepth=2)]
+            names = {name.relative_to(top).as_posix(): name for name in found if name.is_relative_to(top)}
+            wanted = {CONFIG_NAME, *next(([name] for name in WEIGHTS_NAMES if name in names), [])}
+            for name, remote in names.items():
+                if name in wanted or (travels(name) and ".." not in remote.parts):
+                    (Path(place) / name).parent.mkdir(exist_ok=True)
+                    filesystem.get_file(str(remote), str(Path(place) / name))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{item.id}: can't be fetched ({reason})") from None

@@ -21,8 +21,11 @@ from bslora_convert.bslora.bases import Basis, Cores, Uses
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME, load_compact
 from bslora_convert.errors import BsloraConvertError, InputError, OutputError, Refused
+from bslora_convert.files.hashing import sha256
+from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import landing
-from bslora_convert.files.tensorfile import read_json, sha256, write_tensors
+from bslora_convert.files.record import FIDELITY_NAME
+from bslora_convert.files.tensorfile import write_tensors
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
 from bslora_convert.library.clustering import Member, clustered, fit_cluster, join
@@ -32,7 +35,7 @@ from bslora_convert.library.items import Item
 from bslora_convert.library.journal import Entry, read_journal, write_journal
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
-from bslora_convert.report import FIDELITY_NAME, REPORT_NAME
+from bslora_convert.report import REPORT_NAME
 from bslora_convert.result import Extras, write_result
 
 TOGETHER = 32  # adapters looked at together: what they hold in memory and what their stacked updates cost stay bounded

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bslora_convert.bslora.bases import HASH
 from bslora_convert.errors import InputError
+from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
-from bslora_convert.files.tensorfile import read_json
 from bslora_convert.library.convert import STATE
 
 NAME = "sharing.json"

@@ -8,8 +8,8 @@ from typing import Any
 
 from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
-from bslora_convert.files.tensorfile import sha256
-from bslora_convert.files.travel import TRAVELLING
+from bslora_convert.files.hashing import sha256
+from bslora_convert.files.travel import travelling
 from bslora_convert.library.convert import Job, Result, failure, job_key, marked
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.fetch import at_revision
@@ -87,8 +87,10 @@ def _look(item: Item) -> tuple[str, int]:
     directory, weights = locate(Path(item.uri))
     if not is_official(item.uri):
         load_lora(item.uri, headers_only=True)
-    beside = [directory / name for name in (CONFIG_NAME, *TRAVELLING) if (directory / name).is_file()]
-    return " ".join((sha256(weights), *(f"{file.name} {sha256(file)}" for file in beside))), weights.stat().st_size
+    beside = (CONFIG_NAME, *travelling(directory))
+    return " ".join(
+        (sha256(weights), *(f"{name} {sha256(directory / name)}" for name in beside))
+    ), weights.stat().st_size
 
 
 def _look_remote(item: Item) -> tuple[str, int]:

@@ -17,7 +17,8 @@ from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.address import resolve
-from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_headers, read_json, read_tensors
+from bslora_convert.files.jsonfile import read_json
+from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_headers, read_tensors
 from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
 
 CONFIG_NAME = "adapter_config.json"

@@ -11,12 +11,11 @@ from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.report import card, page
 from bslora_convert.report.page import with_functional
 
-FIDELITY_NAME = "fidelity.json"
 REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
 TRAINING_NAME = "training.jsonl"
 
-__all__ = ["CARD_NAME", "FIDELITY_NAME", "REPORT_NAME", "TRAINING_NAME", "with_functional", "write"]
+__all__ = ["CARD_NAME", "REPORT_NAME", "TRAINING_NAME", "with_functional", "write"]
 
 
 def write(
@@ -28,10 +27,9 @@ def write(
     html: bool = True,
     log: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Writes the record, the page (unless off) and the card into a directory; the steps of a training, if any, beside them."""
+    """Writes the page (unless off) and the card of a record into a directory; the steps of a training, if any, beside them."""
     if log:
         (place / TRAINING_NAME).write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
-    (place / FIDELITY_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if html:
         (place / REPORT_NAME).write_text(page.render(record, spectra, log), encoding="utf-8")
     (place / CARD_NAME).write_text(card.render(record, compact.config), encoding="utf-8")

@@ -14,7 +14,7 @@ from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.storage import load_compact, save_compact
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
-from bslora_convert.files.tensorfile import sha256
+from bslora_convert.files.hashing import sha256
 
 SHAPE = (6, 5)
 NAMES = ("both", "left", "right")

@@ -432,7 +432,8 @@ def test_registering_twice_is_once_and_not_importing_is_a_key_error(compact: Cal
 
 def test_an_adapter_of_a_library_runs_and_is_saved_as_one_that_stands_alone(tmp_path: Path) -> None:
     from bslora_convert.bslora.bases import DIRECTORY, Basis, Cores, Uses, named_tensors
-    from bslora_convert.files.tensorfile import sha256, write_tensors
+    from bslora_convert.files.hashing import sha256
+    from bslora_convert.files.tensorfile import write_tensors
 
     generator = torch.Generator().manual_seed(3)
 
