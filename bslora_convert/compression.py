@@ -69,13 +69,13 @@ def compress(
     training = training or Training(seed=recipe.seed)
     if recipe.base_model is None and training != Training(seed=recipe.seed):
         raise RecipeError("options of a training were given without one: give finetune (--finetune) and the base model")
+    check_apart(resolve(source), out)
     check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
-    for given in (resolve(source), adapter.weights):
-        check_apart(given, out)
+    check_apart(adapter.weights, out)  # it may stand in a sub-folder
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)

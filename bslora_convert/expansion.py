@@ -56,9 +56,9 @@ def expand(
     """
     out = Path(out)
     _check_options(rank, dtype, format)
-    check_output(out, overwrite)
     source = resolve(compact)
     check_apart(source, out)
+    check_output(out, overwrite)
     adapter, weights = _load(source, accept_changed)
     config = dict(adapter.config)
     if base_model is not None:

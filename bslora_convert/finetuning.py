@@ -61,9 +61,9 @@ def finetune(
     from bslora_convert.behaviour.workshop import open_workshop
 
     training, out, compact = training or Training(), Path(out), resolve(compact)
-    check_output(out, overwrite)
     for given in (compact, resolve(reference)):
         check_apart(given, out)
+    check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)
     settings: dict[str, Any] = {

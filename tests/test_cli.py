@@ -161,8 +161,13 @@ def test_a_full_output_is_refused_without_overwrite(lora: Path, tmp_path: Path) 
     assert refused.exit_code == 2
     assert "--overwrite" in one_line(refused)
     assert (out / "precious").exists()
-    assert run("compress", lora, out, "--transform", "none", "--overwrite").exit_code == 0
-    assert not (out / "precious").exists()
+    foreign = run("compress", lora, out, "--transform", "none", "--overwrite")
+    assert foreign.exit_code == 2
+    assert "precious" in one_line(foreign)
+    assert (out / "precious").read_text() == "x"
+    (out / "precious").unlink()
+    for _ in range(2):  # its own result is replaced
+        assert run("compress", lora, out, "--transform", "none", "--overwrite").exit_code == 0
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -197,16 +197,22 @@ def test_passengers_travel_along(tmp_path: Path) -> None:
 def test_bad_places_are_refused_before_any_work(real_adapter: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora", random_products())
     before = (lora / "adapter_model.safetensors").read_bytes()
+    for out in (lora, tmp_path):
+        with pytest.raises(InputError, match="replace the source"):
+            compress(lora, out, overwrite=True)
+    with pytest.raises(InputError, match="inside of the source"):
+        compress(lora, lora / "in")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("x")
     with pytest.raises(OutputError, match="not empty"):
-        compress(lora, lora)
-    with pytest.raises(InputError, match="replace the source"):
-        compress(lora, lora, overwrite=True)
-    with pytest.raises(InputError, match="replace the source"):
-        compress(lora, tmp_path, overwrite=True)
+        compress(lora, full)
+    with pytest.raises(OutputError, match="mine"):
+        compress(lora, full, overwrite=True)
     with pytest.raises(RecipeError, match="can't hold"):
         compress(lora, tmp_path / "out", Recipe(budget=0.001))
     assert (lora / "adapter_model.safetensors").read_bytes() == before
-    assert names(tmp_path) == ["lora"]
+    assert (names(tmp_path), names(full)) == (["full", "lora"], ["mine"])
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_scaling_is_one_for_every_reader(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "expansion.json",
     ]
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"

@@ -51,6 +51,7 @@ def analyze(
     if (base_model is None) != (prompts is None):
         raise RecipeError("base_model and prompts are given together or not at all")
     if out is not None:
+        check_apart(resolve(lora), Path(out))
         check_output(Path(out), overwrite)
     rows = None
     if prompts is not None:
@@ -60,8 +61,7 @@ def analyze(
     progress("reading", 0, 0)
     adapter = load_lora(lora)
     if out is not None:
-        for given in (resolve(lora), adapter.weights):
-            check_apart(given, Path(out))
+        check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     others = {str(path): load_lora(path) for path in beside}
     with modules_over_cores():
         source = measure(adapter.modules, adapter.kinds)

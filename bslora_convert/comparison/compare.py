@@ -62,13 +62,13 @@ def compare(
     """
     _check(budgets, forms, base_model, prompts, dtype, save, out)
     if out is not None:
+        check_apart(resolve(lora), Path(out))
         check_output(Path(out), overwrite)
     rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
     progress("reading", 0, 0)
     adapter = load_lora(lora)
     if out is not None:
-        for given in (resolve(lora), adapter.weights):
-            check_apart(given, Path(out))
+        check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
     chosen = [name for name in FORMS if not forms or name in forms]
     tasks = [(name, budget) for budget in budgets for name in chosen if name not in OWN_SIZE]

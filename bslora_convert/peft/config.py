@@ -18,10 +18,12 @@ from bslora_convert.bslora.storage import (
     PEFT_TYPE,
     PREFIX,
     WEIGHTS_NAME,
+    changed,
     check_version,
     decoded_dtype,
 )
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.files.record import CHANGED, integrity
 
 TRAINED = ("local", "shared", "all")
 
@@ -83,9 +85,19 @@ class BsloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The configuration of a directory, which is kept in mind because a library's bases are found from it."""
+        """The configuration of a directory, which is kept in mind because a library's bases are found from it.
+
+        accept_changed: takes weights that are not what was written and measured any more.
+
+        :raises InputError: for such weights without it.
+        """
+        accept_changed = kwargs.pop("accept_changed", False)
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        weights = directory / WEIGHTS_NAME
+        if not accept_changed and weights.is_file() and integrity(directory, weights) == CHANGED:
+            raise InputError(changed(directory))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config._place = Path(pretrained_model_name_or_path, subfolder or "")
+        config._place = directory
         return config
 
     def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

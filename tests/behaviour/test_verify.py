@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bslora_convert import Recipe, compress, expand, load_compact, verify
+from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.generation import rouge_l
 from bslora_convert.behaviour.harness import paired_interval
 from bslora_convert.behaviour.model import load_base
 from bslora_convert.behaviour.prompts import encode, read_prompts
+from bslora_convert.behaviour.saving import Saving
 from bslora_convert.cli import main
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.errors import InputError, OutputError, RecipeError, Unsaved
+from bslora_convert.files.record import foreign
 from bslora_convert.lora import load_lora
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
@@ -93,7 +96,7 @@ def test_an_adapter_against_itself_and_against_its_expansion(compact: Path, tmp_
     assert (same["agreement"], same["retention"], same["hidden_error"]) == (1.0, 1.0, 0.0)
     assert same["generation"] == {"rows": 8, "exact_match": 1.0, "rouge_l": 1.0}
     expand(compact, tmp_path / "lora", dtype="float32")
-    other = verify(compact, tmp_path / "lora", BASE, prompts=PROMPTS, limit=8, max_new_tokens=0)
+    other = verify(compact, tmp_path / "lora", BASE, prompts=PROMPTS, limit=8, max_new_tokens=0, any_reference=True)
     assert other["kl"] < 1e-6
     assert other["agreement"] == 1.0
     assert other["retention"] > 0.99999
@@ -108,16 +111,24 @@ def test_the_result_does_not_depend_on_the_batches(compact: Path) -> None:
     assert [row["line"] for row in first["worst"]] == [row["line"] for row in second["worst"]]
 
 
+def quick(compact: Path, reference: Path | None = LORA, **options: Any) -> dict[str, Any]:
+    return verify(compact, reference, BASE, **{"prompts": PROMPTS, "limit": 4, "max_new_tokens": 0, **options})
+
+
 def test_the_result_is_kept_where_the_contract_says(compact: Path, tmp_path: Path) -> None:
     before = json.loads((compact / "fidelity.json").read_text())
     page = (compact / "report.html").read_text()
     assert "How it behaves" not in page
-    for _ in range(2):  # again replaces what was found first
-        record = verify(compact, LORA, BASE, prompts=PROMPTS, limit=4, max_new_tokens=6)
+    record = quick(compact)
+    assert not (compact / "verify.json").exists()
+    assert json.loads((compact / "fidelity.json").read_text()) == before
+    for _ in range(2):  # as many rows again replace what was found first
+        record = quick(compact, save=True, max_new_tokens=6)
     assert set(record) >= CONTRACT
     assert json.loads((compact / "verify.json").read_text()) == record
     after = json.loads((compact / "fidelity.json").read_text())
-    assert after == {**before, "functional": record}
+    assert {**after, "files": None} == {**before, "functional": record, "files": None}
+    assert foreign(compact) == []  # the record speaks of what was added
     shown = (compact / "report.html").read_text()
     assert shown.count("How it behaves") == 1
     assert shown.replace(
@@ -129,12 +140,91 @@ def test_the_result_is_kept_where_the_contract_says(compact: Path, tmp_path: Pat
     verify(LORA, LORA, BASE, prompts=PROMPTS, limit=2, max_new_tokens=0, out=tmp_path / "elsewhere.json")
     assert sorted(path.name for path in LORA.iterdir()) == files
     assert json.loads((tmp_path / "elsewhere.json").read_text())["kl"] < 1e-6
-    # Another reference than the source says nothing about the conversion.
+
+
+def test_reference_and_base_are_those_of_the_record(
+    compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FIXTURES.parent)
+    record = verify(compact, prompts=PROMPTS, limit=2, max_new_tokens=0)
+    assert (record["reference"]["path"], record["base_model"]) == (str(LORA), "fixtures/tiny/base")
+    (compact / "fidelity.json").unlink()
+    with pytest.raises(InputError, match="no record says what it was made from"):
+        verify(compact, prompts=PROMPTS, limit=2)
+    record = quick(compact, limit=2)
+    assert any("no record of what was written" in note for note in record["notes"])
+
+
+def test_another_reference_is_asked_for_and_never_saved(compact: Path, tmp_path: Path) -> None:
     products = {n: m.factors() for n, m in load_lora(LORA).modules.items()}
     other = write_lora(tmp_path / "other", products, base_model_name_or_path="fixtures/tiny/base")
-    noted = verify(compact, other, BASE, prompts=PROMPTS, limit=2, max_new_tokens=0)
+    with pytest.raises(InputError, match="--any-reference"):
+        quick(compact, other)
+    with pytest.raises(RecipeError, match="another reference"):
+        quick(compact, other, any_reference=True, save=True)
+    noted = quick(compact, other, any_reference=True, limit=2)
     assert any("is not what the adapter was made from" in note for note in noted["notes"])
-    assert json.loads((compact / "fidelity.json").read_text()) == after
+
+
+def test_less_never_replaces_more(compact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    for where in ({"save": True}, {"out": out}):
+        quick(compact, **where)
+        kept = (compact / "verify.json" if "save" in where else out).read_bytes()
+        with pytest.raises(OutputError, match="measurement on 4 prompts, and this one has 1"):
+            quick(compact, limit=1, **where)
+        assert (compact / "verify.json" if "save" in where else out).read_bytes() == kept
+        assert quick(compact, limit=1, overwrite=True, **where)["prompts"]["rows"] == 1
+        assert quick(compact, limit=3, **where)["prompts"]["rows"] == 3
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"thesis": 1}')
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="no result of verify"):
+            quick(compact, out=mine, overwrite=overwrite)
+    for options, words in (
+        ({"out": compact / "verify.json"}, "--save"), ({"out": out, "save": True}, "exclude"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=words):
+            quick(compact, **options)
+    with pytest.raises(OutputError, match="can't be written to"):
+        quick(compact, out=tmp_path / "nowhere" / "out.json")
+
+
+def test_prompts_and_tasks_stand_side_by_side(compact: Path) -> None:
+    adapters = read_adapter(compact), read_adapter(LORA)
+    on_prompts = quick(compact, save=True)
+    task = {"metric": "acc", "items": 8, "base": 0.1, "reference": 0.5, "compact": 0.5, "difference_ci95": [0.0, 0.0]}
+    nothing = dict.fromkeys(("prompts", "kl", "agreement", "retention", "base_kl"))
+
+    def keep(tasks: dict[str, Any], **options: Any) -> None:
+        saving = Saving.plan(adapters[0], None, save=True, overwrite=False, another_reference=False)
+        assert saving is not None
+        saving.check(adapters[1], str(BASE), None, tuple(tasks), options.get("limit"))
+        saving.keep({**on_prompts, **nothing, "tasks": tasks})
+
+    keep({"arc": task})
+    kept = json.loads((compact / "verify.json").read_text())
+    assert kept == {**on_prompts, "tasks": {"arc": task}}
+    quick(compact, save=True)  # prompts again leave the task
+    keep({"boolq": task})
+    assert set(json.loads((compact / "verify.json").read_text())["tasks"]) == {"arc", "boolq"}
+    with pytest.raises(OutputError, match="arc measured on 8 items, and this time there are 3"):
+        keep({"arc": task}, limit=3)
+    with pytest.raises(Unsaved, match="this time there are 2") as found:
+        keep({"arc": {**task, "items": 2}})
+    assert found.value.record["tasks"]["arc"]["items"] == 2
+
+
+def test_what_was_measured_is_printed_where_it_can_not_be_kept(compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OutputError("no space left")
+
+    monkeypatch.setattr("bslora_convert.behaviour.saving.replace_file", full)
+    words = ["verify", str(compact), "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS)]
+    done = CliRunner().invoke(main, [*words, "--limit", "2", "--max-new-tokens", "0", "--save", "--json"])
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["kl"] > 0
+    assert "measured, but not kept" in done.stderr
 
 
 def test_worst_prompts_can_be_read_side_by_side(compact: Path) -> None:
@@ -234,8 +324,8 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["passed"] is False
     assert "max_kl 1e-09 (measured" in bad.stderr
-    assert json.loads((compact / "verify.json").read_text())["passed"] is False
-    shown = run()
+    assert not (compact / "verify.json").exists()
+    shown = run("--save")
     assert shown.exit_code == 0
     assert "survived" in shown.stdout
     assert "verify.json" in shown.stdout.replace("\n", "")

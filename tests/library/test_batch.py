@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from bslora_convert import Recipe, batch, compress, load_compact
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
-from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.library.batch import is_failed, read_manifest
+from bslora_convert.errors import InputError, OutputError, RecipeError
+from bslora_convert.library.batch import is_failed, read_manifest, resume
 from bslora_convert.library.capacity import capacity
 from bslora_convert.library.convert import marker_of
 from bslora_convert.library.discovery import discover
@@ -100,10 +100,20 @@ def test_a_rerun_does_nothing_and_changes_redo_what_changed(tmp_path: Path) -> N
     (tmp_path / "out" / "tenant-1" / "good-001" / "adapter_model.safetensors").unlink()
     third = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
     assert (third["ok"], third["skipped"]) == (2, 7)
-    other = batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.3), workers=0, report_html=False)
+    before = tree(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"--budget \(there 0.5, now 0.3\)"):
+        batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.3), workers=0, report_html=False)
+    with pytest.raises(OutputError, match=r"--transform .*--resume"):  # options that were forgotten
+        batch(tmp_path / "in", tmp_path / "out", workers=0, report_html=False)
+    assert tree(tmp_path / "out") == before
+    other = batch(
+        tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.3), workers=0, report_html=False,
+        overwrite=True,
+    )  # fmt: skip
     assert other["ok"] == 9
+    assert resume(tmp_path / "out", workers=0)["skipped"] == 9
     broken = tmp_path / "in" / "tenant-2" / "truncated-009"
-    tried = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, resume=False, report_html=False)
+    tried = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, resume=False, report_html=False, overwrite=True)
     assert tried["ok"] == 9
     write_lora(broken, random_products(layers=1, seed=5))
     assert batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)["ok"] == 1
@@ -187,12 +197,69 @@ def test_an_interrupt_leaves_whole_results_and_goes_on(
 
 def test_what_batch_did_not_make_is_not_replaced(tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "llama", random_products(layers=1))
-    (tmp_path / "out" / "llama").mkdir(parents=True)
+    write_lora(tmp_path / "other" / "alpaca", random_products(layers=1))
+    batch(tmp_path / "other", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    (tmp_path / "out" / "llama").mkdir()
     (tmp_path / "out" / "llama" / "precious").write_text("mine")
     for _ in range(2):  # the first run leaves a marker, which must not make the place its own
         summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
         assert (summary["failed"], summary["errors"]) == (1, {"OutputError": 1})
         assert (tmp_path / "out" / "llama" / "precious").read_text() == "mine"
+
+
+def test_an_output_is_empty_new_or_its_own(tmp_path: Path) -> None:
+    write_lora(tmp_path / "in" / "a", random_products(layers=1))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in ("manifest.jsonl", "report.html", "summary.json"):
+        (docs / name).write_text('{"id": "a", "uri": "../in/a"}')
+    before = {path.name: path.read_bytes() for path in docs.iterdir()}
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="not made by `batch`"):
+            batch(tmp_path / "in", docs, RECIPE, workers=0, overwrite=overwrite)
+    with pytest.raises(InputError, match="holds the manifest"):
+        batch(docs / "manifest.jsonl", docs, RECIPE, workers=0)
+    assert {path.name: path.read_bytes() for path in docs.iterdir()} == before
+    (tmp_path / "empty" / ".batch").mkdir(parents=True)  # a run that was ended before it began
+    assert batch(tmp_path / "in", tmp_path / "empty", RECIPE, workers=0)["ok"] == 1
+
+
+def test_a_run_goes_on_by_its_output_alone(tmp_path: Path) -> None:
+    make_library(tmp_path / "in", 4, broken=False)
+    out = str(tmp_path / "out")
+    first = CliRunner().invoke(main, ["batch", str(tmp_path / "in"), out, *OPTIONS, "--workers", "0"])
+    assert first.exit_code == 0, first.stderr
+    before = tree(tmp_path / "out")
+    lost = next(path for path in sorted((tmp_path / "out").rglob("adapter_model.safetensors")))
+    lost.unlink()
+    again = CliRunner().invoke(main, ["batch", out, "--resume", "--workers", "0", "--json"])
+    assert (again.exit_code, json.loads(again.stdout)["skipped"]) == (0, 3)
+    assert tree(tmp_path / "out") == before
+    for words, said in (
+        ((out,), "Missing argument 'OUT'"),
+        ((out, "--resume", "--budget", "0.25"), "--budget with OUT alone"),
+        ((str(tmp_path / "in"), "--resume"), "not made by `batch`"),
+        ((str(tmp_path / "in"), out), "--transform (there none, now ke)"),
+    ):
+        refused = CliRunner().invoke(main, ["batch", *words, "--workers", "0"])
+        assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_result_that_was_changed_is_not_taken_for_done_nor_replaced(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_lora(tmp_path / "in" / name, random_products(layers=1, seed=ord(name)))
+    batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    flipped, torn = (tmp_path / "out" / name / WEIGHTS_NAME for name in ("a", "b"))
+    content = bytearray(flipped.read_bytes())
+    content[-5] ^= 1
+    flipped.write_bytes(content)
+    torn.write_bytes(torn.read_bytes()[:100])  # nothing can be read of it, so nothing is lost with it
+    summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
+    rows = {row["id"]: row for row in read_manifest(tmp_path / "out")}
+    assert (summary["ok"], summary["failed"]) == (1, 1)
+    assert "changed since it was written" in rows["a"]["message"]
+    assert flipped.read_bytes() == content
 
 
 def test_a_copy_that_was_killed_before_its_end_is_made_again(tmp_path: Path) -> None:
@@ -230,7 +297,9 @@ def test_files_that_the_recipe_names_are_part_of_the_key(tmp_path: Path) -> None
     groups.write_text('{"up": ["*.up_proj"]}')
     assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)["ok"] == 1
     groups.write_text('{"up": ["*.mlp.*"]}')
-    assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)["ok"] == 1
+    with pytest.raises(OutputError, match="the content of --groups"):
+        batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)
+    assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False, overwrite=True)["ok"] == 1
     with pytest.raises(InputError, match="no such file"):
         batch(tmp_path / "in", tmp_path / "out", Recipe(base_model="b", finetune=str(tmp_path / "none.jsonl")))
 
@@ -248,10 +317,10 @@ def test_an_unreadable_adapter_is_one_failed_item(tmp_path: Path, monkeypatch: p
         return whole(path)
 
     monkeypatch.setattr(plan, "sha256", breaks)
-    summary = batch(tmp_path / "in", tmp_path / "in" / "out", RECIPE, workers=0, report_html=False)
+    summary = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
     assert (summary["ok"], summary["errors"]) == (1, {"PermissionError": 1})
     monkeypatch.undo()
-    again = batch(tmp_path / "in", tmp_path / "in" / "out", RECIPE, workers=0, report_html=False)
+    again = batch(tmp_path / "in", tmp_path / "out", RECIPE, workers=0, report_html=False)
     assert (again["items"], again["ok"], again["skipped"]) == (2, 1, 1)
 
 
@@ -383,8 +452,11 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
             batch(tmp_path / "in", tmp_path / "out", RECIPE, **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="holds no adapter"):
         discover(str(_empty(tmp_path)))
-    with pytest.raises(InputError, match="lie inside of each other"):
-        batch(tmp_path / "in", tmp_path / "in" / "tenant-0" / "good-000" / "out", RECIPE)
+    for place in ("out", "tenant-0/good-000/out"):
+        with pytest.raises(InputError, match="inside of the source"):
+            batch(tmp_path / "in", tmp_path / "in" / place, RECIPE)
+    with pytest.raises(InputError, match="replace the source"):
+        batch(tmp_path / "in", tmp_path, RECIPE)
     (tmp_path / "bad.jsonl").write_text('{"id": "a"}\n')
     with pytest.raises(InputError, match="line 1: id and uri"):
         discover(str(tmp_path / "bad.jsonl"))
