@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from bslora_convert.files.address import resolve
+from bslora_convert.files.base import check_base
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.fit.convert import (
@@ -36,6 +37,9 @@ from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
 from bslora_convert.result import Extras, write_result
+
+if TYPE_CHECKING:
+    from bslora_convert.behaviour.workshop import Workshop
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 
@@ -71,11 +75,14 @@ def compress(
         raise RecipeError("options of a training were given without one: give finetune (--finetune) and the base model")
     check_apart(resolve(source), out)
     check_output(out, overwrite)
+    if recipe.base_model is not None:
+        check_base(recipe.base_model)
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
+    workshop = _open(source, recipe, progress)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)
@@ -93,8 +100,8 @@ def compress(
         form = cast(fit.form, dtype)
         notes = (*adapter.notes, *fit.notes)
         del fit  # the float32 form is let go
-    if recipe.base_model is not None:
-        form, extras = _improve(form, extras, source, measured, recipe, prompts, training, began, progress)
+    if workshop is not None:
+        form, extras = _improve(form, extras, workshop, measured, recipe, prompts, training, began)
     if recipe.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -122,23 +129,28 @@ def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
     }
 
 
+def _open(source: str | Path, recipe: Recipe, progress: Progress) -> "Workshop | None":
+    """The base model with the source on it, before the fit: one that does not fit costs no more than looking at it."""
+    if recipe.base_model is None:
+        return None
+    from bslora_convert.behaviour.workshop import open_workshop
+
+    return open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
+
+
 def _improve(
     form: BsloraForm,
     extras: Extras,
-    source: str | Path,
+    workshop: "Workshop",
     measured: Source,
     recipe: Recipe,
     prompts: Mapping[str, Prompts],
     training: Training,
     began: float,
-    progress: Progress,
 ) -> tuple[BsloraForm, Extras]:
     """Calibration and distillation, as the recipe asks."""
     from bslora_convert.behaviour.improvement import calibrated, distilled
-    from bslora_convert.behaviour.workshop import open_workshop
 
-    assert recipe.base_model is not None  # the caller sees to it
-    workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
     if "calibration" in prompts:
         uniform = recipe.local_ranks == "uniform"
         found = calibrated(

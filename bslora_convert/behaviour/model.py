@@ -1,6 +1,7 @@
 """The base model with its tokenizer, read once and shared by everything that is measured on it."""
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bslora_convert.behaviour.prompts import Batch
 from bslora_convert.device import pick_device
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.files.base import check_base
 from bslora_convert.recipe import DTYPES
 
 
@@ -75,28 +77,33 @@ class BaseModel:
         return kept[0], output.logits[0]
 
 
-def load_base(name: str | Path, device: str = "auto", dtype: str = "auto") -> BaseModel:
+def load_base(
+    name: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    fits: Callable[[nn.Module], None] = lambda _: None,
+) -> BaseModel:
     """Loads a directory or a hub's name; dtype auto = float32 on a CPU, the model's own on a GPU.
+
+    fits: sees the model before its weights are read, and raises where it is not the one that is needed.
 
     :raises InputError: when there is no such model, or it is not a causal language model with a tokenizer.
     :raises RecipeError: for a device or dtype that can't be had.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
     place = pick_device(device)
-    if not Path(name).is_dir() and (
-        Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
-    ):
-        raise InputError(f"base model {name}: no such directory")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise InputError(f"{name}: no config.json; the directory of a transformers model is expected")
+    check_base(name)
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+        fits(empty)
         model: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=wanted if wanted == "auto" else getattr(torch, wanted)
         )

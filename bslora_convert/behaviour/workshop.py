@@ -4,11 +4,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from bslora_convert.base import check_fits
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.generation import complete
 from bslora_convert.behaviour.model import BaseModel, load_base
 from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode
+from bslora_convert.bslora.layout import Layout
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import replace_file
 from bslora_convert.progress import Progress, silent
@@ -38,7 +42,12 @@ class Workshop:
         """
         progress("loading the base model", 0, 0)
         self.progress, self.adapter = progress, reference
-        self.base: BaseModel = load_base(base_model, device, dtype)
+        modules = Layout.of(reference.form).modules
+
+        def fits(model: nn.Module) -> None:
+            check_fits(modules, model, reference.path)
+
+        self.base: BaseModel = load_base(base_model, device, dtype, fits)
         self.reference = Attached(self.base.model, reference.form, reference.carried, reference.path, enabled=False)
 
     def encode(self, prompts: Prompts, cache: Path | None = None) -> Rows:

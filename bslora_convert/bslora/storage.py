@@ -38,7 +38,14 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.record import CHANGED, FIDELITY_NAME, NO_RECORD, integrity
-from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_tensors, write_tensors
+from bslora_convert.files.tensorfile import (
+    FLOATS,
+    check_finite,
+    check_passenger,
+    dtype_name,
+    read_tensors,
+    write_tensors,
+)
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
@@ -195,6 +202,8 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
     left = [key for key in tensors if ".bslora_" in f".{key}"]
     if left:
         raise InputError(f"{weights_path}: tensor {left[0]} belongs to no module of {CONFIG_NAME}")
+    for key, tensor in tensors.items():
+        check_passenger(weights_path, key, tensor)
     dtypes = {tensor.dtype for tensor in taken.values()}
     if len(dtypes) > 1:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")

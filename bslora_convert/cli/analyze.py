@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, verb
 
 
@@ -33,6 +34,13 @@ def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
     Example:
       bslora-convert analyze ./my-lora --out ./my-analysis
     """
+    look(
+        [lora_dir, *options["beside"]],
+        out=options["out"],
+        overwrite=options["overwrite"],
+        files=[options["prompts"]],
+        base_model=options["base_model"],
+    )
     from bslora_convert.analysis.analyze import analyze as run
 
     with output.bar("analyze") as progress:

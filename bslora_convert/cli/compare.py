@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import DTYPES
 
@@ -66,6 +67,13 @@ def compare(output: Output, lora_dir: Path, **options: Any) -> None:
     Example:
       bslora-convert compare ./my-lora --budgets 0.25,0.125 --out ./my-comparison
     """
+    look(
+        [lora_dir],
+        out=options["out"],
+        overwrite=options["overwrite"],
+        files=[options["prompts"]],
+        base_model=options["base_model"],
+    )
     from bslora_convert.comparison.compare import compare as run
 
     with output.bar("compare") as progress:

@@ -7,6 +7,7 @@ import click
 
 from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import show_training, training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import (
@@ -142,6 +143,8 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     """
     settings = {name: options.pop(name) for name in OPTIONS}
     recipe = Recipe(**options)
+    files = [recipe.calibration, recipe.finetune]
+    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.base_model)
     from bslora_convert.compression import compress as run
 
     training = Training(**settings, seed=recipe.seed)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.recipe import DTYPES, FORMATS
 
@@ -62,6 +63,7 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
       bslora-convert expand ./my-lora-compact ./for-server --rank 8 --base-model my-org/my-model
       bslora-convert expand ./my-lora-compact ./as-the-authors --format official
     """
+    look([compact_dir], out=out_dir, overwrite=options["overwrite"])
     from bslora_convert.expansion import expand as run
 
     with output.progress("expand"):

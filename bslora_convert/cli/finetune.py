@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.behaviour.training import OPTIONS, TRAINED, Training
+from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 
 
@@ -85,10 +86,17 @@ def finetune(
       bslora-convert finetune ./my-compact ./my-tuned --reference ./my-lora --base-model ./base \\
         --prompts train.jsonl --max-minutes 10
     """
+    share, file = _heldout(heldout)
+    look(
+        [compact_dir, options["reference"]],
+        out=out_dir,
+        overwrite=options["overwrite"],
+        files=[options["prompts"], file],
+        base_model=options["base_model"],
+    )
     from bslora_convert.finetuning import finetune as run
     from bslora_convert.finetuning import is_resumable
 
-    share, file = _heldout(heldout)
     settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
     base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, verb
 
 INTEGRITY = {
@@ -25,6 +26,7 @@ def inspect(output: Output, directory: Path) -> None:
     Example:
       bslora-convert inspect ./my-lora
     """
+    look([directory])
     from bslora_convert.inspection import inspect as run
 
     result = run(directory)

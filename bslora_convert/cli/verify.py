@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
 
@@ -56,6 +57,11 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
       bslora-convert verify ./my-lora-compact --reference ./my-lora --base-model ./base --prompts held-out.jsonl \\
         --max-kl 0.01 --min-retention 0.98
     """
+    look(
+        [path for path in (compact_dir, options["reference"]) if path is not None],
+        files=[options["prompts"]],
+        base_model=options["base_model"],
+    )
     from bslora_convert.behaviour.verify import verify as run
 
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())

@@ -1,5 +1,6 @@
 """Reading and writing tensor files without trusting what they say of themselves."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # What a damaged file makes the two readers raise has no common base: TypeError and AssertionError among it.
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         what = "truncated or not a safetensors file" if path.suffix == ".safetensors" else "not a file of plain tensors"
@@ -40,6 +42,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(value, Tensor) or not _holds_its_numbers(value):
             raise InputError(f"{path}: entry {key!r} is not a named tensor")
     return {key: value.detach() for key, value in loaded.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses an archive that would unpack to more than it is; what torch writes is stored as it is.
+
+    :raises ValueError: saying so.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its archive is compressed, which torch never writes")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its archive says that it holds more than the file does")
 
 
 def read_headers(path: Path) -> dict[str, Tensor]:
@@ -102,6 +119,30 @@ def check_finite(path: Path, key: str, tensor: Tensor) -> None:
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{path}: tensor {key} holds {bad} NaN or infinite values; the adapter is damaged")
+
+
+def check_not_empty(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuses a tensor without numbers.
+
+    :raises InputError: naming file and tensor.
+    """
+    if tensor.numel() == 0:
+        raise InputError(
+            f"{path}: tensor {key} is empty (shape {tuple(tensor.shape)}): DeepSpeed ZeRO-3 leaves that of weights that were not "
+            "gathered when they were saved; save the adapter again with its weights gathered"
+        )
+
+
+def check_passenger(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuses what no whole weight that travels along can be: empty, or with NaN in it. An infinite bias may be meant.
+
+    :raises InputError: naming file and tensor.
+    """
+    check_not_empty(path, key, tensor)
+    if tensor.dtype in FLOATS and not tensor.is_meta and bool(tensor.isnan().any()):
+        raise InputError(
+            f"{path}: tensor {key} holds NaN: the training that saved it had failed by then, or it is damaged"
+        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

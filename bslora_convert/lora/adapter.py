@@ -18,7 +18,15 @@ from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
-from bslora_convert.files.tensorfile import FLOATS, check_finite, dtype_name, read_headers, read_tensors
+from bslora_convert.files.tensorfile import (
+    FLOATS,
+    check_finite,
+    check_not_empty,
+    check_passenger,
+    dtype_name,
+    read_headers,
+    read_tensors,
+)
 from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
 
 CONFIG_NAME = "adapter_config.json"
@@ -189,6 +197,7 @@ def _sort(
                 raise Refused(f"{path}: tensor {key}: not a LoRA factor that this version knows")
             if name in carried:
                 raise InputError(f"{path}: tensor {key}: a second tensor for {name} in one file")
+            check_passenger(path, key, tensor)
             carried[name] = tensor
             continue
         module = match["module"]
@@ -210,7 +219,8 @@ def _module(
     for key, tensor in ((key_a, a), (key_b, b)):
         if tensor.ndim > 2:
             raise Refused(f"{path}: tensor {key} has {tensor.ndim} dimensions: convolution adapters are not converted")
-        if tensor.ndim < 2 or 0 in tensor.shape:
+        check_not_empty(path, key, tensor)
+        if tensor.ndim < 2:
             raise InputError(f"{path}: tensor {key} has shape {tuple(tensor.shape)}, a matrix is expected")
         if tensor.dtype not in FLOATS:
             raise Refused(f"{path}: tensor {key} is {dtype_name(tensor.dtype)}: not a plain float type")

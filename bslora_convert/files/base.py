@@ -1,0 +1,46 @@
+"""Whether a base model can be had, told before anything heavy is imported or computed."""
+
+import os
+from pathlib import Path
+
+from bslora_convert.errors import InputError
+
+CONFIG_NAME = "config.json"
+SECONDS = 5.0  # that the hub has to answer
+
+
+def check_base(name: str | Path) -> None:
+    """Refuses a base model that is no directory of one, not in the hub's cache, and not on the hub.
+
+    :raises InputError: naming it.
+    """
+    place = Path(name)
+    if place.is_dir():
+        if not (place / CONFIG_NAME).is_file():
+            raise InputError(f"{name}: no {CONFIG_NAME}; the directory of a transformers model is expected")
+        return
+    if place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or place.exists():
+        raise InputError(f"base model {name}: no such directory")
+    _check_hub(str(name))
+
+
+def _check_hub(name: str) -> None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, CONFIG_NAME), str):
+            return
+        HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(name, timeout=SECONDS)
+    except (GatedRepoError, RepositoryNotFoundError, HFValidationError) as error:
+        what = (
+            "needs a login with access"
+            if isinstance(error, GatedRepoError)
+            else "no directory, and no model of the hub"
+        )
+        raise InputError(f"base model {name}: {what}") from None
+    except Exception as error:  # what the hub's client raises of the network has no common base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"base model {name}: no directory here and not in the hub's cache, and the hub can't be reached ({reason})"
+        ) from None
