@@ -67,7 +67,9 @@ def compress(
     recipe, out = recipe or Recipe(), Path(out)
     training = training or Training(seed=recipe.seed)
     if recipe.base_model is None and training != Training(seed=recipe.seed):
-        raise RecipeError("options of a training were given without one: give finetune (--finetune) and the base model")
+        raise RecipeError(
+            "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
+        )
     check_output(out, overwrite)
     began = time.perf_counter()
     progress("reading", 0, 0)

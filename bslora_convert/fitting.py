@@ -51,7 +51,8 @@ def fit_stored(
         if room <= 0:
             raise RecipeError(
                 f"bytes is {recipe.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside {overhead:,} "
-                f"of header{' and tensors carried along' if adapter.carried else ''}"
+                f"of header{' and tensors carried along' if adapter.carried else ''}",
+                "bytes",
             )
     found: list[tuple[Fit, CodedForm]] = []
     refused: RecipeError | None = None
@@ -176,7 +177,7 @@ def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
     """
     cast = form.to(dtype)
     if dtype == torch.float16 and not all(bool(tensor.isfinite().all()) for tensor in cast.tensors()):
-        raise RecipeError("dtype float16 can't hold some of the numbers; use --dtype bfloat16 or float32")
+        raise RecipeError("dtype float16 can't hold some of the numbers; bfloat16 and float32 can", "dtype")
     return cast
 
 

@@ -85,7 +85,7 @@ def load_base(name: str | Path, device: str = "auto", dtype: str = "auto") -> Ba
     from transformers.utils import logging
 
     if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
+        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
     place = pick_device(device)
     if not Path(name).is_dir() and (
         Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1

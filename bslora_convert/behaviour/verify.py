@@ -45,7 +45,7 @@ class Thresholds:
             most = 1.0 if field.name.startswith("min") else math.inf
             if limit is not None and not (math.isfinite(limit) and limit <= most):
                 allowed = "at most 1" if field.name.startswith("min") else "finite"
-                raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed")
+                raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed", field.name)
 
     def check(self, record: dict[str, Any]) -> dict[str, Any]:
         """Each threshold that was set with the value that it met or missed.
@@ -65,7 +65,8 @@ class Thresholds:
             if limit is None:
                 continue
             if value is None:
-                raise RecipeError(f"{name} needs {'tasks' if 'accuracy' in name else 'prompts'}, which were not given")
+                needed = "tasks" if "accuracy" in name else "prompts"
+                raise RecipeError(f"{name} needs {needed}, which were not given", name, needed)
             passed = value >= limit if name.startswith("min") else value <= limit
             checked[name] = {"limit": limit, "value": value, "passed": passed}
         return checked
@@ -105,7 +106,7 @@ def verify(
     :raises RecipeError: for an option that is not allowed. A missed threshold is no error: see `passed`.
     """
     if prompts is None and not tasks:
-        raise RecipeError("nothing to measure: give prompts, tasks or both")
+        raise RecipeError("nothing to measure: give prompts, tasks or both", "prompts", "tasks")
     _check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
     thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
     progress("reading", 0, 0)
@@ -161,9 +162,11 @@ def verify(
 def _check_counts(counts: dict[str, int | None], max_new_tokens: int) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
+            raise RecipeError(f"{name} is {value}: a positive whole number is allowed", name)
     if max_new_tokens < 0:
-        raise RecipeError(f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed")
+        raise RecipeError(
+            f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed", "max_new_tokens"
+        )
 
 
 def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:

@@ -165,7 +165,8 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from bslora_convert.report.verdict import calibrated, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
-    table = Table(title=f"{compact['transform']} of {source['path']}", title_justify="left")
+    console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
+    table = Table()
     table.add_column("")
     for column in ("parameters", "share", "bytes", "relative error"):
         table.add_column(column, justify="right")
@@ -195,9 +196,9 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
         )
     console.print(table)
     for sentence in sentences(record):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     if "calibration" in record:
-        console.print(" ".join(calibrated(record["calibration"])), highlight=False)
+        console.print(" ".join(calibrated(record["calibration"])))
     if "training" in record:
         show_training(console, record["training"])
     ranks = compact["ranks"]
@@ -209,6 +210,5 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     console.print(
         f"Ranks: local {local}, intra {ranks['intra']}, inter {ranks['inter']}; expanded {compact['expanded_rank']}. "
         f"{record['seconds']['total']:.1f} s. Written to {out_dir}",
-        highlight=False,
         style="dim",
     )

@@ -129,7 +129,6 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     console.print(
         f"{compact['parameter_ratio']:.2%} of the parameters, relative error of the weights {weight['relative_error']:.4f}. "
         f"Written to {out_dir}",
-        highlight=False,
         style="dim",
     )
 
@@ -138,9 +137,8 @@ def show_training(console: Any, training: dict[str, Any]) -> None:
     """What training did, for a reader."""
     from bslora_convert.report.verdict import trained
 
-    console.print(" ".join(trained(training)), style="bold", highlight=False, markup=False)
+    console.print(" ".join(trained(training)), style="bold")
     console.print(
         f"{training['training_rows']} rows, {training['steps']} steps at {training['tokens_per_second']:,.0f} tokens/s, "
         f"{training['peak_bytes'] / 1e9:.2f} GB at the peak.",
-        highlight=False,
     )

@@ -136,7 +136,8 @@ def _choose(items: Items, aim: Aim) -> np.ndarray:
     if chosen is None:
         raise RecipeError(
             f"bytes: {max(aim.bits, 0) // 8} bytes can't hold the least codes of the shared parts; "
-            "raise --bytes or use --transform none"
+            "raise --bytes or use --transform none",
+            "bytes",
         )
     return chosen
 
