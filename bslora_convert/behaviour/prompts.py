@@ -142,8 +142,8 @@ def encode_prompt(row: Row, tokenizer: Any, chat_template: bool) -> list[int]:
     return [tokenizer.bos_token_id, *plain] if _adds_bos(tokenizer) else plain
 
 
-def with_completion(row: Row, completion: str) -> Row:
-    """The row with a completion that was written for it."""
+def with_completion(row: Row, completion: str | None) -> Row:
+    """The row with a completion that was written for it, if one was."""
     return replace(row, completion=completion)
 
 

@@ -7,7 +7,7 @@ import click
 
 from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.bslora.coding.widths import WIDTHS
-from bslora_convert.cli.finetune import show_training, training_options
+from bslora_convert.cli.finetune import goes_on, show_training, training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import (
     DTYPES,
@@ -145,7 +145,7 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     from bslora_convert.compression import compress as run
 
     training = Training(**settings, seed=recipe.seed)
-    with output.bar("compress") as progress:
+    with goes_on(out_dir), output.bar("compress") as progress:
         record = run(
             lora_dir,
             out_dir,

@@ -1,5 +1,7 @@
 """`finetune`: distils a compact adapter against the LoRA that it came from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,34 +87,42 @@ def finetune(
         --prompts train.jsonl --max-minutes 10
     """
     from bslora_convert.finetuning import finetune as run
-    from bslora_convert.finetuning import is_resumable
 
     share, file = _heldout(heldout)
     settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
     base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))
-    try:
-        with output.bar("finetune") as progress:
-            record = run(
-                compact_dir,
-                out_dir,
-                reference,
-                base_model,
-                prompts,
-                training,
-                heldout=file,
-                progress=progress,
-                **options,
-            )
-    except KeyboardInterrupt:
-        if not is_resumable(out_dir):
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; {out_dir} was not written, the state after the last evaluation is kept beside it: "
-            "the same command with --resume goes on"
-        ) from None
+    with goes_on(out_dir), output.bar("finetune") as progress:
+        record = run(
+            compact_dir,
+            out_dir,
+            reference,
+            base_model,
+            prompts,
+            training,
+            heldout=file,
+            progress=progress,
+            **options,
+        )
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
+
+
+@contextmanager
+def goes_on(out: Path) -> Iterator[None]:
+    """Says of an interrupted run what is kept and how to go on."""
+    from bslora_convert.behaviour.checkpoints import has_completions, has_state
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if has_state(out):
+            kept, how = "the state after the last evaluation is", "the same command with --resume goes on"
+        elif has_completions(out):
+            kept, how = "the completions that were written are", "the same command goes on"
+        else:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {out} was not written, {kept} kept beside it: {how}") from None
 
 
 def _heldout(value: str) -> tuple[float, Path | None]:
