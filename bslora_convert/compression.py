@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bslora_convert.behaviour.checkpoints import directory_of, forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training import Training
@@ -72,7 +73,9 @@ def compress(
     recipe, out = recipe or Recipe(), Path(out)
     training = training or Training(seed=recipe.seed)
     if recipe.base_model is None and training != Training(seed=recipe.seed):
-        raise RecipeError("options of a training were given without one: give finetune (--finetune) and the base model")
+        raise RecipeError(
+            "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
+        )
     check_apart(resolve(source), out)
     check_output(out, overwrite)
     if recipe.base_model is not None:
@@ -95,13 +98,13 @@ def compress(
         if isinstance(adapter, OfficialSource):
             fit, used, extras = as_found(adapter, recipe)
         else:
-            fit, codes = fit_stored(measured, recipe, dtype, adapter, lambda step: progress(step, 0, 0))
+            fit, codes = fit_stored(measured, recipe, dtype, adapter, progress)
             used, extras = recipe, Extras(codes=codes)
         form = cast(fit.form, dtype)
         notes = (*adapter.notes, *fit.notes)
         del fit  # the float32 form is let go
     if workshop is not None:
-        form, extras = _improve(form, extras, workshop, measured, recipe, prompts, training, began)
+        form, extras = _improve(form, extras, workshop, out, measured, recipe, prompts, training, began)
     if recipe.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -114,6 +117,8 @@ def compress(
         error = record["weight"]["relative_error"]
         if recipe.max_error is not None and recipe.base_model is None and error > recipe.max_error:
             raise ThresholdMissed(missed(recipe, dtype, error))
+    if recipe.base_model is not None:
+        forget_completions(out)
     if recipe.finetune is not None:
         meet()
     return record
@@ -142,6 +147,7 @@ def _improve(
     form: BsloraForm,
     extras: Extras,
     workshop: "Workshop",
+    out: Path,
     measured: Source,
     recipe: Recipe,
     prompts: Mapping[str, Prompts],
@@ -150,17 +156,22 @@ def _improve(
 ) -> tuple[BsloraForm, Extras]:
     """Calibration and distillation, as the recipe asks."""
     from bslora_convert.behaviour.improvement import calibrated, distilled
+    from bslora_convert.behaviour.writing import Writing, deadline_of
 
     if "calibration" in prompts:
         uniform = recipe.local_ranks == "uniform"
+        writing = Writing(directory_of(out), deadline_of(began, training.max_minutes))
         found = calibrated(
             workshop, form, measured.deltas, prompts["calibration"],
-            metric=recipe.metric, uniform=uniform, seed=recipe.seed, codes=extras.codes, bits=recipe.bits,
+            metric=recipe.metric, uniform=uniform, seed=recipe.seed, codes=extras.codes, bits=recipe.bits, writing=writing,
         )  # fmt: skip
         form = found.form
         extras = replace(extras, codes=found.codes, calibration=found.record, notes=found.notes)
     if "finetune" in prompts:
-        done = distilled(workshop, form, prompts["finetune"], training, codes=extras.codes, began=began)
+        done = distilled(
+            workshop, form, prompts["finetune"], training,
+            codes=extras.codes, completions=directory_of(out), began=began,
+        )  # fmt: skip
         form = done.form
         extras = replace(
             extras, training=done.record, log=done.log, codes=done.codes, notes=(*extras.notes, *done.notes)

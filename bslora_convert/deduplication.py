@@ -54,7 +54,8 @@ def load_source(path: str | Path, recipe: Recipe) -> OfficialSource:
         if getattr(recipe, name) is not None:
             raise RecipeError(
                 f"{name}: {path} is in the authors' BSLoRA layout and is converted without a fit; "
-                "`expand` it to a LoRA first and compress that"
+                "`expand` it to a LoRA first and compress that",
+                name,
             )
     official = load_official(path)
     form = official.form

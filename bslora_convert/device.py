@@ -19,7 +19,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"device is {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
+        raise RecipeError(f"device is {name!r}: auto, cpu, cuda or cuda:N is allowed", "device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device is {name}: no CUDA device is available here; use --device cpu")
+        raise RecipeError(f"device is {name}: no CUDA device is available here; cpu is allowed", "device")
     return device

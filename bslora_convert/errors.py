@@ -17,7 +17,15 @@ class InputError(BsloraConvertError):
 
 
 class RecipeError(BsloraConvertError, ValueError):
-    """An option has a value that it may not have, or two options exclude each other."""
+    """An option has a value that it may not have, or two options exclude each other.
+
+    fields: the options that the message names, as Python calls them; where each stands first, the command line writes its own
+    name for it.
+    """
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class OutputError(BsloraConvertError):

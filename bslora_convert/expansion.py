@@ -89,14 +89,16 @@ def expand(
 
 def _check_options(rank: int | str | None, dtype: str, format: str) -> None:
     if rank is not None and rank != "uniform" and not (isinstance(rank, int) and rank > 0):
-        raise RecipeError(f"rank is {rank!r}: a positive whole number or uniform is allowed")
+        raise RecipeError(f"rank is {rank!r}: a positive whole number or uniform is allowed", "rank")
     if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
+        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
     if format not in FORMATS:
-        raise RecipeError(f"format is {format!r}: one of {', '.join(FORMATS)} is allowed")
+        raise RecipeError(f"format is {format!r}: one of {', '.join(FORMATS)} is allowed", "format")
     if rank is not None and format != "lora":
         raise RecipeError(
-            f"rank is {rank!r}: only a LoRA can be re-truncated or padded; leave it out or use format lora"
+            f"rank is {rank!r}: only a LoRA can be re-truncated or padded; leave it out or use format lora",
+            "rank",
+            "format",
         )
 
 

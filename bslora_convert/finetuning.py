@@ -3,16 +3,16 @@
 read both -> base model -> distil -> write beside -> read back -> measure against the LoRA -> report -> rename into place
 """
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.behaviour.prompts import Prompts
+from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
+from bslora_convert.behaviour.prompts import Prompts, Row
 from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.errors import InputError
+from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import recorded
@@ -21,8 +21,6 @@ from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.result import Extras, write_result
-
-STATE = "state"  # directory of the checkpoint beside the output
 
 
 def finetune(
@@ -49,7 +47,8 @@ def finetune(
     prompts: JSONL rows; the reference writes missing completions, greedily, at most `max_new_tokens` each, once for all runs.
     heldout: a file of rows for choosing the state that is kept, instead of a share of `prompts`.
     accept_changed: as for `load_compact`.
-    While it runs, the state after every evaluation lies in `.OUT.training` beside `out`; `resume` goes on from there.
+    While it runs, completions and the state after every evaluation lie in `.OUT.training` beside `out`; `resume` goes on from
+    there. Completions are used again without it, too.
 
     :raises InputError: when something is missing or damaged, or the adapters and the base don't belong together.
     :raises RecipeError: for an option that is not allowed.
@@ -64,6 +63,12 @@ def finetune(
     for given in (compact, resolve(reference)):
         check_apart(given, out)
     check_output(out, overwrite)
+    if resume and not (has_state(out) or has_completions(out)):
+        raise RecipeError(
+            f"resume: there is nothing to go on from, as no run towards {out} was interrupted; leave it out", "resume"
+        )
+    if max_new_tokens < 1:
+        raise RecipeError(f"max_new_tokens is {max_new_tokens}: a positive whole number is allowed", "max_new_tokens")
     began = time.perf_counter()
     progress("reading", 0, 0)
     settings: dict[str, Any] = {
@@ -74,6 +79,7 @@ def finetune(
     }
     rows = Prompts.read(prompts, limit, **settings)
     held = Prompts.read(heldout, training.max_heldout, **settings) if heldout is not None else None
+    shared = _shared(rows, held)
     student = load_compact(compact, accept_changed=accept_changed)
     source = load_lora(reference)
     if set(student.form.modules) != set(source.modules):
@@ -84,7 +90,6 @@ def finetune(
     workshop = open_workshop(
         reference, base_model, device, dtype, progress, read_adapter(compact, accept_changed=accept_changed)
     )
-    checkpoints = _checkpoints(out)
     done = distilled(
         workshop,
         student.form,
@@ -92,7 +97,8 @@ def finetune(
         training,
         codes=student.codes,
         heldout=held,
-        checkpoints=checkpoints / STATE,
+        completions=directory_of(out),
+        checkpoints=directory_of(out) / STATE,
         resume=resume,
         began=began,
     )
@@ -103,7 +109,7 @@ def finetune(
         known.get("calibration"),
         done.record,
         done.log,
-        (*student.notes, *known.get("notes", ()), *done.notes),
+        (*student.notes, *known.get("notes", ()), *shared, *done.notes),
         codes=done.codes,
     )
     record_of = {
@@ -118,15 +124,28 @@ def finetune(
             {"read": read - began, "fit": trained - read}, html=report_html,
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    forget(out)
     meet()
     return record
 
 
-def is_resumable(out: str | Path) -> bool:
-    """Whether an interrupted run towards `out` left a state to go on from."""
-    return (_checkpoints(Path(out)) / STATE).is_dir()
+def _shared(rows: Prompts, held: Prompts | None) -> tuple[str, ...]:
+    """A note where some held-out rows are trained on as well.
+
+    :raises RecipeError: where all of them are.
+    """
+    if held is None:
+        return ()
+    trained = {(_said(row), row.completion) for row in rows.rows}
+    both = sum((_said(row), row.completion) in trained for row in held.rows)
+    if both == len(held.rows):
+        raise RecipeError(
+            f"heldout is {held.path}: all of its {both} rows are rows of {rows.path} too, so they can't say which state is "
+            "better; give other rows, or a share",
+            "heldout",
+        )
+    return (f"{both} of the {len(held.rows)} held-out rows are trained on as well",) if both else ()
 
 
-def _checkpoints(out: Path) -> Path:
-    return out.absolute().parent / f".{out.name}.training"
+def _said(row: Row) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in row.messages)

@@ -26,6 +26,7 @@ from bslora_convert.fit.convert import (
 )
 from bslora_convert.groups import candidates
 from bslora_convert.lora import LoraAdapter
+from bslora_convert.progress import Progress, silent
 from bslora_convert.recipe import Recipe
 
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
@@ -35,14 +36,14 @@ CLOSE = 0.97  # share of the energy that may be lost which is worth no further a
 
 
 def fit_stored(
-    source: Source, recipe: Recipe, dtype: torch.dtype, adapter: LoraAdapter, progress: Callable[[str], None]
+    source: Source, recipe: Recipe, dtype: torch.dtype, adapter: LoraAdapter, progress: Progress = silent
 ) -> tuple[Fit, Mapping[str, Tensor]]:
     """The fit and, where the recipe asks for codes, those that its form was decoded from, as the file has them.
 
     :raises RecipeError: when the size asked for can't be met.
     """
     if not recipe.is_coded:
-        return _fit_grouped(source, recipe, dtype, progress), {}
+        return _fit_grouped(source, recipe, dtype, _named("fitting", progress)), {}
     room = None
     if recipe.bytes is not None:
         size = adapter.weights.stat().st_size
@@ -51,15 +52,15 @@ def fit_stored(
         if room <= 0:
             raise RecipeError(
                 f"bytes is {recipe.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside {overhead:,} "
-                f"of header{' and tensors carried along' if adapter.carried else ''}"
+                f"of header{' and tensors carried along' if adapter.carried else ''}",
+                "bytes",
             )
     found: list[tuple[Fit, CodedForm]] = []
     refused: RecipeError | None = None
     for candidate in _by_name(recipe):
         try:
-            fit = _float_for_codes(source, candidate, progress)
-            progress(f"coding {candidate.transform}")
-            found.append((fit, _coded(source, fit.form, candidate, room, dtype)))
+            fit = _float_for_codes(source, candidate, _named(f"fitting {candidate.transform}", progress))
+            found.append((fit, _coded(source, fit.form, candidate, room, dtype, progress)))
         except RecipeError as error:
             refused = error  # of several transforms another may fit
     if not found:
@@ -73,6 +74,11 @@ def fit_stored(
 
     fit, coded = min(found, key=rank)
     return replace(fit, form=coded.form, lost=coded.lost), to_file(coded.tensors)
+
+
+def _named(phase: str, progress: Progress) -> Callable[[str], None]:
+    """Steps that nobody can count beforehand, as words of a phase."""
+    return lambda step: progress(f"{phase}: {step}", 0, 0)
 
 
 def _by_name(recipe: Recipe) -> list[Recipe]:
@@ -94,16 +100,25 @@ def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], N
     return _fit_grouped(source, recipe, torch.float32, progress)
 
 
-def _coded(source: Source, form: BsloraForm, recipe: Recipe, room: int | None, dtype: torch.dtype) -> CodedForm:
+def _coded(
+    source: Source, form: BsloraForm, recipe: Recipe, room: int | None, dtype: torch.dtype, progress: Progress
+) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written."""
+    phase = f"coding {recipe.transform}"
     aim = Aim(bits=None if room is None else 8 * room, width=recipe.bits)
     if recipe.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
-        return code_form(source, form, replace(aim, ranks=ranks), dtype)
+        return code_form(
+            source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
+        )
     allowed = recipe.max_error**2 * source.energy
     lost, best, before = allowed, None, -1
-    for _ in range(ERROR_ATTEMPTS):
-        coded = code_form(source, form, replace(aim, lost=lost), dtype)
+    for attempt in range(1, ERROR_ATTEMPTS + 1):
+
+        def tried(_: str, done: int, total: int, attempt: int = attempt) -> None:
+            progress(f"{phase}, attempt {attempt}", done, total)
+
+        coded = code_form(source, form, replace(aim, lost=lost), dtype, tried)
         reached = fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
         if reached <= allowed and (best is None or coded.bits < best.bits):
             best = coded
@@ -176,7 +191,7 @@ def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
     """
     cast = form.to(dtype)
     if dtype == torch.float16 and not all(bool(tensor.isfinite().all()) for tensor in cast.tensors()):
-        raise RecipeError("dtype float16 can't hold some of the numbers; use --dtype bfloat16 or float32")
+        raise RecipeError("dtype float16 can't hold some of the numbers; bfloat16 and float32 can", "dtype")
     return cast
 
 

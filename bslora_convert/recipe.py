@@ -67,27 +67,42 @@ class Recipe:
         if self.bytes is not None:
             sizes = ["bytes", *(name for name in sizes if name != "max_error")]
         if len(sizes) > 1:
-            raise RecipeError(f"{sizes[0]} and {sizes[1]} exclude each other: give one of them")
+            raise RecipeError(f"{sizes[0]} and {sizes[1]} exclude each other: give one of them", *sizes[:2])
         if not sizes:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
         self._check_numbers()
         self._check_device()
         if self.groups != "layer" and self.transform in ("gt", "none"):
             raise RecipeError(
-                f"groups is {self.groups!r}: with transform {self.transform} nothing is shared among modules"
+                f"groups is {self.groups!r}: with transform {self.transform} nothing is shared among modules",
+                "groups",
+                "transform",
             )
         if self.slice != "center" and self.transform not in ("ss", "auto"):
-            raise RecipeError(f"slice is {self.slice!r}: with transform {self.transform} there are no windows")
+            raise RecipeError(
+                f"slice is {self.slice!r}: with transform {self.transform} there are no windows", "slice", "transform"
+            )
         if self.kernel != "r_1" and self.transform not in ("ke", "auto"):
-            raise RecipeError(f"kernel is {self.kernel!r}: with transform {self.transform} there are no kernels")
+            raise RecipeError(
+                f"kernel is {self.kernel!r}: with transform {self.transform} there are no kernels",
+                "kernel",
+                "transform",
+            )
         if self.metric != "input" and self.calibration is None:
-            raise RecipeError(f"metric is {self.metric!r}: it is taken on prompts, so give calibration (--calibration)")
+            raise RecipeError(
+                f"metric is {self.metric!r}: it is taken on prompts, so give calibration", "metric", "calibration"
+            )
         self._check_coding()
         prompts = [name for name in ("calibration", "finetune") if getattr(self, name) is not None]
         if prompts and self.base_model is None:
-            raise RecipeError(f"{prompts[0]} needs the base model: give base_model (--base-model)")
+            raise RecipeError(f"{prompts[0]} needs the base model: give base_model", prompts[0], "base_model")
         if self.base_model is not None and not prompts:
-            raise RecipeError("base_model is used by calibration and finetune only: give one of them a prompt file")
+            raise RecipeError(
+                "base_model is used by calibration and finetune only: give one of them a prompt file",
+                "base_model",
+                "calibration",
+                "finetune",
+            )
         if self.local_ranks is None:
             object.__setattr__(self, "local_ranks", "uniform" if self.ranks else "adaptive")
         if self.min_shared is None:
@@ -100,29 +115,42 @@ class Recipe:
 
     def _check_coding(self) -> None:
         if self.bytes is not None and not (_is_number(self.bytes) and 0 < self.bytes <= 1):
-            raise RecipeError(f"bytes is {self.bytes!r}: a share of the source's file, 0 < bytes <= 1, is allowed")
+            raise RecipeError(
+                f"bytes is {self.bytes!r}: a share of the source's file, 0 < bytes <= 1, is allowed", "bytes"
+            )
         if self.bytes is not None and self.local_ranks == "uniform":
-            raise RecipeError("local_ranks is 'uniform': with bytes every module's rank is chosen; adaptive is allowed")
+            raise RecipeError(
+                "local_ranks is 'uniform': with bytes every module's rank is chosen; adaptive is allowed",
+                "local_ranks",
+                "bytes",
+            )
         if self.bits is not None and self.bits not in WIDTHS:
-            raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed")
+            raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed", "bits")
 
     def _check_numbers(self) -> None:
         if self.budget is not None and not (_is_number(self.budget) and 0 < self.budget <= 1):
-            raise RecipeError(f"budget is {self.budget!r}: a share of the parameters, 0 < budget <= 1, is allowed")
+            raise RecipeError(
+                f"budget is {self.budget!r}: a share of the parameters, 0 < budget <= 1, is allowed", "budget"
+            )
         if self.max_error is not None and not (_is_number(self.max_error) and 0 < self.max_error < 1):
-            raise RecipeError(f"max_error is {self.max_error!r}: a relative error, 0 < max_error < 1, is allowed")
+            raise RecipeError(
+                f"max_error is {self.max_error!r}: a relative error, 0 < max_error < 1, is allowed", "max_error"
+            )
         if self.ranks is not None:
             ranks = tuple(self.ranks)
             if len(ranks) != 3 or not all(_is_whole(rank) and 0 <= rank <= LARGEST_RANK for rank in ranks):
                 raise RecipeError(
-                    f"ranks is {self.ranks!r}: three whole numbers local,intra,inter from 0 to {LARGEST_RANK} are allowed"
+                    f"ranks is {self.ranks!r}: three whole numbers local,intra,inter from 0 to {LARGEST_RANK} are allowed",
+                    "ranks",
                 )
             if not any(ranks):
-                raise RecipeError("ranks is 0,0,0: at least one part needs a rank above 0")
+                raise RecipeError("ranks is 0,0,0: at least one part needs a rank above 0", "ranks")
             if self.transform == "auto":
-                raise RecipeError("ranks: given by hand they need a transform by name, not auto")
+                raise RecipeError("ranks: given by hand they need a transform by name, not auto", "ranks")
             if self.transform == "none" and any(ranks[1:]):
-                raise RecipeError(f"ranks is {self.ranks!r}: with transform none only L,0,0 is allowed")
+                raise RecipeError(
+                    f"ranks is {self.ranks!r}: with transform none only L,0,0 is allowed", "ranks", "transform"
+                )
             object.__setattr__(self, "ranks", ranks)
         for field, low, high in (
             ("min_shared", 0, LARGEST_RANK),
@@ -131,17 +159,19 @@ class Recipe:
         ):
             value = getattr(self, field)
             if value is not None and not (_is_whole(value) and low <= value <= high):
-                raise RecipeError(f"{field} is {value!r}: a whole number from {low} to {high} is allowed")
+                raise RecipeError(f"{field} is {value!r}: a whole number from {low} to {high} is allowed", field)
         if self.shared_size is not None and self.transform in ("ss", "none"):
             raise RecipeError(
                 f"shared_size is {self.shared_size}: with transform {self.transform} it has no meaning "
-                "(slices take the largest module's size)"
+                "(slices take the largest module's size)",
+                "shared_size",
+                "transform",
             )
 
     def _check_device(self) -> None:
         kind, _, number = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-            raise RecipeError(f"device is {self.device!r}: auto, cpu, cuda or cuda:N is allowed")
+            raise RecipeError(f"device is {self.device!r}: auto, cpu, cuda or cuda:N is allowed", "device")
 
     def to_dict(self) -> dict[str, Any]:
         """Every option as used, as JSON holds it."""
@@ -179,7 +209,7 @@ class Recipe:
 
 def _choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise RecipeError(f"{field} is {value!r}: one of {', '.join(allowed)} is allowed")
+        raise RecipeError(f"{field} is {value!r}: one of {', '.join(allowed)} is allowed", field)
 
 
 def _is_whole(value: object) -> bool:

@@ -47,9 +47,9 @@ def analyze(
     :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
     """
     if draws < LEAST_DRAWS:
-        raise RecipeError(f"draws is {draws}: a whole number of at least {LEAST_DRAWS} is allowed")
+        raise RecipeError(f"draws is {draws}: a whole number of at least {LEAST_DRAWS} is allowed", "draws")
     if (base_model is None) != (prompts is None):
-        raise RecipeError("base_model and prompts are given together or not at all")
+        raise RecipeError("base_model and prompts are given together or not at all", "base_model", "prompts")
     if out is not None:
         check_apart(resolve(lora), Path(out))
         check_output(Path(out), overwrite)

@@ -64,7 +64,7 @@ class Distilled:
     codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def split_heldout(examples: Sequence[Example], training: Training) -> tuple[list[Example], list[Example]]:
+def split_heldout(examples: Sequence[Any], training: Training) -> tuple[list[Any], list[Any]]:
     """(for training, held out): a share of the rows drawn with the seed.
 
     :raises InputError: when too few rows are left on either side.
@@ -180,7 +180,7 @@ class Run:
             self.log.append(row)
             if "heldout_kl" in row and self.checkpoints is not None and self.accelerator.is_main_process:
                 self.save()
-            progress(self._said(row), self.step, self.steps)
+            progress(f"training: {self._said(row)}", self.step, self.steps)
         if self.step and self.log and "heldout_kl" not in self.log[-1]:
             self.log[-1]["heldout_kl"] = self._evaluate()
         return self._result()

@@ -1,18 +1,17 @@
 """Greedy generations, and how alike two texts are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bslora_convert.behaviour.model import BaseModel
-from bslora_convert.behaviour.prompts import Row, encode_prompt, with_completion
-from bslora_convert.progress import Progress, silent
+from bslora_convert.behaviour.prompts import Row, encode_prompt
 
 ROWS_FOR_ONE = 4  # a step of generation holds one position a row, so that many more rows fit
 
 
-@torch.inference_mode()
 def generate(
     base: BaseModel,
     rows: Sequence[Row],
@@ -25,49 +24,62 @@ def generate(
 
     batch_size: rows of whole sequences that fit at once.
     """
-    batch_size *= ROWS_FOR_ONE
-    texts = [""] * len(rows)
-    longest = max(1, base.context - max_new_tokens)
-    prompts = [encode_prompt(row, base.tokenizer, chat_template)[-longest:] for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        width = max(len(prompts[index]) for index in part)
-        ids = torch.full((len(part), width), base.pad)
-        mask = torch.zeros((len(part), width), dtype=torch.long)
-        for place, index in enumerate(part):
-            length = len(prompts[index])
-            ids[place, width - length :] = torch.tensor(prompts[index])
-            mask[place, width - length :] = 1
-        written = base.model.generate(
-            input_ids=ids.to(base.device),
-            attention_mask=mask.to(base.device),
-            generation_config=_greedy(base, max_new_tokens),
-        )
-        for place, index in enumerate(part):
-            texts[index] = base.tokenizer.decode(written[place, width:], skip_special_tokens=True)
+    texts: dict[int, str | None] = {}
+    ordered = by_length(base, rows, chat_template)
+    for start in range(0, len(ordered), batch_size * ROWS_FOR_ONE):
+        part = ordered[start : start + batch_size * ROWS_FOR_ONE]
+        texts |= zip(map(id, part), write(base, part, max_new_tokens, chat_template), strict=True)
         progress(start + len(part))
-    return texts
+    return [texts[id(row)] or "" for row in rows]
 
 
-def complete(
+def by_length(base: BaseModel, rows: Sequence[Row], chat_template: bool) -> list[Row]:
+    """Rows from the shortest prompt to the longest, so that batches of neighbours hold little padding."""
+    return sorted(rows, key=lambda row: len(encode_prompt(row, base.tokenizer, chat_template)))
+
+
+@torch.inference_mode()
+def write(
     base: BaseModel,
     rows: Sequence[Row],
-    known: Mapping[str, str],
     max_new_tokens: int,
-    batch_size: int,
     chat_template: bool,
-    progress: Progress = silent,
-) -> tuple[tuple[Row, ...], dict[str, str]]:
-    """Rows with a completion each, and every completion that was written, by line; `known` ones are not written again."""
-    missing = [row for row in rows if row.completion is None and str(row.line) not in known]
-    texts = generate(
-        base, missing, max_new_tokens, batch_size, chat_template,
-        lambda done: progress("writing completions", done, len(missing)),
-    )  # fmt: skip
-    written = {**known, **{str(row.line): text for row, text in zip(missing, texts, strict=True)}}
-    whole = (row if row.completion is not None else with_completion(row, written[str(row.line)]) for row in rows)
-    return tuple(whole), written
+    late: Callable[[], bool] | None = None,
+) -> list[str | None]:
+    """What the model writes after each of a few prompts, all at once.
+
+    late: asked at every token whether to end; None stands for texts that had not come to their end by then.
+    """
+    longest = max(1, base.context - max_new_tokens)
+    prompts = [encode_prompt(row, base.tokenizer, chat_template)[-longest:] for row in rows]
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), base.pad)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for place, prompt in enumerate(prompts):
+        ids[place, width - len(prompt) :] = torch.tensor(prompt)
+        mask[place, width - len(prompt) :] = 1
+    settings = _greedy(base, max_new_tokens)
+    written = base.model.generate(
+        input_ids=ids.to(base.device),
+        attention_mask=mask.to(base.device),
+        generation_config=settings,
+        stopping_criteria=_stopping(late) if late is not None else None,
+    )[:, width:]
+    ended = torch.isin(written, torch.tensor(settings.eos_token_id or [], device=written.device)).any(1)
+    if written.shape[1] >= max_new_tokens or late is None:
+        ended[:] = True
+    texts = base.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [text if whole else None for text, whole in zip(texts, ended.tolist(), strict=True)]
+
+
+def _stopping(late: Callable[[], bool]) -> Any:
+    """Ends all rows once it is too late."""
+    from transformers import StoppingCriteriaList
+
+    def ends(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(ids),), late(), device=ids.device)
+
+    return StoppingCriteriaList([ends])
 
 
 def _greedy(base: BaseModel, max_new_tokens: int) -> Any:

@@ -62,7 +62,7 @@ def evaluate(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise RecipeError("tasks need lm-evaluation-harness: pip install 'bslora-convert[eval]'") from None
+        raise RecipeError("tasks need lm-evaluation-harness: pip install 'bslora-convert[eval]'", "tasks") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [str(TASKS), *([str(include_path)] if include_path else [])]
     metadata = {"data": str(task_data)} if task_data else None
@@ -73,7 +73,8 @@ def evaluate(
     if unknown:
         shipped = ", ".join(sorted(f"local_{path.stem}" for path in TASKS.glob("*.yaml")))
         raise RecipeError(
-            f"tasks: {', '.join(unknown)} unknown; shipped for local files: {shipped}; others by lm_eval's names"
+            f"tasks: {', '.join(unknown)} unknown; shipped for local files: {shipped}; others by lm_eval's names",
+            "tasks",
         )
     model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size)
     scores: dict[str, Scores] = {}
@@ -99,7 +100,7 @@ def evaluate(
         for task in tasks:
             samples = found["samples"].get(task)
             if not samples:
-                raise RecipeError(f"tasks: {task} is a group or has no items; name single tasks")
+                raise RecipeError(f"tasks: {task} is a group or has no items; name single tasks", "tasks")
             known = scores.setdefault(task, Scores(_metric(samples), {}))
             known.items[name] = _scores(samples, known.metric)
     return scores

@@ -94,7 +94,7 @@ def load_base(
     from transformers.utils import logging
 
     if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
+        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
     place = pick_device(device)
     check_base(name)
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.errors import InputError
+from bslora_convert.errors import InputError, RecipeError
 
 LONGEST_LINE = 16 << 20
 SHORTEST_PREFIX = 8
@@ -94,8 +94,11 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Row]:
     """The first rows of a JSONL file, gzip accepted; a JSON array of rows is read as well.
 
     :raises InputError: naming file and line, for a missing or empty file, damaged JSON or a row without text.
+    :raises RecipeError: for a limit that leaves nothing.
     """
     path = Path(path)
+    if limit is not None and limit < 1:
+        raise RecipeError(f"limit is {limit}: a positive whole number is allowed", "limit")
     if not path.is_file():
         raise InputError(f"{path}: no such file; a JSONL file of prompts is expected")
     rows = [_parse(value, f"{path}: line {line}", line) for line, value in islice(_values(path), limit)]
@@ -139,8 +142,8 @@ def encode_prompt(row: Row, tokenizer: Any, chat_template: bool) -> list[int]:
     return [tokenizer.bos_token_id, *plain] if _adds_bos(tokenizer) else plain
 
 
-def with_completion(row: Row, completion: str) -> Row:
-    """The row with a completion that was written for it."""
+def with_completion(row: Row, completion: str | None) -> Row:
+    """The row with a completion that was written for it, if one was."""
     return replace(row, completion=completion)
 
 

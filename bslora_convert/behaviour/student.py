@@ -37,7 +37,7 @@ class Student(nn.Module):
             if tensor.numel() and (train == "all" or ("bslora_local" in name) == (train == "local"))
         ]
         if not chosen:
-            raise RecipeError(f"train is {train!r}, but the adapter has no such part; use local or all")
+            raise RecipeError(f"train is {train!r}, but the adapter has no such part; use local or all", "train")
         self.parameters_by_place = nn.ParameterList([nn.Parameter(tensors[name]) for name in chosen])
         self.trained = dict(zip(chosen, self.parameters_by_place, strict=True))
         self.tensors: dict[str, Tensor] = {**tensors, **self.trained}

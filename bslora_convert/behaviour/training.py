@@ -44,23 +44,23 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.train not in TRAINED:
-            raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
+            raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed", "train")
         least = {
             "max_steps": 0, "epochs": 0, "max_minutes": 0, "learning_rate": 0, "temperature": 0, "clip": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > bound):
-                raise RecipeError(f"{name} is {value}: a number above {bound} is allowed")
+                raise RecipeError(f"{name} is {value}: a number above {bound} is allowed", name)
         for name in ("batch_size", "accumulate", "max_length", "max_heldout", "evaluate_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
+                raise RecipeError(f"{name} is {value}: a positive whole number is allowed", name)
         for name in ("warmup", "heldout"):
             if not 0 <= getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is allowed")
+                raise RecipeError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is allowed", name)
         if self.hidden_weight < 0:
-            raise RecipeError(f"hidden_weight is {self.hidden_weight}: zero or more is allowed")
+            raise RecipeError(f"hidden_weight is {self.hidden_weight}: zero or more is allowed", "hidden_weight")
 
     def to_dict(self) -> dict[str, Any]:
         """Every option by name."""

@@ -43,14 +43,14 @@ class Thresholds:
             most = 1.0 if field.name.startswith("min") else math.inf
             if limit is not None and not (math.isfinite(limit) and limit <= most):
                 allowed = "at most 1" if field.name.startswith("min") else "finite"
-                raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed")
+                raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed", field.name)
 
     def check_measured(self, prompts: bool, tasks: bool) -> None:
         """:raises RecipeError: when a threshold needs what is not going to be measured."""
         for field in fields(self):
             needs, given = ("tasks", tasks) if "accuracy" in field.name else ("prompts", prompts)
             if getattr(self, field.name) is not None and not given:
-                raise RecipeError(f"{field.name} needs {needs}, which were not given")
+                raise RecipeError(f"{field.name} needs {needs}, which were not given", field.name, needs)
 
     def check(self, record: dict[str, Any]) -> dict[str, Any]:
         """Each threshold that was set with the value that it met or missed."""
@@ -113,7 +113,7 @@ def verify(
     :raises OutputError: when the result could not be kept, before it is measured; `Unsaved` with the result after that.
     """
     if prompts is None and not tasks:
-        raise RecipeError("nothing to measure: give prompts, tasks or both")
+        raise RecipeError("nothing to measure: give prompts, tasks or both", "prompts", "tasks")
     _check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
     thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
     thresholds.check_measured(prompts is not None, bool(tasks))
@@ -204,9 +204,11 @@ def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
 def _check_counts(counts: dict[str, int | None], max_new_tokens: int) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}: a positive whole number is allowed")
+            raise RecipeError(f"{name} is {value}: a positive whole number is allowed", name)
     if max_new_tokens < 0:
-        raise RecipeError(f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed")
+        raise RecipeError(
+            f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed", "max_new_tokens"
+        )
 
 
 def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:

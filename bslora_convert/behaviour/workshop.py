@@ -1,6 +1,5 @@
 """The base model with the original adapter on it, and the rows that are read for them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +8,11 @@ from torch import nn
 from bslora_convert.base import check_fits
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
-from bslora_convert.behaviour.generation import complete
 from bslora_convert.behaviour.model import BaseModel, load_base
-from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode
+from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode, with_completion
+from bslora_convert.behaviour.writing import Writing, complete
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.files.hashing import sha256
-from bslora_convert.files.landing import replace_file
 from bslora_convert.progress import Progress, silent
 
 
@@ -22,12 +20,14 @@ from bslora_convert.progress import Progress, silent
 class Rows:
     """Rows as tokens.
 
-    rows: with a completion each, of which `written` are the reference's own. cut: how many were longer than the context.
+    rows: with a completion each, of which `written` are the reference's own. left_out: how many it had no time for.
+    cut: how many were longer than the context.
     """
 
     examples: tuple[Example, ...]
     rows: tuple[Row, ...]
     written: int
+    left_out: int
     cut: int
     notes: tuple[str, ...]
 
@@ -50,8 +50,8 @@ class Workshop:
         self.base: BaseModel = load_base(base_model, device, dtype, fits)
         self.reference = Attached(self.base.model, reference.form, reference.carried, reference.path, enabled=False)
 
-    def encode(self, prompts: Prompts, cache: Path | None = None) -> Rows:
-        """Rows as tokens; the reference writes missing completions, greedily, once where there is a cache.
+    def encode(self, prompts: Prompts, writing: Writing | None = None) -> Rows:
+        """Rows as tokens; the reference writes missing completions, greedily, each once where they are kept.
 
         :raises InputError: when nothing is left of a row.
         """
@@ -61,20 +61,19 @@ class Workshop:
             settings = (prompts.max_new_tokens, prompts.chat_template)
             key = f"{sha256(prompts.path)} {self.adapter.sha256} {self.base.name} {settings}"
             with self.reference:
-                rows, known = complete(
-                    self.base, rows, _read_cache(cache, key), prompts.max_new_tokens, prompts.batch_size,
-                    prompts.chat_template, self.progress,
-                )  # fmt: skip
-            if cache is not None:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(cache, json.dumps({"key": key, "completions": known}))
+                texts = complete(self.base, prompts, key, writing or Writing(), self.progress)
+            whole = [row if row.completion is not None else with_completion(row, texts.get(row.line)) for row in rows]
+            rows = tuple(row for row in whole if row.completion is not None)
             notes.append(f"{missing} rows of {name} had no completion; the reference wrote it, greedily")
+        left_out = len(prompts.rows) - len(rows)
+        if left_out:
+            notes[-1] += f", for {missing - left_out} of them in the time there was; the other {left_out} are left out"
         context = min(self.base.context, prompts.max_length or self.base.context)
         examples = tuple(encode(row, self.base.tokenizer, context, prompts.chat_template) for row in rows)
         cut = sum(example.cut for example in examples)
         if cut:
             notes.append(f"{cut} of {len(examples)} rows of {name} were cut to {context} tokens")
-        return Rows(examples, rows, missing, cut, tuple(notes))
+        return Rows(examples, rows, missing - left_out, left_out, cut, tuple(notes))
 
 
 def open_workshop(
@@ -90,15 +89,3 @@ def open_workshop(
     if beside is not None:
         check_pair(beside, reference)
     return Workshop(reference, base_model, device, dtype, progress)
-
-
-def _read_cache(cache: Path | None, key: str) -> dict[str, str]:
-    """Completions by line that were written for the same rows, adapter and model; none where the file is another's."""
-    if cache is None or not cache.is_file():
-        return {}
-    try:
-        value = json.loads(cache.read_text(encoding="utf-8"))
-        known = value["completions"] if value["key"] == key else {}
-        return {str(line): str(text) for line, text in known.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}

@@ -51,7 +51,7 @@ def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
 def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
     from rich.table import Table
 
-    console.print(" ".join(record["recommendation"]), style="bold", highlight=False, markup=False)
+    console.print(" ".join(record["recommendation"]), style="bold")
     if record["shared_energy"]:
         table = Table(title="what one shared factor explains", title_justify="left")
         for column in ("transform", "shared"):
@@ -74,4 +74,4 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
             table.add_row(row["kind"], row["side"], f"{row['overlap']:.4f}", f"{row['z']:.1f}", f"{row['cka']:.4f}")
         console.print(table)
     if out is not None:
-        console.print(f"Written to {out}", highlight=False, style="dim")
+        console.print(f"Written to {out}", style="dim")

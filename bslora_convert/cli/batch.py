@@ -135,7 +135,7 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
     from bslora_convert.library.batch import read_manifest
 
     def say(text: str, **style: Any) -> None:
-        console.print(text, highlight=False, markup=False, **style)
+        console.print(text, **style)
 
     if "dry_run" in summary:
         say(

@@ -115,4 +115,4 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
         table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)
     console.print(table)
     if out is not None:
-        console.print(f"Written to {out}", highlight=False, style="dim")
+        console.print(f"Written to {out}", style="dim")

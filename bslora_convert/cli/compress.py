@@ -8,7 +8,7 @@ import click
 from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.cli.early import look
-from bslora_convert.cli.finetune import show_training, training_options
+from bslora_convert.cli.finetune import goes_on, show_training, training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import (
     DTYPES,
@@ -148,7 +148,7 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     from bslora_convert.compression import compress as run
 
     training = Training(**settings, seed=recipe.seed)
-    with output.bar("compress") as progress:
+    with goes_on(out_dir), output.bar("compress") as progress:
         record = run(
             lora_dir,
             out_dir,
@@ -168,7 +168,8 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from bslora_convert.report.verdict import calibrated, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
-    table = Table(title=f"{compact['transform']} of {source['path']}", title_justify="left")
+    console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
+    table = Table()
     table.add_column("")
     for column in ("parameters", "share", "bytes", "relative error"):
         table.add_column(column, justify="right")
@@ -198,9 +199,9 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
         )
     console.print(table)
     for sentence in sentences(record):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     if "calibration" in record:
-        console.print(" ".join(calibrated(record["calibration"])), highlight=False)
+        console.print(" ".join(calibrated(record["calibration"])))
     if "training" in record:
         show_training(console, record["training"])
     ranks = compact["ranks"]
@@ -212,6 +213,5 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     console.print(
         f"Ranks: local {local}, intra {ranks['intra']}, inter {ranks['inter']}; expanded {compact['expanded_rank']}. "
         f"{record['seconds']['total']:.1f} s. Written to {out_dir}",
-        highlight=False,
         style="dim",
     )

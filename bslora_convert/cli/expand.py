@@ -66,7 +66,7 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
     look([compact_dir], out=out_dir, overwrite=options["overwrite"])
     from bslora_convert.expansion import expand as run
 
-    with output.progress("expand"):
+    with output.bar("expand"):
         result = run(compact_dir, out_dir, **options)
     output.notes(result["notes"])
     output.result(result, lambda console: _show(console, result, out_dir))
@@ -81,6 +81,5 @@ def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     console.print(
         f"{result['modules']} modules, {rank}, {result['parameters']:,} parameters, {result['bytes']:,} bytes "
         f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}. Written to {out_dir}",
-        highlight=False,
         soft_wrap=True,
     )

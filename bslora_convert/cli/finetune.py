@@ -1,5 +1,7 @@
 """`finetune`: distils a compact adapter against the LoRA that it came from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,33 +97,41 @@ def finetune(
         base_model=options["base_model"],
     )
     from bslora_convert.finetuning import finetune as run
-    from bslora_convert.finetuning import is_resumable
 
     settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
     base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))
-    try:
-        with output.bar("finetune") as progress:
-            record = run(
-                compact_dir,
-                out_dir,
-                reference,
-                base_model,
-                prompts,
-                training,
-                heldout=file,
-                progress=progress,
-                **options,
-            )
-    except KeyboardInterrupt:
-        if not is_resumable(out_dir):
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; {out_dir} was not written, the state after the last evaluation is kept beside it: "
-            "the same command with --resume goes on"
-        ) from None
+    with goes_on(out_dir), output.bar("finetune") as progress:
+        record = run(
+            compact_dir,
+            out_dir,
+            reference,
+            base_model,
+            prompts,
+            training,
+            heldout=file,
+            progress=progress,
+            **options,
+        )
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
+
+
+@contextmanager
+def goes_on(out: Path) -> Iterator[None]:
+    """Says of an interrupted run what is kept and how to go on."""
+    from bslora_convert.behaviour.checkpoints import has_completions, has_state
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if has_state(out):
+            kept, how = "the state after the last evaluation is", "the same command with --resume goes on"
+        elif has_completions(out):
+            kept, how = "the completions that were written are", "the same command goes on"
+        else:
+            raise
+        raise KeyboardInterrupt(f"interrupted; {out} was not written, {kept} kept beside it: {how}") from None
 
 
 def _heldout(value: str) -> tuple[float, Path | None]:
@@ -138,7 +148,6 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     console.print(
         f"{compact['parameter_ratio']:.2%} of the parameters, relative error of the weights {weight['relative_error']:.4f}. "
         f"Written to {out_dir}",
-        highlight=False,
         style="dim",
     )
 
@@ -147,9 +156,8 @@ def show_training(console: Any, training: dict[str, Any]) -> None:
     """What training did, for a reader."""
     from bslora_convert.report.verdict import trained
 
-    console.print(" ".join(trained(training)), style="bold", highlight=False, markup=False)
+    console.print(" ".join(trained(training)), style="bold")
     console.print(
         f"{training['training_rows']} rows, {training['steps']} steps at {training['tokens_per_second']:,.0f} tokens/s, "
         f"{training['peak_bytes'] / 1e9:.2f} GB at the peak.",
-        highlight=False,
     )

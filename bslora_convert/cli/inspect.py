@@ -38,7 +38,7 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
     from rich.table import Table
 
     def say(text: str, **style: Any) -> None:
-        console.print(text, highlight=False, markup=False, **style)
+        console.print(text, **style)
 
     ranks = result["ranks"]
     rank = "local rank" if result["kind"] == "bslora" else "rank"

@@ -3,18 +3,21 @@
 import functools
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
 
+from bslora_convert.cli.bars import Lines, bar, each_step
+from bslora_convert.cli.quiet import libraries_quiet
+from bslora_convert.cli.screen import console
+from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
-
-INTERRUPTED = 130
+from bslora_convert.interrupt import INTERRUPTED, UNWRITTEN, raise_interrupts
+from bslora_convert.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,60 +29,26 @@ class Output:
     verbose: bool
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[str], None]]:
-        """A line on a terminal's stderr that says what is being done; with --verbose, each step on a line of its own."""
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if self.verbose:
-            yield lambda step: console.print(f"{title}: {step}", style="dim", highlight=False, markup=False)
-        elif self.quiet or self.as_json or not console.is_terminal:
-            yield lambda step: None
+    def bar(self, title: str) -> Iterator[Progress]:
+        """Shows on stderr where the work is: called with a step, how much of it is done and how much there is (0 = unknown)."""
+        say = functools.partial(click.echo, err=True)
+        if self.quiet:
+            yield silent
+        elif self.verbose:
+            yield each_step(title, say)
+        elif self.as_json or not sys.stderr.isatty():
+            with Lines(title, say).watched() as show:
+                yield show
         else:
-            from rich.markup import escape
-
-            with console.status(title) as status:
-                yield lambda step: status.update(f"{title}: {escape(step)}")
-
-    @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[str, int, int], None]]:
-        """As `progress`, for work that counts: called with a step, how much of it is done and how much there is (0 = unknown)."""
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if self.verbose or self.quiet or self.as_json or not console.is_terminal:
-            with self.progress(title) as say:
-                steps: list[str] = []
-
-                def once(step: str, done: int, total: int) -> None:
-                    if step not in steps[-1:]:
-                        steps.append(step)
-                        say(step)
-
-                yield once
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as shown:
-            task = shown.add_task(title, total=None)
-
-            def show(step: str, done: int, total: int) -> None:
-                description = f"{title}: {step}"
-                if description != shown.tasks[0].description:
-                    shown.reset(task, total=total or None, description=description)
-                shown.update(task, completed=done)
-
-            yield show
+            with bar(title, console(stderr=True)) as show:
+                yield show
 
     def result(self, value: Any, show: Callable[[Any], None]) -> None:
         """The verb's result on stdout: JSON, nothing, or for a reader."""
         if self.as_json:
             click.echo(json.dumps(value, indent=1))
         elif not self.quiet:
-            from rich.console import Console
-
-            show(Console())
+            show(console())
 
     def notes(self, notes: list[str]) -> None:
         """Things worth knowing, on stderr."""
@@ -104,18 +73,17 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def run(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
-        if quiet or as_json or not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, as our own, are for terminals
-        signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run cleans up like an interrupted one
+        raise_interrupts()  # a terminated run cleans up like an interrupted one
         output = Output(as_json, quiet, verbose) if _speaks() else Output(False, True, False)
         try:
-            function(output, *args, **options)
+            with nullcontext() if verbose or debug else libraries_quiet():
+                function(output, *args, **options)
         except BsloraConvertError as error:
             if debug:
                 raise
-            _fail(str(error), error.exit_code)
+            _fail(words(error), error.exit_code)
         except KeyboardInterrupt as stop:
-            _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED)
+            _fail(str(stop) or UNWRITTEN, INTERRUPTED)
         except MemoryError:
             _fail("out of memory; nothing was written", 1)
         except (click.ClickException, click.exceptions.Exit):
@@ -123,6 +91,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if debug:
                 raise
+            reason = unreachable(error)
+            if reason is not None:
+                _fail(reason, BsloraConvertError.exit_code)
             _fail(f"internal error ({type(error).__name__}: {error}); run with --debug for the traceback", 1)
 
     return run
@@ -131,10 +102,6 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
 def _speaks() -> bool:
     """Whether this is the first of the processes that `accelerate launch` or torchrun started, or the only one."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

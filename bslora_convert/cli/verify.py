@@ -78,7 +78,7 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         raise OutputError(unsaved)
     if not record["passed"]:
         missed = [
-            f"{name} {checked['limit']:g} (measured {checked['value']:.4g})"
+            f"--{name.replace('_', '-')} {checked['limit']:g} (measured {checked['value']:.4g})"
             for name, checked in record["thresholds"].items()
             if not checked["passed"]
         ]
@@ -91,9 +91,8 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
     from bslora_convert.report.verdict import behaviour
 
     if record["kl"] is not None:
-        table = Table(
-            title=f"{record['prompts']['rows']} prompts, {record['prompts']['tokens']:,} tokens", title_justify="left"
-        )
+        console.print(f"{record['prompts']['rows']} prompts, {record['prompts']['tokens']:,} tokens", style="italic")
+        table = Table()
         table.add_column("")
         for column in ("base", "reference", "compact"):
             table.add_column(column, justify="right")
@@ -107,7 +106,7 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
             generation = record["generation"]
             say += f", {generation['rows']} greedy texts: {generation['exact_match']:.0%} equal"
             say += f", ROUGE-L {generation['rouge_l']:.3f}"
-        console.print(say, highlight=False)
+        console.print(say)
     if record["tasks"]:
         table = Table("task", "metric", title_justify="left")
         for column in ("items", "base", "reference", "compact", "compact − reference, 95 %"):
@@ -117,6 +116,6 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
             scores = [f"{task[key]:.4f}" for key in ("base", "reference", "compact")]
             table.add_row(name, task["metric"], str(task["items"]), *scores, f"{low:+.4f} to {high:+.4f}")
         console.print(table)
-    console.print(" ".join(behaviour(record)), style="bold", highlight=False, markup=False)
+    console.print(" ".join(behaviour(record)), style="bold")
     if where is not None:
-        console.print(f"Written to {where}", highlight=False, markup=False)
+        console.print(f"Written to {where}")

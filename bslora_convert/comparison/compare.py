@@ -247,18 +247,20 @@ def _check(
 ) -> None:
     for budget in budgets:
         if not (math.isfinite(budget) and 0 < budget <= 1):
-            raise RecipeError(f"budgets holds {budget!r}: shares of the LoRA's bytes, 0 < budget <= 1, are allowed")
+            raise RecipeError(
+                f"budgets holds {budget!r}: shares of the LoRA's bytes, 0 < budget <= 1, are allowed", "budgets"
+            )
     if not budgets:
-        raise RecipeError("budgets is empty: give at least one share of the parameters")
+        raise RecipeError("budgets is empty: give at least one share of the parameters", "budgets")
     unknown = sorted(set(forms) - set(FORMS))
     if unknown:
-        raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}")
+        raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}", "forms")
     if (base_model is None) != (prompts is None):
-        raise RecipeError("base_model and prompts are given together or not at all")
+        raise RecipeError("base_model and prompts are given together or not at all", "base_model", "prompts")
     if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed")
+        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
     if save and out is None:
-        raise RecipeError("save needs an output directory: give out (--out)")
+        raise RecipeError("save needs an output directory: give out", "save", "out")
 
 
 def winners(record: Mapping[str, Any]) -> dict[float, str]:

@@ -7,9 +7,10 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from bslora_convert.fit.parallel import each
 from bslora_convert.fit.precision import Items, within_bits, within_loss
 from bslora_convert.fit.quantize import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.fit.source import Source
+from bslora_convert.progress import Progress, silent
+
+Found = TypeVar("Found")
 
 PAIRS = tuple(product(range(len(WIDTHS)), repeat=2))
 
@@ -55,6 +59,21 @@ class CodedForm:
     bits: int
 
 
+@dataclass(slots=True)
+class _Counter:
+    """Passes things on and says how many there have been."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def __call__(self, things: Iterable[Found]) -> Iterator[Found]:
+        for thing in things:
+            self.done += 1
+            self.progress("coding", self.done, self.total)
+            yield thing
+
+
 @dataclass(frozen=True, slots=True)
 class _Local:
     """A module's target, its metric, its components (r vectors of each side, √σ), and their options' bits and losses."""
@@ -65,12 +84,17 @@ class _Local:
     items: Items
 
 
-def code_form(source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype) -> CodedForm:
+def code_form(
+    source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype, progress: Progress = silent
+) -> CodedForm:
     """The form in codes. form: its shared parts are coded as they are, its local parts are made anew.
+
+    progress: counts modules, once for each time that they are gone through.
 
     :raises RecipeError: when not even the least codes fit in the bits.
     """
-    locals_ = _locals(source.deltas, form, aim, svds=source.svds)
+    counted = _Counter(progress, (3 if form.shared else 2) * len(form.modules))
+    locals_ = _locals(source.deltas, form, aim, counted, svds=source.svds)
     shared = _shared_items(form)
     chosen = _choose(
         _joined([*(shared.items() and [_stack(shared, aim)]), *(local.items for local in locals_.values())]), aim
@@ -79,10 +103,10 @@ def code_form(source: Source, form: BsloraForm, aim: Aim, storage: torch.dtype) 
     tensors: dict[str, Coded] = {}
     if shared:
         form, tensors, taken = _coded_shared(form, shared, chosen)
-        locals_ = _locals(source.deltas, form, aim, svds=source.svds)
+        locals_ = _locals(source.deltas, form, aim, counted, svds=source.svds)
         rest = None if aim.bits is None else aim.bits - taken
         chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
-    return _assembled(form, tensors, _coded_locals(locals_, chosen), storage)
+    return _assembled(form, tensors, _coded_locals(locals_, chosen, counted), storage)
 
 
 def recode_locals(
@@ -92,14 +116,16 @@ def recode_locals(
     moments: Mapping[str, Moments],
     aim: Aim,
     storage: torch.dtype,
+    progress: Progress = silent,
 ) -> CodedForm:
     """A coded form with its local parts made anew in the metric of these moments; its shared parts stay.
 
     tensors: the form's codes. moments: of the factors that `residual_terms` gives. aim.bits: of the local parts.
     """
-    locals_ = _locals(deltas, form, aim, moments=moments)
+    counted = _Counter(progress, 2 * len(form.modules))
+    locals_ = _locals(deltas, form, aim, counted, moments=moments)
     chosen = _choose(_joined([local.items for local in locals_.values()]), aim)
-    return _assembled(form, tensors, _coded_locals(locals_, chosen), storage)
+    return _assembled(form, tensors, _coded_locals(locals_, chosen, counted), storage)
 
 
 def local_bits(form: BsloraForm, tensors: Mapping[str, Coded]) -> int:
@@ -136,7 +162,8 @@ def _choose(items: Items, aim: Aim) -> np.ndarray:
     if chosen is None:
         raise RecipeError(
             f"bytes: {max(aim.bits, 0) // 8} bytes can't hold the least codes of the shared parts; "
-            "raise --bytes or use --transform none"
+            "raise --bytes or use --transform none",
+            "bytes",
         )
     return chosen
 
@@ -145,6 +172,7 @@ def _locals(
     deltas: Mapping[str, Delta],
     form: BsloraForm,
     aim: Aim,
+    counted: _Counter,
     *,
     svds: Mapping[str, ProductSvd] | None = None,
     moments: Mapping[str, Moments] | None = None,
@@ -162,7 +190,7 @@ def _locals(
             svd = product_svd(Grams.of(target))
         return _local(target, svd, metric, aim, None if aim.ranks is None else aim.ranks[name])
 
-    return dict(zip(form.modules, each(local, form.modules), strict=True))
+    return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))
 
 
 def _local(target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None) -> _Local:
@@ -181,7 +209,7 @@ def _local(target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int
     return _Local(target, metric, start, Items(np.stack(bits, 1), np.stack(lost, 1)))
 
 
-def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray) -> dict[str, CodedPair]:
+def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray, counted: _Counter) -> dict[str, CodedPair]:
     ends = np.cumsum([len(local.items.bits) for local in locals_.values()])
     options = dict(zip(locals_, np.split(chosen, ends[:-1]), strict=True))
 
@@ -192,7 +220,7 @@ def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray) -> dict[str
         start = Factors(local.start.b[:, kept], local.start.a[kept])
         return code_pair(local.target, start, b_widths, a_widths, local.metric)
 
-    return dict(zip(locals_, each(coded, locals_), strict=True))
+    return dict(zip(locals_, counted(each(coded, locals_)), strict=True))
 
 
 def _shared_items(form: BsloraForm) -> dict[tuple[str, int], tuple[Tensor, float]]:

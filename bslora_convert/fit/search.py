@@ -165,7 +165,8 @@ def fit_at(
     for level, rank in levels.items():
         if problem.split(rank)[0] > min(problem.transform.pair_sizes):
             raise RecipeError(
-                f"ranks: {level} rank {rank} is larger than the shared size {min(problem.transform.pair_sizes)}"
+                f"ranks: {level} rank {rank} is larger than the shared size {min(problem.transform.pair_sizes)}",
+                "ranks",
             )
     state = fit_locals(problem, State(math.inf), allocation)
     if not any(levels.values()):

@@ -139,5 +139,6 @@ def too_small(budget: int, source: Source, needed: int, transform: str) -> Recip
     return RecipeError(
         f"budget: {budget} numbers ({budget / source.parameters:.4g} of the LoRA) can't hold the shared parts of "
         f"--transform {transform}, which need {needed} ({needed / source.parameters:.4g}); "
-        "raise --budget or use --transform none or auto"
+        "raise --budget or use --transform none or auto",
+        "budget",
     )

@@ -220,30 +220,36 @@ def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> dict[str, A
 
 def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int | None) -> None:
     if engine not in ENGINES:
-        raise RecipeError(f"engine is {engine!r}: one of {', '.join(ENGINES)} is allowed")
+        raise RecipeError(f"engine is {engine!r}: one of {', '.join(ENGINES)} is allowed", "engine")
     if workers < 0:
-        raise RecipeError(f"workers is {workers}: a whole number from 0 is allowed")
+        raise RecipeError(f"workers is {workers}: a whole number from 0 is allowed", "workers")
     index, count = shard
     if not 1 <= index <= count:
-        raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed")
+        raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed", "shard")
     if max_failures is not None and max_failures < 1:
-        raise RecipeError(f"max_failures is {max_failures}: a positive whole number is allowed")
+        raise RecipeError(f"max_failures is {max_failures}: a positive whole number is allowed", "max_failures")
 
 
 def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
     if shard != (1, 1):
         raise RecipeError(
             f"share_across with shard {shard[0]}/{shard[1]}: sharing needs the whole library; run the shards without it, "
-            "then once more with it and without a shard"
+            "then once more with it and without a shard",
+            "share_across",
+            "shard",
         )
     for name in ("calibration", "finetune"):
         if getattr(recipe, name) is not None:
             raise RecipeError(
                 f"share_across with {name}: bases keep the error of the weights, not what was fitted to behaviour; "
-                "leave one of them out"
+                "leave one of them out",
+                "share_across",
+                name,
             )
     if recipe.is_coded:
-        raise RecipeError("share_across with bytes or bits: bases hold floats; leave one of them out")
+        raise RecipeError(
+            "share_across with bytes or bits: bases hold floats; leave one of them out", "share_across", "bytes", "bits"
+        )
 
 
 def _check_place(items: Sequence[Item], out: Path) -> None:

@@ -23,7 +23,9 @@ def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float)
     """
     free = (gpu_gib - base_gib) * GIB
     if not (math.isfinite(free) and free > 0 <= base_gib):
-        raise RecipeError(f"gpu_gib is {gpu_gib:g} and base_gib {base_gib:g}: the base must leave room")
+        raise RecipeError(
+            f"gpu_gib is {gpu_gib:g} and base_gib {base_gib:g}: the base must leave room", "gpu_gib", "base_gib"
+        )
     good = [row for row in rows if row["status"] in ("ok", "skipped")]
     if not good:
         raise RecipeError("the manifest holds no converted adapter")

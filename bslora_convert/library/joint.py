@@ -114,7 +114,7 @@ def share(
     waiting: dict[str, list[Result]] = {}
     with modules_over_cores():
         for done, row in enumerate(good):
-            progress("sharing: what was decided", done, len(good))
+            progress("reading what was decided", done, len(good))
             try:
                 group = run.sort(row)
             except OutputError:
@@ -127,7 +127,7 @@ def share(
         done = 0
         for group, members in waiting.items():
             for batch in _batches(members):
-                progress("sharing: looking for bases", done, sum(map(len, waiting.values())))
+                progress("looking for bases to share", done, sum(map(len, waiting.values())))
                 run.decide(batch, group)
                 done += len(batch)
     return [run.rows[row.id] for row in rows], run.reasons

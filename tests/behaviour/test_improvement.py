@@ -25,6 +25,7 @@ from bslora_convert.behaviour.improvement import calibrated
 from bslora_convert.behaviour.prompts import Example, Prompts
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.workshop import Workshop, open_workshop
+from bslora_convert.behaviour.writing import Writing
 from bslora_convert.bslora.coding.file import WIDTHS_NAME
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.storage import named_tensors
@@ -370,18 +371,19 @@ def test_the_reference_writes_missing_completions_once(
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": json.loads(line)["prompt"]} for line in PROMPTS.read_text().splitlines()[:3]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cache = tmp_path / "cache.json"
-    rows = workshop.encode(Prompts.read(path, max_new_tokens=5), cache)
+    kept = Writing(tmp_path / "kept")
+    rows = workshop.encode(Prompts.read(path, max_new_tokens=5), kept)
     first = rows.examples
     assert any("3 rows of prompts.jsonl had no completion" in note for note in rows.notes)
+    (cache,) = (tmp_path / "kept").iterdir()
     known = json.loads(cache.read_text())
     assert set(known["completions"]) == {"1", "2", "3"}
     known["completions"]["2"] = " from the cache"
     cache.write_text(json.dumps(known))
-    second = workshop.encode(Prompts.read(path, max_new_tokens=5), cache).examples
+    second = workshop.encode(Prompts.read(path, max_new_tokens=5), kept).examples
     assert (second[0].ids, second[2].ids) == (first[0].ids, first[2].ids)
     assert "from the cache" in workshop.base.tokenizer.decode(second[1].ids)
-    third = workshop.encode(Prompts.read(path, max_new_tokens=6), cache).examples  # another question, another answer
+    third = workshop.encode(Prompts.read(path, max_new_tokens=6), kept).examples  # another question, another answer
     assert "from the cache" not in workshop.base.tokenizer.decode(third[1].ids)
 
 
