@@ -5,15 +5,17 @@ recipe -> fit to a budget, by hand or to an error -> of several groupings the be
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bslora_convert import fidelity
-from bslora_convert.bslora.coding.file import file_overhead, to_file
+from bslora_convert.bslora.coding.file import SCALES_NAME, WIDTHS_NAME, to_file
 from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.storage import coded_bytes
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.coded import Aim, CodedForm, code_form
 from bslora_convert.fit.convert import (
@@ -32,6 +34,8 @@ from bslora_convert.recipe import Recipe
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
 ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
+ROOM_ATTEMPTS = 6
+ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may stay unused
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
 
 
@@ -47,12 +51,11 @@ def fit_stored(
     room = None
     if recipe.bytes is not None:
         size = adapter.weights.stat().st_size
-        overhead = file_overhead(adapter.carried)
-        room = math.floor(recipe.bytes * size) - overhead
-        if room <= 0:
+        room = Room(math.floor(recipe.bytes * size), adapter.carried)
+        if room.most <= 0:
             raise RecipeError(
-                f"bytes is {recipe.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside {overhead:,} "
-                f"of header{' and tensors carried along' if adapter.carried else ''}",
+                f"bytes is {recipe.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside the header"
+                f"{' and the tensors carried along' if adapter.carried else ''}",
                 "bytes",
             )
     found: list[tuple[Fit, CodedForm]] = []
@@ -60,7 +63,8 @@ def fit_stored(
     for candidate in _by_name(recipe):
         try:
             fit = _float_for_codes(source, candidate, _named(f"fitting {candidate.transform}", progress))
-            found.append((fit, _coded(source, fit.form, candidate, room, dtype, progress)))
+            make = partial(_coded, source, fit.form, candidate, dtype=dtype, progress=progress)
+            found.append((fit, make(None) if room is None else room.filled(make)))
         except RecipeError as error:
             refused = error  # of several transforms another may fit
     if not found:
@@ -74,6 +78,49 @@ def fit_stored(
 
     fit, coded = min(found, key=rank)
     return replace(fit, form=coded.form, lost=coded.lost), to_file(coded.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a weight file of at most `allowed` bytes has room for beside its header and the tensors carried along."""
+
+    allowed: int
+    carried: Mapping[str, Tensor]
+
+    @property
+    def most(self) -> int:
+        """Bytes of codes that fit where all of them are of one width."""
+        nothing = torch.zeros(0, dtype=torch.uint8)
+        names = (WIDTHS_NAME, SCALES_NAME, f"bslora_codes_{TYPICAL_WIDTH}")
+        return self.allowed - coded_bytes(dict.fromkeys(names, nothing), self.carried)
+
+    def filled(self, coded: Callable[[int], CodedForm]) -> CodedForm:
+        """The codes that lose least of those whose file fits. coded: makes codes of at most so many bytes.
+
+        How long the header is follows from the codes: what they leave or lack is given or taken, and they are made anew.
+
+        :raises RecipeError: where none fit.
+        """
+        room, best, before = self.most, None, -1
+        refused = RecipeError(
+            f"bytes: {self.allowed:,} bytes can't hold the header and any codes; raise bytes", "bytes"
+        )
+        for _ in range(ROOM_ATTEMPTS):
+            try:
+                found = coded(room)
+            except RecipeError as error:
+                refused = error
+                break
+            left = self.allowed - coded_bytes(to_file(found.tensors), self.carried)
+            if left >= 0 and (best is None or found.lost < best.lost):
+                best = found
+            if 0 <= left <= max(ROOM_LEFT * self.allowed, LEAST_LEFT) or (left >= 0 and found.bits == before):
+                break
+            before = found.bits
+            room = room + left if left > 0 else found.bits // 8 + left - LEAST_LEFT // 2
+        if best is None:
+            raise refused
+        return best
 
 
 def _named(phase: str, progress: Progress) -> Callable[[str], None]:
@@ -101,7 +148,7 @@ def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], N
 
 
 def _coded(
-    source: Source, form: BsloraForm, recipe: Recipe, room: int | None, dtype: torch.dtype, progress: Progress
+    source: Source, form: BsloraForm, recipe: Recipe, room: int | None, *, dtype: torch.dtype, progress: Progress
 ) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written."""
     phase = f"coding {recipe.transform}"

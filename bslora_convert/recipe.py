@@ -105,6 +105,8 @@ class Recipe:
             )
         if self.local_ranks is None:
             object.__setattr__(self, "local_ranks", "uniform" if self.ranks else "adaptive")
+        if self.min_shared and self.transform == "none":
+            raise RecipeError(f"min_shared is {self.min_shared}: with transform none nothing is shared", "min_shared")
         if self.min_shared is None:
             object.__setattr__(self, "min_shared", 0 if self.transform in ("auto", "none") else 1)
 

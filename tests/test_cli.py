@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from bslora_convert.bslora.factors import Factors
 from bslora_convert.cli import main
+from tests.conftest import FIXTURES
 from tests.official import official
 from tests.planting import random_products, write_lora
 
@@ -131,6 +133,64 @@ def test_exit_codes(lora: Path, tmp_path: Path) -> None:
     expanded = run("expand", lora, out)
     assert expanded.exit_code == 2
     assert "BSLORA" in one_line(expanded)
+
+
+def test_what_gains_nothing_says_so(lora: Path, tmp_path: Path) -> None:
+    larger = run("compress", lora, tmp_path / "larger", "--transform", "ke", "--ranks", "300,1,1", COLUMNS="200")
+    assert larger.exit_code == 1
+    assert "nothing was gained" in larger.stderr
+    assert (tmp_path / "larger" / "adapter_config.json").is_file()
+    nothing = run("compress", lora, tmp_path / "nothing", "--transform", "none", "--budget", "0.001")
+    assert nothing.exit_code == 1
+    assert "nothing was kept" in nothing.stderr
+    assert "left out whole, with 100.00%" in nothing.stdout
+    zero = write_lora(tmp_path / "zero", {n: Factors(0 * p.held.b, p.held.a) for n, p in random_products().items()})
+    done = run("compress", zero, tmp_path / "out", "--budget", "0.5")
+    assert done.exit_code == 0
+    assert "zero everywhere" in done.stdout
+    assert "Keeps" not in done.stdout
+    none = run("compress", lora, tmp_path / "none", "--transform", "none", "--min-shared", "2")
+    assert none.exit_code == 2
+    assert "nothing is shared" in one_line(none)
+    some = run("compress", lora, tmp_path / "some", "--transform", "none", "--budget", "0.06")
+    assert some.exit_code == 0
+    assert "left out whole" in some.stdout
+
+
+def test_what_is_not_there_is_said_before_anything_heavy_is_imported(lora: Path, tmp_path: Path) -> None:
+    prompts = FIXTURES / "word-problems.jsonl"
+    out, away, full = tmp_path / "out", tmp_path / "nowhere", tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    on_base = ("--base-model", tmp_path / "no-base", "--prompts", prompts)
+    for arguments, said in (
+        (("inspect", away), "no such file"),
+        (("analyze", away), "no such file"),
+        (("compare", away), "no such file"),
+        (("compress", away, out), "no such file"),
+        (("compress", lora, full, "--overwrite"), "mine"),
+        (("compress", lora, lora / "in"), "inside of the source"),
+        (("compress", lora, out, "--finetune", prompts, "--base-model", tmp_path / "no-base"), "no such directory"),
+        (("compress", lora, out, "--finetune", away, "--base-model", lora), "no such file"),
+        (("expand", away, out), "no such file"),
+        (("verify", lora, "--reference", lora, *on_base), "no such directory"),
+        (("finetune", lora, out, "--reference", lora, *on_base), "no such directory"),
+        (("finetune", lora, out, "--reference", away, *on_base), "no such file"),
+        (("batch", away, out), "no such file"),
+    ):
+        code = (
+            "import sys\n"
+            "from bslora_convert.cli import main\n"
+            "try:\n"
+            f"    main({[str(word) for word in arguments]!r})\n"
+            "except SystemExit as end:\n"
+            "    assert end.code == 2, end.code\n"
+            "heavy = {'torch', 'numpy', 'matplotlib', 'transformers', 'peft'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, (arguments, result.stderr)
+        assert said in result.stderr
 
 
 def test_the_authors_layout_through_every_verb(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from bslora_convert.files.tensorfile import (
     check_finite,
     check_passenger,
     dtype_name,
+    file_bytes,
     read_tensors,
     write_tensors,
 )
@@ -158,6 +159,11 @@ def save_compact(
         config = cores.uses.to_config(config)
     write_tensors(directory / WEIGHTS_NAME, tensors)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def coded_bytes(codes: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> int:
+    """Bytes of the weight file that `save_compact` would write of these codes and the tensors that travel along."""
+    return file_bytes({PREFIX + name: tensor for name, tensor in {**codes, **carried}.items()})
 
 
 def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> CompactAdapter:

@@ -10,6 +10,7 @@ import click
 
 from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.cli.compress import recipe_options
+from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import training_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import Recipe
@@ -73,6 +74,8 @@ def batch(output: Output, library: str, out: Path | None, workers: int | None, d
       bslora-convert batch ./adapters ./compact --share-across
       bslora-convert batch ./compact --resume
     """
+    if "://" not in library:
+        look([library])
     from bslora_convert.library.batch import batch as run
     from bslora_convert.library.batch import is_failed
     from bslora_convert.library.batch import resume as go_on

@@ -10,6 +10,7 @@ from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe import (
     DTYPES,
     KERNEL_NAMES,
@@ -160,6 +161,11 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
         )
     output.notes(record["notes"])
     output.result(record, lambda console: _show(console, record, out_dir))
+    from bslora_convert.report.verdict import without_gain
+
+    reason = without_gain(record)
+    if reason is not None:
+        raise ThresholdMissed(f"{reason} ({out_dir} was written all the same)")
 
 
 def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:

@@ -1,8 +1,10 @@
 """Reading and writing tensor files without trusting what they say of themselves."""
 
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +15,10 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.jsonfile import check_file
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-DTYPE_CODES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+DTYPE_CODES = {  # in the order in which safetensors puts their numbers
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -86,6 +88,28 @@ def _holds_its_numbers(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
+METADATA = {"format": "pt"}  # as PEFT writes
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that `write_tensors` would make: a length, the header filled up to eights, and the numbers.
+
+    Numbers stand in order of their dtypes, then of their names, which decides how many digits the offsets in the header have.
+    """
+    codes = {dtype: code for code, dtype in DTYPE_CODES.items()}
+    order = list(codes)
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    at = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        header[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at := at + tensor.nbytes],
+        }
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + at
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file with the metadata that PEFT writes; tensors that share memory are written apart.
 
@@ -100,7 +124,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(plain.untyped_storage().data_ptr())
         stored[name] = plain
     try:
-        save_file(stored, path, metadata={"format": "pt"})
+        save_file(stored, path, metadata=METADATA)
     except SafetensorError as error:  # a full disk, for instance, which is no OSError there
         raise OSError(f"{path}: {error}") from error
     path.chmod(

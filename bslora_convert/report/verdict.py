@@ -1,8 +1,10 @@
 """The result in plain words: what was kept, at what size, and whether sharing paid."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+GONE = 1e-6  # of relative error below one
+NAMED = 3  # modules that a sentence names
 TIE = 0.002  # relative difference of errors under which two results are called equal
 
 
@@ -11,6 +13,11 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     compact, weight, baselines = record["compact"], record["weight"], record["baselines"]
     if "deduplication" in record:
         return [_deduplicated(record)]
+    if not any(module["energy"] for module in weight["modules"]):
+        return [
+            "The update of the source is zero everywhere (its B was never trained), so there is nothing to keep: the result "
+            f"({compact['byte_ratio']:.1%} of the bytes) does nothing either."
+        ]
     said = [
         f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
         f"({compact['byte_ratio']:.1%} of the bytes)."
@@ -34,6 +41,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         said.append(
             _against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"])
         )
+    said += _left_out(weight["modules"])
     before = max(int(rank) for rank in record["source"]["ranks"])
     if compact["expanded_rank"] > before:
         said.append(
@@ -41,6 +49,32 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             "not in a server's slots."
         )
     return said
+
+
+def without_gain(record: Mapping[str, Any]) -> str | None:
+    """Why a result is of no use to anyone, None where it may be of use."""
+    compact, weight = record["compact"], record["weight"]
+    if compact["byte_ratio"] >= 1:
+        return (
+            f"nothing was gained: the result takes {compact['bytes']:,} bytes, {compact['byte_ratio']:.0%} of the source's; ask "
+            "for less (--bytes, --budget, --ranks), or keep the source"
+        )
+    if any(module["energy"] for module in weight["modules"]) and weight["relative_error"] >= 1:
+        return "nothing was kept: at this size no part of the update fits; ask for more (--bytes, --budget, --ranks)"
+    return None
+
+
+def _left_out(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Modules of which nothing is left, in a sentence."""
+    gone = [m for m in modules if m["energy"] and not m["local_rank"] and m["relative_error"] >= 1 - GONE]
+    if not gone:
+        return []
+    share = sum(m["energy"] for m in gone) / sum(m["energy"] for m in modules)
+    named = ", ".join(m["name"] for m in gone[:NAMED]) + (f" and {len(gone) - NAMED} more" if len(gone) > NAMED else "")
+    are = "is" if len(gone) == 1 else "are"
+    return [
+        f"{len(gone)} of {len(modules)} modules {are} left out whole, with {share:.2%} of the update's energy: {named}."
+    ]
 
 
 def _fitted_to_behaviour(record: Mapping[str, Any]) -> bool:

@@ -1,6 +1,8 @@
 """Codes and bytes: what is coded comes back, levels are the best ones, and damaged files are refused."""
 
 import math
+import tempfile
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -14,7 +16,6 @@ from bslora_convert.bslora.coding.file import (
     SCALES_NAME,
     WIDTHS_NAME,
     coded_tensors,
-    file_overhead,
     from_file,
     to_file,
 )
@@ -22,6 +23,7 @@ from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.errors import InputError
+from bslora_convert.files.tensorfile import DTYPE_CODES, file_bytes, write_tensors
 from bslora_convert.fit.quantize import CLIPS, encode, lost_shares
 
 CODED = [width for width in WIDTHS if width < 16]
@@ -145,6 +147,17 @@ def test_damage_is_refused(name: str, change, words: str) -> None:  # type: igno
         from_file(file, shapes, torch.float32, "file")
 
 
-def test_groups_and_overhead() -> None:
+@given(st.data())
+def test_the_size_of_a_file_is_known_before_it_is_written(data: st.DataObject) -> None:
+    names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+    shapes = st.lists(st.integers(0, 40), max_size=3)
+    kinds = st.sampled_from(list(DTYPE_CODES.values()))
+    chosen = data.draw(st.dictionaries(names, st.tuples(shapes, kinds), max_size=10))
+    tensors = {name: torch.zeros(shape).to(dtype) for name, (shape, dtype) in chosen.items()}
+    with tempfile.TemporaryDirectory() as place:
+        write_tensors(Path(place) / "file", tensors)
+        assert (Path(place) / "file").stat().st_size == file_bytes(tensors)
+
+
+def test_groups() -> None:
     assert [groups_of(length) for length in (1, GROUP, GROUP + 1)] == [1, 1, 2]
-    assert file_overhead({}) < 2000

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,36 @@ def test_a_missing_partner(lora: Path, side: str) -> None:
 def test_a_rank_clash(lora: Path) -> None:
     rewrite(lora, **{KEY: torch.zeros(3, 64)})
     refused(lora, str(lora / WEIGHTS), KEY, KEY.replace("lora_A", "lora_B"), "disagree about the rank (3 and 2)")
+
+
+HEAD = "base_model.model.score.weight"
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0)])
+@pytest.mark.parametrize("key", [HEAD, KEY])
+def test_empty_tensors_are_named_with_their_likely_cause(lora: Path, key: str, shape: tuple[int, ...]) -> None:
+    rewrite(lora, **{key: torch.zeros(shape)})
+    refused(lora, str(lora / WEIGHTS), key, "ZeRO-3")
+
+
+def test_a_saved_head_of_nan_is_not_passed_on(lora: Path) -> None:
+    rewrite(lora, **{HEAD: torch.tensor([1.0, float("nan")])})
+    refused(lora, str(lora / WEIGHTS), HEAD, "NaN")
+    rewrite(lora, **{HEAD: torch.tensor([1.0, float("-inf")])})  # a bias that forbids a token may be meant
+    assert HEAD.endswith(next(iter(load_lora(lora).carried)))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_archive_that_unpacks_to_more_than_it_is_is_not_unpacked(lora: Path, compression: int) -> None:
+    (lora / WEIGHTS).unlink()
+    path = lora / "adapter_model.bin"
+    torch.save({KEY: torch.zeros(1 << 20)}, lora / "plain")
+    with zipfile.ZipFile(lora / "plain") as plain, zipfile.ZipFile(path, "w", compression) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    (lora / "plain").unlink()
+    assert path.stat().st_size < 1 << 20
+    refused(lora, str(path), "compressed")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -71,7 +71,11 @@ def test_names_from_the_input_are_escaped(tmp_path: Path) -> None:
 def record(transform: str, error: float, svd: float, expanded: int = 8) -> dict[str, Any]:
     return {
         "compact": {"transform": transform, "parameter_ratio": 0.4, "byte_ratio": 0.5, "expanded_rank": expanded},
-        "weight": {"relative_error": error, "energy_kept": 1 - error**2},
+        "weight": {
+            "relative_error": error,
+            "energy_kept": 1 - error**2,
+            "modules": [{"name": "q", "energy": 1.0, "relative_error": error, "local_rank": 4}],
+        },
         "baselines": {"svd_adaptive": {"relative_error": svd}},
         "source": {"ranks": {"8": 14}},
     }

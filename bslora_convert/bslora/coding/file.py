@@ -9,7 +9,6 @@ A tensor for each module would cost a header entry each, at a sixteenth of a sma
 there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -146,16 +145,3 @@ def _taken(
             f"{where}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, {dtypes[0]} ({count},) is expected"
         )
     return tensor
-
-
-def file_overhead(carried: Mapping[str, Tensor]) -> int:
-    """Bytes of a coded file that are not codes, at most: header entries, filled bytes, and tensors carried along."""
-    entry = 110  # dtype, shape and offsets of ten digits each, and punctuation
-    names = [json.dumps(name, ensure_ascii=False).encode() for name in (*NAMES, *carried)]
-    return (
-        8
-        + 64
-        + 8 * len(WIDTHS)
-        + sum(len(name) + 32 + entry for name in names)
-        + sum(tensor.nbytes + len(str(list(tensor.shape))) for tensor in carried.values())
-    )
