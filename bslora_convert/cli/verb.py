@@ -13,7 +13,7 @@ import click
 
 from bslora_convert.cli.bars import Lines, bar, each_step
 from bslora_convert.cli.quiet import libraries_quiet
-from bslora_convert.cli.screen import console
+from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.interrupt import INTERRUPTED, UNWRITTEN, raise_interrupts
@@ -66,6 +66,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def run(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
+        take_any_path()
         raise_interrupts()  # a terminated run cleans up like an interrupted one
         output = Output(as_json, quiet, verbose) if _speaks() else Output(False, True, False)
         try:

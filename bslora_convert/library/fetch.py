@@ -29,7 +29,7 @@ def local_copy(item: Item) -> Iterator[Path]:
             for name in wanted:
                 if name in names:
                     filesystem.get_file(names[name], str(Path(place) / name))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what a remote file system raises has no common base
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{item.id}: can't be fetched ({reason})") from None
         yield Path(place)
