@@ -11,7 +11,9 @@ from bslora_convert.errors import BsloraConvertError, RecipeError
 # Modules whose errors are of the network, by the names of the errors: none of the packages is imported for the question.
 NETWORK = {
     "httpx": ("TransportError",),
+    "httpx2": ("TransportError",),
     "httpcore": ("NetworkError", "TimeoutException"),
+    "httpcore2": ("NetworkError", "TimeoutException"),
     "requests": ("ConnectionError", "Timeout"),
     "aiohttp": ("ClientConnectionError",),
     "huggingface_hub": ("HfHubHTTPError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "HFValidationError"),

@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Also taken over by the processes that `batch` starts.
+MARK = "BSLORA_CONVERT_LIBRARIES_QUIET"
+# The processes that `batch` starts have them from here.
 VARIABLES = {
+    MARK: "1",
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
@@ -19,6 +21,12 @@ VARIABLES = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+def quiet_as_the_parent() -> None:
+    """In a process that was started from within `libraries_quiet`: no library logs there either."""
+    if MARK in os.environ:
+        logging.disable(logging.ERROR)
 
 
 @contextmanager
