@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 
 MARK = "BSLORA_CONVERT_LIBRARIES_QUIET"
 # The processes that `batch` starts have them from here.
@@ -42,3 +44,14 @@ def libraries_quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Around a library that prints and draws bars whatever it is told: nothing within `libraries_quiet`, else all on stderr."""
+    if logging.root.manager.disable < logging.ERROR:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

@@ -249,6 +249,20 @@ def test_libraries_keep_their_words_to_themselves(capfd: pytest.CaptureFixture[s
     assert "".join(capfd.readouterr()) == ""
 
 
+def test_the_harness_draws_no_bars_unless_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    words = [
+        "verify", TINY / "banking77", "--reference", TINY / "banking77", "--base-model", TINY / "base", "--limit", "1",
+        "--tasks", "local_piqa", "--task-data", FIXTURES / "tasks", "--out", tmp_path / "verify.json",
+    ]  # fmt: skip
+    quiet = run(*words, "--json")
+    assert quiet.exit_code == 0, quiet.stderr
+    assert json.loads(quiet.stdout)["tasks"]["local_piqa"]["items"] == 1
+    assert {line.partition(":")[0] for line in quiet.stderr.splitlines()} <= {"note", "verify"}
+    assert "loglikelihood" in run(*words, "--verbose").stderr
+    assert "".join(capfd.readouterr()) == ""
+
+
 def test_a_fresh_font_cache_is_not_spoken_of(lora: Path, tmp_path: Path) -> None:
     """Workers of a batch draw too, each a process of its own."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "fonts"), "HOME": str(tmp_path)}

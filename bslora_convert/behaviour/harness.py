@@ -4,9 +4,8 @@ Scores of one item are paired, so the interval of the difference compact − ref
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from bslora_convert.behaviour.intervals import paired_interval
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.quiet import hushed
 
 TASKS = Path(__file__).parent / "tasks"
 PREFERRED = ("acc", "exact_match", "acc_norm")
@@ -80,8 +80,7 @@ def evaluate(
     scores: dict[str, Scores] = {}
     for name, state in states.items():
         progress(f"tasks with {name}")
-        # Its own words are no part of a result.
-        with state, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        with state, hushed():
             try:
                 found = simple_evaluate(
                     model=model,

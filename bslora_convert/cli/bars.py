@@ -88,11 +88,11 @@ def bar(title: str, console: "Console", clock: Callable[[], float] = time.monoto
 
         def show(step: str, done: int, total: int) -> None:
             phase, words = phase_of(step)
+            count = f"{done}/{total}" if total else ""
             if phase not in running:
                 while running:
                     shown.remove_task(running.popitem()[1])
-                running[phase] = shown.add_task(f"{title}: {phase}", total=total or None, count="", words=words)
-            count = f"{done}/{total}" if total else ""
+                running[phase] = shown.add_task(f"{title}: {phase}", total=total or None, count=count, words=words)
             shown.update(running[phase], total=total or None, completed=done, count=count, words=words)
 
         yield show

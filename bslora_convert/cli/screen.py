@@ -20,7 +20,7 @@ def console(stderr: bool = False) -> "Console":
     """A console without markup, emoji and highlighting: paths hold brackets and colons of their own."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    made = Console(file=sys.stderr if stderr else sys.stdout, markup=False, emoji=False, highlight=False)
     if not made.file.isatty():
         made.width = UNBOUNDED
     return made

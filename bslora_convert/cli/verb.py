@@ -31,7 +31,7 @@ class Output:
     @contextmanager
     def bar(self, title: str) -> Iterator[Progress]:
         """Shows on stderr where the work is: called with a step, how much of it is done and how much there is (0 = unknown)."""
-        say = functools.partial(click.echo, err=True)
+        say = functools.partial(click.echo, file=sys.stderr)  # this one, whatever a library's is turned to meanwhile
         if self.quiet:
             yield silent
         elif self.verbose:
