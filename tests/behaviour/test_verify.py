@@ -233,7 +233,7 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
     bad = run("--json", "--max-kl", "1e-9", "--min-agreement", "0.01")
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["passed"] is False
-    assert "max_kl 1e-09 (measured" in bad.stderr
+    assert "--max-kl 1e-09 (measured" in bad.stderr
     assert json.loads((compact / "verify.json").read_text())["passed"] is False
     shown = run()
     assert shown.exit_code == 0
