@@ -335,3 +335,19 @@ def test_few_items_are_called_few() -> None:
     task["items"] = 400
     assert behaviour(record) == ["t: 100.0% against 100.0%, no difference can be seen."]
     assert json.dumps(task)
+
+
+def test_what_cannot_be_reached_is_named() -> None:
+    @click.command()
+    @click.argument("source", type=click.Path(path_type=Path))
+    def command(source: Path) -> None:
+        click.echo(unreachable(ConnectionError()) or unreachable(_gaierror()))
+
+    said = CliRunner().invoke(command, ["hf://nobody/nothing"]).output
+    assert said.startswith("hf:/nobody/nothing can't be reached (")
+
+
+def _gaierror() -> OSError:
+    import socket
+
+    return socket.gaierror(-2, "Name or service not known")

@@ -28,6 +28,7 @@ class Lines:
     began: float = field(init=False)
     due: float = field(init=False)
     at: tuple[str, int, int] = ("", 0, 0)
+    alone: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -40,10 +41,11 @@ class Lines:
 
     def look(self) -> None:
         """Says where the work is when that is due."""
-        now = self.clock()
-        if now < self.due or not self.at[0]:
-            return
-        self.due = now + EVERY
+        with self.alone:
+            now = self.clock()
+            if now < self.due or not self.at[0]:
+                return
+            self.due = now + EVERY
         step, done, total = self.at
         phase, words = phase_of(step)
         count = f" {done}/{total}" if total else ""
