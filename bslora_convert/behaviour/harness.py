@@ -4,20 +4,20 @@ Scores of one item are paired, so the interval of the difference compact − ref
 """
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bslora_convert.behaviour.intervals import paired_interval
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.quiet import hushed
 
 TASKS = Path(__file__).parent / "tasks"
-RESAMPLES = 10_000
 PREFERRED = ("acc", "exact_match", "acc_norm")
 
 
@@ -80,7 +80,7 @@ def evaluate(
     scores: dict[str, Scores] = {}
     for name, state in states.items():
         progress(f"tasks with {name}")
-        with state, redirect_stdout(sys.stderr):
+        with state, hushed():
             try:
                 found = simple_evaluate(
                     model=model,
@@ -104,15 +104,6 @@ def evaluate(
             known = scores.setdefault(task, Scores(_metric(samples), {}))
             known.items[name] = _scores(samples, known.metric)
     return scores
-
-
-def paired_interval(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of first − second, items resampled together."""
-    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _metric(samples: Sequence[Mapping[str, Any]]) -> str:

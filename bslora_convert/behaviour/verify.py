@@ -11,6 +11,7 @@ from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge
 from bslora_convert.behaviour.generation import generate, rouge_l
+from bslora_convert.behaviour.intervals import LEAST_ITEMS, too_few
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import MEASURES, Saving
@@ -179,6 +180,11 @@ def verify(
             progress=lambda step: progress(step, 0, 0),
         )
         record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
+        record["notes"] += [
+            f"{task}: {found['items']} items are too few for its interval to be trusted; {LEAST_ITEMS} or more are needed"
+            for task, found in record["tasks"].items()
+            if too_few(found["items"])
+        ]
     record["thresholds"] = thresholds.check(record)
     record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
     if saving is not None:

@@ -107,8 +107,7 @@ def _parts(
         ordered = by_length(base, list(missing.values()), prompts.chat_template)
         yield from ((ordered[start : start + most], None) for start in range(0, len(ordered), most))
         return
-    lines = [line for line in writing.order if line in missing]
-    lines += [line for line in missing if line not in set(lines)]
+    lines = [line for line in dict.fromkeys((*writing.order, *missing)) if line in missing]
     start, size = 0, LEAST
     while start < len(lines):
         late = None if start == 0 else lambda: writing.clock() >= writing.deadline

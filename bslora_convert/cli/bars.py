@@ -28,6 +28,7 @@ class Lines:
     began: float = field(init=False)
     due: float = field(init=False)
     at: tuple[str, int, int] = ("", 0, 0)
+    alone: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.began = self.clock()
@@ -40,10 +41,11 @@ class Lines:
 
     def look(self) -> None:
         """Says where the work is when that is due."""
-        now = self.clock()
-        if now < self.due or not self.at[0]:
-            return
-        self.due = now + EVERY
+        with self.alone:
+            now = self.clock()
+            if now < self.due or not self.at[0]:
+                return
+            self.due = now + EVERY
         step, done, total = self.at
         phase, words = phase_of(step)
         count = f" {done}/{total}" if total else ""
@@ -88,11 +90,11 @@ def bar(title: str, console: "Console", clock: Callable[[], float] = time.monoto
 
         def show(step: str, done: int, total: int) -> None:
             phase, words = phase_of(step)
+            count = f"{done}/{total}" if total else ""
             if phase not in running:
                 while running:
                     shown.remove_task(running.popitem()[1])
-                running[phase] = shown.add_task(f"{title}: {phase}", total=total or None, count="", words=words)
-            count = f"{done}/{total}" if total else ""
+                running[phase] = shown.add_task(f"{title}: {phase}", total=total or None, count=count, words=words)
             shown.update(running[phase], total=total or None, completed=done, count=count, words=words)
 
         yield show

@@ -149,7 +149,7 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     from bslora_convert.compression import compress as run
 
     training = Training(**settings, seed=recipe.seed)
-    with goes_on(out_dir), output.bar("compress") as progress:
+    with goes_on(out_dir, resumable=False), output.bar("compress") as progress:
         record = run(
             lora_dir,
             out_dir,

@@ -101,7 +101,7 @@ def finetune(
     settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
     base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))
-    with goes_on(out_dir), output.bar("finetune") as progress:
+    with goes_on(out_dir, resumable=True), output.bar("finetune") as progress:
         record = run(
             compact_dir,
             out_dir,
@@ -118,14 +118,14 @@ def finetune(
 
 
 @contextmanager
-def goes_on(out: Path) -> Iterator[None]:
-    """Says of an interrupted run what is kept and how to go on."""
+def goes_on(out: Path, *, resumable: bool) -> Iterator[None]:
+    """Says of an interrupted run what is kept and how to go on. resumable: whether the verb keeps states of a training."""
     from bslora_convert.behaviour.checkpoints import has_completions, has_state
 
     try:
         yield
     except KeyboardInterrupt:
-        if has_state(out):
+        if resumable and has_state(out):
             kept, how = "the state after the last evaluation is", "the same command with --resume goes on"
         elif has_completions(out):
             kept, how = "the completions that were written are", "the same command goes on"

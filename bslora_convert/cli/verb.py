@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import click
 
 from bslora_convert.cli.bars import Lines, bar, each_step
-from bslora_convert.cli.quiet import libraries_quiet
-from bslora_convert.cli.screen import console
+from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.interrupt import INTERRUPTED, UNWRITTEN, raise_interrupts
 from bslora_convert.progress import Progress, silent
+from bslora_convert.quiet import libraries_quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Output:
     @contextmanager
     def bar(self, title: str) -> Iterator[Progress]:
         """Shows on stderr where the work is: called with a step, how much of it is done and how much there is (0 = unknown)."""
-        say = functools.partial(click.echo, err=True)
+        say = functools.partial(click.echo, file=sys.stderr)  # this one, whatever a library's is turned to meanwhile
         if self.quiet:
             yield silent
         elif self.verbose:
@@ -73,6 +73,7 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def run(*args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **options: Any) -> None:
+        take_any_path()
         raise_interrupts()  # a terminated run cleans up like an interrupted one
         output = Output(as_json, quiet, verbose) if _speaks() else Output(False, True, False)
         try:

@@ -88,6 +88,7 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
 def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
     from rich.table import Table
 
+    from bslora_convert.behaviour.intervals import too_few
     from bslora_convert.report.verdict import behaviour
 
     if record["kl"] is not None:
@@ -114,7 +115,8 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
         for name, task in record["tasks"].items():
             low, high = task["difference_ci95"]
             scores = [f"{task[key]:.4f}" for key in ("base", "reference", "compact")]
-            table.add_row(name, task["metric"], str(task["items"]), *scores, f"{low:+.4f} to {high:+.4f}")
+            few = " (too few items)" if too_few(task["items"]) else ""
+            table.add_row(name, task["metric"], str(task["items"]), *scores, f"{low:+.4f} to {high:+.4f}{few}")
         console.print(table)
     console.print(" ".join(behaviour(record)), style="bold")
     if where is not None:

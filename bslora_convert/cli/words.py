@@ -11,7 +11,9 @@ from bslora_convert.errors import BsloraConvertError, RecipeError
 # Modules whose errors are of the network, by the names of the errors: none of the packages is imported for the question.
 NETWORK = {
     "httpx": ("TransportError",),
+    "httpx2": ("TransportError",),
     "httpcore": ("NetworkError", "TimeoutException"),
+    "httpcore2": ("NetworkError", "TimeoutException"),
     "requests": ("ConnectionError", "Timeout"),
     "aiohttp": ("ClientConnectionError",),
     "huggingface_hub": ("HfHubHTTPError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "HFValidationError"),
@@ -39,10 +41,17 @@ def unreachable(error: BaseException) -> str | None:
         packages = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
         if any(package in packages and names & set(kinds) for package, kinds in NETWORK.items()):
             reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            return f"the address can't be reached ({reason}); check it and the network, or give a local directory"
+            return f"{_addresses()} can't be reached ({reason}); check it and the network, or give a local directory"
         if isinstance(cause, OSError) and cause.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED):
             return f"the network can't be reached ({cause.strerror}); give a local directory"
     return None
+
+
+def _addresses() -> str:
+    """Whatever of the arguments has a scheme."""
+    context = click.get_current_context(silent=True)
+    given = context.params.values() if context is not None else ()
+    return ", ".join(str(value) for value in given if re.match(r"[a-z0-9+]+:/", str(value))) or "what was asked for"
 
 
 def _options() -> dict[str, str]:

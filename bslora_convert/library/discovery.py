@@ -112,8 +112,10 @@ def _remote(url: str) -> list[Item]:
     filesystem, root, scheme = open_url(url)
     try:
         files = {PurePosixPath(name) for name in filesystem.find(root)}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{url}: can't be listed ({_reason(error)})") from None
+    except Exception as error:  # what a remote file system raises has no common base
+        raise InputError(
+            f"{url}: can't be listed ({_reason(error)}); check the address and the network, or give a local directory"
+        ) from None
     folders = sorted({path.parent for path in files if path.name == CONFIG_NAME})
     kept = [
         folder

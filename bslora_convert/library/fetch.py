@@ -32,7 +32,7 @@ def local_copy(item: Item) -> Iterator[Path]:
                 if name in wanted or (travels(name) and ".." not in remote.parts):
                     (Path(place) / name).parent.mkdir(exist_ok=True)
                     filesystem.get_file(str(remote), str(Path(place) / name))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what a remote file system raises has no common base
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{item.id}: can't be fetched ({reason})") from None
         yield Path(place)

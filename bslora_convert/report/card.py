@@ -1,5 +1,6 @@
 """README.md of a compact directory: a model card with the invocation, the source's hash and the measured fidelity."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +17,15 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     words += Recipe.from_dict(record["recipe"]).arguments()
     if "training" in record:
         words += Training(**record["training"]["options"]).arguments()
+    invocation = shlex.join(words)
     return (
         environment()
         .get_template("card.md")
         .render(
             record=record,
             base_model=config.get("base_model_name_or_path"),
-            invocation=shlex.join(words),
+            invocation=invocation,
+            fence="`" * (1 + max(map(len, re.findall("`{2,}", invocation)), default=2)),  # longer than any within
             verdict=verdict.sentences(record),
         )
     )

@@ -1,5 +1,6 @@
 """report.html: one self-contained page, the answer in its first screen."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import jinja2
 import numpy as np
 from torch import Tensor
 
+from bslora_convert.behaviour.intervals import too_few
 from bslora_convert.bslora.form import kind_of, layer_of
 from bslora_convert.report import plots, verdict
 
@@ -15,7 +17,7 @@ OUTSIDE = "–"  # column of modules that stand in no numbered layer
 
 
 def environment() -> jinja2.Environment:
-    """Jinja environment of the package's templates; everything is escaped in HTML."""
+    """Jinja environment of the package's templates; everything is escaped in HTML, and in Markdown what passes `plain`."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("bslora_convert.report"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -23,11 +25,25 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_encodable,
     )
+    made.filters["plain"] = plain
+    made.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    made.tests["few"] = too_few
     made.filters["percent"] = lambda value: f"{value:.2%}"
     made.filters["count"] = lambda value: f"{value:,}"
     made.filters["size"] = size
     return made
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
+
+
+def _encodable(value: Any) -> Any:
+    """Names of files are bytes to the system; those that are no UTF-8 are shown by their numbers."""
+    return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
 
 
 def size(count: float) -> str:

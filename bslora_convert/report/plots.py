@@ -22,6 +22,7 @@ STYLE: Any = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 
 

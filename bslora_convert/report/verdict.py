@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bslora_convert.behaviour.intervals import too_few
+
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
 TIE = 0.002  # relative difference of errors under which two results are called equal
@@ -129,6 +131,8 @@ def behaviour(functional: Mapping[str, Any]) -> list[str]:
     for name, task in functional["tasks"].items():
         low, high = task["difference_ci95"]
         words = "no difference can be seen" if low <= 0 <= high else "lower" if high < 0 else "higher"
+        if too_few(task["items"]):
+            words = f"over {task['items']} items, too few to tell"
         said.append(f"{name}: {task['compact']:.1%} against {task['reference']:.1%}, {words}.")
     missed = [name for name, checked in functional["thresholds"].items() if not checked["passed"]]
     if missed:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bslora_convert import Recipe, compress, expand, load_compact, verify
 from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.generation import rouge_l
-from bslora_convert.behaviour.harness import paired_interval
+from bslora_convert.behaviour.intervals import paired_interval
 from bslora_convert.behaviour.model import load_base
 from bslora_convert.behaviour.prompts import encode, read_prompts
 from bslora_convert.behaviour.saving import Saving
@@ -323,7 +323,7 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
     bad = run("--json", "--max-kl", "1e-9", "--min-agreement", "0.01")
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["passed"] is False
-    assert "max_kl 1e-09 (measured" in bad.stderr
+    assert "--max-kl 1e-09 (measured" in bad.stderr
     assert not (compact / "verify.json").exists()
     shown = run("--save")
     assert shown.exit_code == 0
@@ -361,7 +361,9 @@ def test_tasks_run_offline_through_the_harness(compact: Path, monkeypatch: pytes
 def test_the_interval_of_a_paired_difference() -> None:
     generator = np.random.default_rng(3)
     first = generator.random(400) < 0.5
-    assert paired_interval(first, first) == (0.0, 0.0)
+    assert paired_interval(first, first) == pytest.approx((-3 / 400, 3 / 400))  # none of 400 differs
+    assert paired_interval(first[:4], first[:4]) == pytest.approx((-0.75, 0.75))
+    assert paired_interval(np.ones(2), np.zeros(2)) == (0.0, 2.0)
     second = np.where(generator.random(400) < 0.9, first, ~first)  # pairs agree nine times of ten
     low, high = paired_interval(first, second)
     difference = first.astype(float) - second

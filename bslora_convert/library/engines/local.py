@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from bslora_convert.library.convert import Job, Result, convert_one, failure
+from bslora_convert.quiet import quiet_as_the_parent
 
 MEMORY_FACTOR = 8  # of the weights file: float32 copies, the form, what is read back
 PROCESS_BYTES = 500_000_000  # Python, torch and matplotlib
@@ -88,6 +89,7 @@ def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's goes to everyone; the parent decides
     signal.signal(signal.SIGTERM, _interrupt)
     torch.set_num_threads(1)
+    quiet_as_the_parent()
     while True:
         try:
             job = pipe.recv()

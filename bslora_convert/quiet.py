@@ -2,12 +2,16 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 
-# Also taken over by the processes that `batch` starts.
+MARK = "BSLORA_CONVERT_LIBRARIES_QUIET"
+# The processes that `batch` starts have them from here.
 VARIABLES = {
+    MARK: "1",
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
@@ -19,6 +23,12 @@ VARIABLES = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+def quiet_as_the_parent() -> None:
+    """In a process that was started from within `libraries_quiet`: no library logs there either."""
+    if MARK in os.environ:
+        logging.disable(logging.ERROR)
 
 
 @contextmanager
@@ -34,3 +44,14 @@ def libraries_quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Around a library that prints and draws bars whatever it is told: nothing within `libraries_quiet`, else all on stderr."""
+    if logging.root.manager.disable < logging.ERROR:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
