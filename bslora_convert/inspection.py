@@ -19,15 +19,9 @@ from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.tensorfile import dtype_name, read_json, read_tensors
 from bslora_convert.fit.convert import measure
-from bslora_convert.lora.adapter import (
-    CONFIG_NAME,
-    EMBEDDING_FACTOR,
-    FACTOR,
-    LoraAdapter,
-    canonical,
-    load_lora,
-    locate,
-)
+from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
+from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.result import bases_record
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
@@ -174,8 +168,10 @@ def _raw(weights: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of an adapter that can't be read as what it says it is."""
     parts: dict[str, int] = {}
     ranks, modules, parameters = [], set(), 0
-    for key, tensor in read_tensors(weights).items():
-        name = canonical(key)
+    tensors = read_tensors(weights)
+    names, _ = names_of(tensors)
+    for key, tensor in tensors.items():
+        name = names[key]
         official = KEY.match(name)
         match = official or FACTOR.match(name) or EMBEDDING_FACTOR.match(name)
         if match:

@@ -1,11 +1,10 @@
 """Factors by module name -> a standard PEFT LoRA directory that servers scale right.
 
-All scaling is in B and `lora_alpha == r`; where ranks vary, `rank_pattern == alpha_pattern`, so that a reader which ignores
-both patterns still multiplies by one.
+All scaling is in B and `lora_alpha == r`, the largest rank; where ranks vary, `rank_pattern == alpha_pattern`, so that a reader
+which ignores both patterns and divides by `r` still multiplies by one. One that divides by a tensor's own rank needs equal ranks.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,19 @@ from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.files.tensorfile import write_tensors
-from bslora_convert.lora.adapter import CONFIG_NAME, PREFIX
+from bslora_convert.lora.experts import stacked
+from bslora_convert.lora.fields import inherited
+from bslora_convert.lora.keys import PREFIX
+from bslora_convert.lora.names import key_for
+from bslora_convert.lora.place import CONFIG_NAME
+from bslora_convert.lora.targets import target_fields
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SIDES = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "tied_embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-INHERITED = (
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
-    "trainable_token_indices",
-)
-
 
 def save_lora(
     directory: Path,
@@ -43,9 +38,12 @@ def save_lora(
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into an existing directory.
 
-    config: PEFT fields to take over (`INHERITED`), those that are set. PEFT loads no rank 0: such a module gets a rank of zeros.
+    config: the source's own fields, of which those are taken over that mean the same. PEFT loads no rank 0: such a module gets a
+    rank of zeros; experts get as many as the largest rank asks for.
     """
-    modules = {name: factors.padded(1) for name, factors in modules.items()}
+    largest = max(1, *(factors.rank for factors in modules.values()))
+    stack = stacked(modules)
+    modules = {name: factors.padded(largest if name in stack else 1) for name, factors in modules.items()}
     tensors = {PREFIX + name: tensor for name, tensor in carried.items()}
     for name, factors in modules.items():
         side_a, side_b = SIDES[kinds[name]]
@@ -57,11 +55,16 @@ def save_lora(
 
 
 def peft_config(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A PEFT LoRA configuration for modules of these ranks."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT lets a key match the end of a longer name, and the first match win: longer names go first.
-    pattern = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True) if ranks[name] != rank}
-    inherited = {field: config[field] for field in INHERITED if config.get(field) is not None}
+    """A PEFT LoRA configuration for modules of these ranks: `r` is the largest, and each other rank has one pattern."""
+    largest = max(ranks.values())
+    by_rank: dict[int, list[str]] = {}
+    for name, rank in ranks.items():
+        by_rank.setdefault(rank, []).append(name)
+    pattern = {
+        key_for(names, [name for name in ranks if ranks[name] != rank]): rank
+        for rank, names in sorted(by_rank.items(), reverse=True)
+        if rank != largest
+    }
     return {
         "peft_type": "LORA",
         "bias": "none",
@@ -70,10 +73,10 @@ def peft_config(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str
         "lora_dropout": 0.0,
         "use_dora": False,
         "use_rslora": False,
-        "target_modules": list(ranks),
-        **inherited,
-        "r": rank,
-        "lora_alpha": rank,
+        **inherited(config),
+        **target_fields(ranks, config),
+        "r": largest,
+        "lora_alpha": largest,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }

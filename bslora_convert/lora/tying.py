@@ -1,0 +1,76 @@
+"""LoRA on an embedding whose weight is the head's too (`ensure_weight_tying`).
+
+PEFT gives the tied head the embedding's own factors, transposed, and saves them a second time. Here the update is held once, by the
+embedding, whose kind says that what is tied to it gets it as well.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bslora_convert.errors import Refused
+from bslora_convert.lora.config import LoraConfig
+from bslora_convert.lora.module import LoraModule
+
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")  # of the targets that make PEFT tie
+USUAL_HEAD = "lm_head"
+
+
+def ties_targets(raw: Mapping[str, Any]) -> bool:
+    """Whether PEFT ties the adapter of a tied embedding to the head's, by its rule."""
+    if not raw.get("ensure_weight_tying") or _named(raw.get("modules_to_save")):
+        return False
+    targets = raw.get("target_modules")
+    if isinstance(targets, str):
+        try:
+            return any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+        except (re.error, RecursionError, OverflowError):
+            return False
+    return _named(targets)
+
+
+def tied(modules: Mapping[str, LoraModule], config: LoraConfig, path: Path) -> dict[str, LoraModule]:
+    """The modules with each tied update once: embeddings say that they are tied, copies under the head are left out.
+
+    A head that holds other factors was trained on a base that ties nothing: there all stays as it is.
+
+    :raises Refused: when patterns scale the head's copy otherwise, which one update for both can't hold.
+    """
+    embeddings = {name: module for name, module in modules.items() if module.kind == "embedding"}
+    heads = {name: module for name, module in modules.items() if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES}
+    heads = {name: module for name, module in heads.items() if module.kind == "linear"}
+    copies = {name for name, head in heads.items() if any(_is_copy(head, e) for e in embeddings.values())}
+    if set(heads) - copies:
+        return dict(modules)
+    for name, embedding in embeddings.items():
+        for head in copies or {USUAL_HEAD}:
+            scaling = config.scaling(head, config.expected_rank(head))
+            if scaling != embedding.scaling:
+                raise Refused(
+                    f"{path}: ensure_weight_tying with patterns that scale {head} by {scaling:g} and {name}, which it is tied "
+                    f"to, by {embedding.scaling:g}: one update can't be both"
+                )
+    return {
+        name: replace(module, kind="tied_embedding") if name in embeddings else module
+        for name, module in modules.items()
+        if name not in copies
+    }
+
+
+def _named(names: Any) -> bool:
+    return isinstance(names, list) and any(
+        isinstance(name, str) and name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in names
+    )
+
+
+def _is_copy(head: LoraModule, embedding: LoraModule) -> bool:
+    """Whether a head's factors are an embedding's, transposed; of headers alone, whether they could be."""
+    if head.a.shape != embedding.b.T.shape or head.b.shape != embedding.a.T.shape:
+        return False
+    if head.a.is_meta:
+        return True
+    return torch.equal(head.a, embedding.b.T) and torch.equal(head.b, embedding.a.T)

@@ -1,0 +1,124 @@
+"""What a model calls an adapter's modules: their names change with transformers' versions, and experts are stacked.
+
+PEFT maps a LoRA's names by transformers' table when it loads one; here the same table is read for compact adapters.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+NUMBER = re.compile(r"\.(\d+)\.(?=[^.]+$)")  # of the expert: the last number of the name
+STACKING = frozenset({"MergeModulelist", "Concatenate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One expert's share of a stacked parameter: `holder.parameter[expert]`, the part-th of `parts` blocks of rows.
+
+    is_plain: whether stacking is all that was done to it.
+    """
+
+    holder: str
+    parameter: str
+    expert: int
+    part: int
+    parts: int
+    is_plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model has one module of an adapter: a layer of this name, or a slice that would have it."""
+
+    name: str
+    slice: Slice | None = None
+
+    @property
+    def layer(self) -> str:
+        """The module of the model that is to be changed."""
+        return self.name if self.slice is None else self.slice.holder
+
+
+def places(names: Iterable[str], model: nn.Module) -> dict[str, Place]:
+    """Where a model has these modules; those that it has nowhere are left out."""
+    layers = {name for name, _ in model.named_modules()}
+    names = list(names)
+    found = {name: Place(name) for name in names if name in layers and not _is_slice(name, model)}
+    missing = [name for name in names if name not in found]
+    return found | _mapped(missing, model, layers) if missing else found
+
+
+def tied_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that share the input embedding's weight, by PEFT's rule: the head, unless the configuration says otherwise."""
+    config: Any = getattr(model, "config", None)
+    tied: Any = getattr(model, "_tied_weights_keys", None)
+    if not tied or getattr(config, "tie_word_embeddings", None) is False:
+        return {}
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return {name: module for name, module in model.named_modules() if module is head and name}
+
+
+def is_input_embedding(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer is the one that a tied head shares its weight with."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    return find is not None and find() is layer
+
+
+def _is_slice(name: str, model: nn.Module) -> bool:
+    """Whether a tuner made a module of this name for an expert of a stacked parameter."""
+    return bool(getattr(model.get_submodule(name), "is_expert", False))
+
+
+def _mapped(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, Place]:
+    """By transformers' table of names."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return {}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4
+        return _mapped_by_class(names, model, layers)
+    table = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found: dict[str, Place] = {}
+    for name in names:
+        key, pattern = rename_source_key(f"{name}.weight", renamings, converters)
+        if pattern is None:
+            renamed = _known(key.removesuffix(".weight"), prefix, layers)
+            if renamed is not None:
+                found[name] = Place(renamed)
+            continue
+        converter = next(entry for entry in converters if pattern in entry.source_patterns)
+        number = NUMBER.search(name)
+        holder, _, parameter = key.rpartition(".")
+        if number is None or holder not in layers:
+            continue
+        plain = {type(operation).__name__ for operation in converter.operations} <= STACKING
+        place = converter.source_patterns.index(pattern), len(converter.source_patterns)
+        slice_ = Slice(holder, parameter, int(number[1]), *place, is_plain=plain)
+        found[name] = Place(f"{holder}.{number[1]}.{name.rpartition('.')[2]}", slice_)
+    return found
+
+
+def _mapped_by_class(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, Place]:
+    table: Any = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    found = {}
+    for name in names:
+        renamed = name
+        for pattern, replacement in table.items():
+            renamed, count = re.subn(pattern, replacement, renamed)
+            if count:
+                break
+        if renamed in layers:
+            found[name] = Place(renamed)
+    return found
+
+
+def _known(name: str, prefix: str, layers: set[str]) -> str | None:
+    """A name as the model has it, with or without the prefix of its base."""
+    return next((known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in layers), None)
