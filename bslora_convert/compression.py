@@ -72,7 +72,7 @@ def compress(
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
-    adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
+    adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling)
     check_apart(adapter.weights.parent, out)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
@@ -136,7 +136,7 @@ def _improve(
     from bslora_convert.behaviour.workshop import open_workshop
 
     assert recipe.base_model is not None  # the caller sees to it
-    workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
+    workshop = open_workshop(source, recipe.base_model, recipe.device, "auto", progress, scaling=recipe.scaling)
     if "calibration" in prompts:
         uniform = recipe.local_ranks == "uniform"
         found = calibrated(

@@ -28,8 +28,10 @@ SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_r
 SLOT_BYTES = 2  # bf16 and fp16 slots
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> dict[str, Any]:
     """Describes a LoRA directory, a compact one or one in the BSLoRA authors' layout.
+
+    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
 
     :raises InputError: when files are missing or damaged.
     """
@@ -44,7 +46,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     try:
         if kind == OFFICIAL_TYPE:
             return _official(load_official(path))
-        adapter = load_lora(path)
+        adapter = load_lora(path, alpha=lora_alpha, rslora=use_rslora)
     except Refused as refusal:
         reasons = [str(refusal)]
     result = {

@@ -121,4 +121,6 @@ def _mapped_by_class(names: list[str], model: nn.Module, layers: set[str]) -> di
 
 def _known(name: str, prefix: str, layers: set[str]) -> str | None:
     """A name as the model has it, with or without the prefix of its base."""
-    return next((known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in layers), None)
+    return next(
+        (known for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if known in layers), None
+    )

@@ -18,7 +18,7 @@ class _Added(nn.Module):
         self.deltas = deltas
 
     def forward(self, weight: Tensor) -> Tensor:
-        """weight (experts, parts · out, in)."""
+        """The parameter (experts, parts · out, in) with the updates in place."""
         total = torch.zeros(weight.shape, dtype=next(iter(self.deltas.values())).dtype, device=weight.device)
         for place, delta in self.deltas.items():
             rows_of(total, place).add_(delta.to(weight.device))

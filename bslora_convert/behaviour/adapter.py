@@ -26,8 +26,8 @@ class Adapter:
     sha256: str
 
 
-def read_adapter(path: str | Path) -> Adapter:
-    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory.
+def read_adapter(path: str | Path, *, alpha: float | None = None, rslora: bool | None = None) -> Adapter:
+    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory; alpha, rslora: as in `load_lora`.
 
     :raises InputError: when it is missing or damaged. :raises Refused: when it is a LoRA of a kind that can't be read faithfully.
     """
@@ -38,7 +38,7 @@ def read_adapter(path: str | Path) -> Adapter:
         compact = load_compact(path)
         name = compact.config.get("base_model_name_or_path")
         return Adapter(path, "bslora", compact.form, compact.carried, name, sha256(path / WEIGHTS_NAME))
-    lora = load_lora(path)
+    lora = load_lora(path, alpha=alpha, rslora=rslora)
     modules = {name: Module(module.shape, module.factors(), {}, module.kind) for name, module in lora.modules.items()}
     name = lora.config.raw.get("base_model_name_or_path")
     return Adapter(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256(lora.weights))

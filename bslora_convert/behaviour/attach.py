@@ -135,7 +135,7 @@ class _Moved:
     def parts(self, form: BsloraForm, name: str, device: torch.device) -> Parts:
         """One module's local factors, the transform and its uses of shared pairs, as the forward pass takes them."""
         module = form.modules[name]
-        uses = [
+        uses: list[Use] = [
             (self(form.pair(level, path.group), device), {key: self.tensor(t, device) for key, t in path.own.items()})
             for level, path in module.paths.items()
         ]

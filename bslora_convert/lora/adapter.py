@@ -92,6 +92,7 @@ def load_lora(
     raw = given(read_json(config_path), config_path, alpha, rslora)
     refuse_unless_convertible(raw, config_path)
     tensors = read_headers(weights) if headers_only else read_tensors(weights)
+    refuse_by_keys(weights, tensors)
     keys, wrappers = names_of(tensors)
     factors, kinds, carried = _sort(weights, tensors, keys)
     _refuse_biases(raw, carried, config_path)
@@ -100,7 +101,6 @@ def load_lora(
     names = sorted(factors, key=natural_order)
     modules = {name: _module(weights, name, factors[name], kinds[name], config) for name in names}
     if not modules:
-        refuse_by_keys(weights)
         raise InputError(f"{weights}: holds no LoRA factors (keys ending in lora_A.weight and lora_B.weight)")
     if ties_targets(config.raw):
         modules = tied(modules, config, config_path)
@@ -115,7 +115,9 @@ def load_lora(
 def _guessed(raw: Mapping[str, Any], factors: Mapping[str, Mapping[str, tuple[str, Tensor]]]) -> dict[str, Any]:
     """What the tensors say in place of fields that are missing: the method, and the rank of most modules."""
     ranks = Counter(
-        sides["A"][1].shape[0] for sides in factors.values() if "A" in sides and sides["A"][1].ndim and len(sides["A"][1])
+        sides["A"][1].shape[0]
+        for sides in factors.values()
+        if "A" in sides and sides["A"][1].ndim and len(sides["A"][1])
     )
     said: dict[str, Any] = {"peft_type": "LORA"} if "peft_type" not in raw and factors else {}
     return said | ({"r": ranks.most_common(1)[0][0]} if raw.get("r") is None and ranks else {})
@@ -126,9 +128,7 @@ def _refuse_biases(raw: Mapping[str, Any], carried: Mapping[str, Tensor], config
     saved = raw.get("modules_to_save")
     heads = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     trained = [
-        name
-        for name in carried
-        if name.endswith(".bias") and not any(f".{head}." in f".{name}" for head in heads)
+        name for name in carried if name.endswith(".bias") and not any(f".{head}." in f".{name}" for head in heads)
     ]
     if trained and raw.get("bias") not in (None, "none"):
         raise Refused(

@@ -9,7 +9,9 @@ EMBEDDING_FACTOR = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\
 
 # Modules that wrap another one under a name of their own, anywhere: torch.compile, activation checkpointing, FSDP, Lightning.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
-PARALLEL = "module."  # DataParallel, DDP and DeepSpeed wrap the whole model; in the middle of a name it may be a real one
+PARALLEL = (
+    "module."  # DataParallel, DDP and DeepSpeed wrap the whole model; in the middle of a name it may be a real one
+)
 
 
 def canonical(key: str) -> str:

@@ -1,6 +1,6 @@
-"""Regular expressions for modules' names that still hold when a model calls them a little differently.
+r"""Regular expressions for modules' names that still hold when a model calls them a little differently.
 
-PEFT and vLLM match a pattern's key by `(.*\\.)?(KEY)$`, and transformers changes how names begin from version to version
+PEFT and vLLM match a pattern's key by `(.*\.)?(KEY)$`, and transformers changes how names begin from version to version
 (`language_model.model.layers.0…` became `model.language_model.layers.0…`). So a module is named by its end, from its numbered
 layer on, and by a word of its beginning only where ends alone would mix up two modules.
 """
@@ -41,7 +41,9 @@ def key_for(names: Collection[str], others: Collection[str], specific: bool = Fa
             ends.setdefault(".".join(parts[place:]), set()).add(".".join(parts[:place]))
     leads = {name: _lead(*split(name), ends, specific) for name in names}
     exact = [name for name in names if leads[name] is None]
-    key = "|".join((*_grouped((leads[name] or "", split(name)[1]) for name in names if name not in exact), *_exact(exact)))
+    key = "|".join(
+        (*_grouped((leads[name] or "", split(name)[1]) for name in names if name not in exact), *_exact(exact))
+    )
     if all(matches(key, name) for name in names) and not any(matches(key, name) for name in others):
         return key
     return "|".join(_exact(names))

@@ -1,5 +1,6 @@
 """Where an adapter's two files are; and what a directory or file holds that is no PEFT adapter, by its own name."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
@@ -28,7 +29,7 @@ KEYS = {
     "lora_unet_": KOHYA,
     "lora_te": KOHYA,
     "lora_transformer_": KOHYA,
-    ".lora_down.weight": "a LoRA with lora_down and lora_up (sd-scripts, loralib), whose alphas stand in the file; convert it to PEFT's format",
+    ".lora_down.weight": "a LoRA with lora_down and lora_up (sd-scripts), with alphas in the file; convert it to PEFT's format",
     ".hada_w1_a": "a LyCORIS LoHa, whose update is no product B·A",
     ".lokr_w1": "a LyCORIS LoKr, whose update is no product B·A",
     ".lora_a": "an MLX adapter (factors transposed, one scale); convert it to PEFT's format",
@@ -84,20 +85,18 @@ def refuse_other_formats(directory: Path) -> None:
     for file in sorted(directory.glob("*.gguf")):
         raise Refused(f"{file}: a GGUF file; give the PEFT adapter that it was made from")
     for file in sorted(directory.glob("*.safetensors"))[:1]:
-        refuse_by_keys(file)
+        refuse_by_keys(file, _keys(file))
 
 
-def refuse_by_keys(file: Path) -> None:
+def refuse_by_keys(file: Path, keys: Collection[str]) -> None:
     """Says what a tensor file is whose keys are another format's.
 
     :raises Refused: naming the file, a key, what it is and what to do.
     """
-    try:
-        keys = list(read_headers(file)) if file.suffix == ".safetensors" else []
-    except BsloraConvertError:
-        return  # whoever reads it complains of it
     for mark, what in KEYS.items():
-        found = next((key for key in keys if key.startswith(mark) or (mark.startswith(".") and key.endswith(mark))), None)
+        found = next(
+            (key for key in keys if key.startswith(mark) or (mark.startswith(".") and key.endswith(mark))), None
+        )
         if found is not None:
             raise Refused(f"{file}: tensor {found}: {what}")
 
@@ -108,7 +107,7 @@ def _of_file(path: Path) -> tuple[Path, Path]:
     if path.suffix == ".gguf":
         raise Refused(f"{path}: a GGUF file; give the PEFT adapter that it was made from")
     if not (path.parent / CONFIG_NAME).is_file():
-        refuse_by_keys(path)
+        refuse_by_keys(path, _keys(path))
         raise InputError(
             f"{path}: no {CONFIG_NAME} beside it; the scaling (lora_alpha, r, use_rslora) can't be known without it"
         )
@@ -118,6 +117,14 @@ def _of_file(path: Path) -> tuple[Path, Path]:
 def _refused_shard(path: Path) -> tuple[Path, Path]:
     refuse_other_formats(path.parent)
     raise InputError(f"{path}: one shard of an adapter")  # its directory vanished meanwhile
+
+
+def _keys(file: Path) -> Collection[str]:
+    """A safetensors file's keys; none where it can't be read, of which whoever reads it complains."""
+    try:
+        return read_headers(file) if file.suffix == ".safetensors" else ()
+    except BsloraConvertError:
+        return ()
 
 
 def _says(path: Path, field: str) -> bool:

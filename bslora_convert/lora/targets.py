@@ -14,9 +14,14 @@ LAYER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
 def target_fields(names: Collection[str], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say that these modules are adapted.
 
-    The source's own where they do; else an expression that matches each module, whatever its name begins with.
+    The source's own where they do; else, and in place of whole names, an expression that matches each module whatever its name
+    begins with.
     """
-    if raw.get("target_modules") and all(selects(raw, name) for name in names):
+    targets = raw.get("target_modules")
+    spelled_out = (
+        isinstance(targets, list) and set(map(str, targets)) == set(names) and all("." in name for name in names)
+    )
+    if targets and not spelled_out and all(selects(raw, name) for name in names):
         return {field: _ordered(raw[field]) for field in SELECTS if is_set(raw.get(field)) or raw.get(field) == 0}
     return {"target_modules": rf"(?:.*\.)?(?:{key_for(names, (), specific=True)})"}
 

@@ -1,7 +1,7 @@
 """LoRA on an embedding whose weight is the head's too (`ensure_weight_tying`).
 
-PEFT gives the tied head the embedding's own factors, transposed, and saves them a second time. Here the update is held once, by the
-embedding, whose kind says that what is tied to it gets it as well.
+PEFT gives the tied head the embedding's own factors, transposed, and saves them a second time. Here the update is held once,
+by the embedding, whose kind says that what is tied to it gets it as well.
 """
 
 import re

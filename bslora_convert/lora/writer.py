@@ -28,6 +28,7 @@ SIDES = {
     "tied_embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
 
+
 def save_lora(
     directory: Path,
     modules: Mapping[str, Factors],

@@ -1,10 +1,10 @@
 """Compact adapters of single experts on a layer that stacks its experts.
 
-Under transformers 5 a layer's experts are two parameters. Here each adapted expert keeps a layer of its own, named as if the
-experts were modules, whose weight is a view of its share of the parameter; the updates are on the parameters while the layer runs.
+Under transformers 5 a layer's experts are two parameters. Here each adapted expert keeps a layer of its own, named as if
+the experts were modules, whose weight is a view of its share of the parameter; updates are on the parameter while it runs.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,12 @@ class ExpertLayer(BsloraLayer):
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Writes into the stacked parameter."""
-        self.get_base_layer().weight.copy_(weight_data)
+        cast(ExpertWeight, self.get_base_layer()).weight.copy_(weight_data)
 
     @property
     def place(self) -> Slice:
         """Which share of which parameter it adapts."""
-        place: Slice = self.get_base_layer().place
-        return place
+        return cast(ExpertWeight, self.get_base_layer()).place
 
     def update(self) -> Tensor | None:
         """The active adapters' updates together, (out, in); None where nothing is to be added."""

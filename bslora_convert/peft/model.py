@@ -102,6 +102,13 @@ class BsloraModel(BaseTuner):
             peft_config.inference_mode,
         )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which looks for a weight that a layer of stacked experts does not have."""
+        if isinstance(new_module, BsloraExperts) or isinstance(child, BsloraExperts):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _replaced(
         self, adapter_name: str, target_name: str, parent: nn.Module, target: nn.Module, layer: nn.Module
     ) -> None:

@@ -137,7 +137,6 @@ def test_wrong_json(lora: Path, text: str | bytes) -> None:
         ("r", 0),
         ("r", True),
         ("r", 2.5),
-        ("r", None),
         ("r", [8]),
         ("r", -4),
         ("lora_alpha", "16"),
@@ -157,7 +156,7 @@ def test_wrong_json(lora: Path, text: str | bytes) -> None:
         ("rank_pattern", {"*": 2}),
         ("alpha_pattern", {"(?i)Q_PROJ": 2}),  # a flag that may not stand behind PEFT's own prefix
         ("alpha_pattern", {"q{99999999999999999999}": 2}),
-        ("alpha_pattern", {"a" * 10_000: 2}),
+        ("alpha_pattern", {"a" * 100_000: 2}),
     ],
 )
 def test_wrong_fields(lora: Path, field: str, value: Any) -> None:

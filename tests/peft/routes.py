@@ -23,13 +23,15 @@ def logits(model: Any, **inputs: Any) -> Tensor:
     return model.eval()(input_ids=IDS, **inputs).logits.float()
 
 
-def write(directory: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 4, decay: float = 0.7, **config: Any) -> Path:
+def write(
+    directory: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 4, decay: float = 0.7, **config: Any
+) -> Path:
     """A LoRA of random factors whose singular values fall off, at a scaling of two."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, (out, width) in shapes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator) * 0.3
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator) * 0.15
         tensors[f"base_model.model.{name}.lora_B.weight"] = (
             torch.randn(out, rank, generator=generator) * 0.3 * decay ** torch.arange(rank)
         )
@@ -56,7 +58,9 @@ def routes(base: Any, lora: Path, place: Path, recipe: Recipe = EXACT, **inputs:
     with load_into(model, place / "compact"):
         found["load_into"] = logits(model, **inputs)
     assert torch.equal(logits(model, **inputs), plain)
-    return {name: float((out - source).norm()) / effect for name, out in found.items()}, record["weight"]["relative_error"]
+    return {name: float((out - source).norm()) / effect for name, out in found.items()}, record["weight"][
+        "relative_error"
+    ]
 
 
 def same(found: dict[str, float], tolerance: float = 1e-4) -> None:

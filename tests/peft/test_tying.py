@@ -33,7 +33,7 @@ def source(directory: Path, tied: bool = True, **options: Any) -> Path:
     model = get_peft_model(base(tied), LoraConfig(r=4, lora_alpha=8, **settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
@@ -49,7 +49,12 @@ def without_copies(lora: Path) -> None:
 @pytest.mark.parametrize("once", [True, False])
 @pytest.mark.parametrize(
     "targets",
-    [["q_proj", "embed_tokens"], ["q_proj", "lm_head"], r".*\.(q_proj|embed_tokens)|embed_tokens", "embed_tokens|.*tokens"],
+    [
+        ["q_proj", "embed_tokens"],
+        ["q_proj", "lm_head"],
+        r".*\.(q_proj|embed_tokens)|embed_tokens",
+        "embed_tokens|.*tokens",
+    ],
 )
 def test_the_head_gets_what_the_embedding_gets(tmp_path: Path, targets: Any, once: bool) -> None:
     lora = source(tmp_path / "lora", target_modules=targets)
@@ -63,7 +68,9 @@ def test_the_head_gets_what_the_embedding_gets(tmp_path: Path, targets: Any, onc
     assert "lm_head" not in load_compact(tmp_path / "compact").form.modules
 
 
-@pytest.mark.parametrize("recipe", [Recipe(transform="ke", budget=0.6, shared_size=16), Recipe(transform="none", bits=4)])
+@pytest.mark.parametrize(
+    "recipe", [Recipe(transform="ke", budget=0.6, shared_size=16), Recipe(transform="none", bits=4)]
+)
 def test_within_the_claimed_error(tmp_path: Path, recipe: Recipe) -> None:
     lora = source(tmp_path / "lora")
     path = lora / "adapter_model.safetensors"
@@ -95,7 +102,9 @@ def test_modules_to_save_are_tied_too(tmp_path: Path) -> None:
 
 def test_scalings_that_differ_are_refused(tmp_path: Path) -> None:
     lora = source(tmp_path / "lora", alpha_pattern={"embed_tokens": 32})
-    with pytest.raises(Refused, match=r"ensure_weight_tying with patterns that scale lm_head by 2 and model\.embed_tokens"):
+    with pytest.raises(
+        Refused, match=r"ensure_weight_tying with patterns that scale lm_head by 2 and model\.embed_tokens"
+    ):
         load_lora(lora)
 
 
