@@ -21,7 +21,8 @@ from bslora_convert.lora.config import LoraConfig, given, refuse_unless_converti
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.place import CONFIG_NAME, WEIGHTS_NAMES, locate, refuse_by_keys
-from bslora_convert.lora.tying import tied, ties_targets
+from bslora_convert.lora.targets import ties_targets
+from bslora_convert.lora.tying import tied
 
 __all__ = ["CONFIG_NAME", "FOREIGN", "WEIGHTS_NAMES", "LoraAdapter", "LoraModule", "load_lora", "locate"]
 
@@ -102,11 +103,17 @@ def load_lora(
     modules = {name: _module(weights, name, factors[name], kinds[name], config) for name in names}
     if not modules:
         raise InputError(f"{weights}: holds no LoRA factors (keys ending in lora_A.weight and lora_B.weight)")
+    stored = len(modules)
     if ties_targets(config.raw):
         modules = tied(modules, config, config_path)
     notes = (
         *(f"{field} is missing in the configuration; {value!r}, by the tensors" for field, value in guessed.items()),
         *(f"the keys hold {name}, a wrapper's name, which was left out" for name in wrappers),
+        *(
+            ("ensure_weight_tying: the head's copy of the embedding's factors is counted once",)
+            if len(modules) < stored
+            else ()
+        ),
         *_notes(modules, config, path, directory),
     )
     return LoraAdapter(Path(path), weights, config, modules, carried, notes)

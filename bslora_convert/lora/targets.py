@@ -7,6 +7,7 @@ from typing import Any
 from bslora_convert.lora.fields import SELECTS, is_set
 from bslora_convert.lora.names import key_for
 
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")  # of the targets that make PEFT tie
 EVERY_LINEAR = "all-linear"
 LAYER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
 
@@ -21,9 +22,24 @@ def target_fields(names: Collection[str], raw: Mapping[str, Any]) -> dict[str, A
     spelled_out = (
         isinstance(targets, list) and set(map(str, targets)) == set(names) and all("." in name for name in names)
     )
-    if targets and not spelled_out and all(selects(raw, name) for name in names):
+    ties = ties_targets(raw)
+    if targets and not (spelled_out and not ties) and all(selects(raw, name) for name in names):
         return {field: _ordered(raw[field]) for field in SELECTS if is_set(raw.get(field)) or raw.get(field) == 0}
-    return {"target_modules": rf"(?:.*\.)?(?:{key_for(names, (), specific=True)})"}
+    expression = rf"(?:.*\.)?(?:{key_for(names, (), specific=True)})"
+    return {"target_modules": f"{expression}|{EMBEDDING_LAYER_NAMES[0]}" if ties else expression}
+
+
+def ties_targets(raw: Mapping[str, Any]) -> bool:
+    """Whether PEFT ties the adapter of a tied embedding to the head's, by its rule: a target has one of two bare names."""
+    if not raw.get("ensure_weight_tying") or _names_embedding(raw.get("modules_to_save")):
+        return False
+    targets = raw.get("target_modules")
+    if not isinstance(targets, str):
+        return _names_embedding(targets)
+    try:
+        return any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def selects(raw: Mapping[str, Any], name: str) -> bool:
@@ -51,6 +67,12 @@ def _in_layers(numbers: Any, patterns: Any, name: str) -> bool:
     expressions = [re.compile(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.") for pattern in patterns or ()] or [LAYER]
     match = next((found for expression in expressions if (found := expression.match(name))), None)
     return match is not None and int(match["number"]) in (numbers if isinstance(numbers, list) else [numbers])
+
+
+def _names_embedding(names: Any) -> bool:
+    return isinstance(names, list) and any(
+        isinstance(name, str) and name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in names
+    )
 
 
 def _ordered(value: Any) -> Any:

@@ -4,33 +4,18 @@ PEFT gives the tied head the embedding's own factors, transposed, and saves them
 by the embedding, whose kind says that what is tied to it gets it as well.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bslora_convert.errors import Refused
 from bslora_convert.lora.config import LoraConfig
 from bslora_convert.lora.module import LoraModule
+from bslora_convert.lora.targets import EMBEDDING_LAYER_NAMES
 
-EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")  # of the targets that make PEFT tie
 USUAL_HEAD = "lm_head"
-
-
-def ties_targets(raw: Mapping[str, Any]) -> bool:
-    """Whether PEFT ties the adapter of a tied embedding to the head's, by its rule."""
-    if not raw.get("ensure_weight_tying") or _named(raw.get("modules_to_save")):
-        return False
-    targets = raw.get("target_modules")
-    if isinstance(targets, str):
-        try:
-            return any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
-        except (re.error, RecursionError, OverflowError):
-            return False
-    return _named(targets)
 
 
 def tied(modules: Mapping[str, LoraModule], config: LoraConfig, path: Path) -> dict[str, LoraModule]:
@@ -59,12 +44,6 @@ def tied(modules: Mapping[str, LoraModule], config: LoraConfig, path: Path) -> d
         for name, module in modules.items()
         if name not in copies
     }
-
-
-def _named(names: Any) -> bool:
-    return isinstance(names, list) and any(
-        isinstance(name, str) and name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in names
-    )
 
 
 def _is_copy(head: LoraModule, embedding: LoraModule) -> bool:

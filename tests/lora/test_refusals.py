@@ -124,8 +124,8 @@ def test_real_trained_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("lora_dtype", "bfloat16"), ("lorap_lr_ratio", 16.0), ("lorap_emb_lr", 1e-06), ("loraplus_lr_ratio", 16),
-     ("learning_rate", 2e-4), ("unsloth_fixed", True), ("embedding_lr", 1e-5), ("num_train_epochs", 3), ("warmup_ratio", 0.1), ("random_state", 3407),
-     ("gradient_checkpointing", True), ("transformers_version", "5.0"), ("merge_weights", True)],
+     ("learning_rate", 2e-4), ("unsloth_fixed", True), ("embedding_lr", 1e-5), ("num_train_epochs", 3), ("warmup_ratio", 0.1),
+     ("random_state", 3407), ("gradient_checkpointing", True), ("transformers_version", "5.0"), ("merge_weights", True)],
 )  # fmt: skip
 def test_settings_of_trainers_change_no_update(tmp_path: Path, field: str, value: Any) -> None:
     assert load_lora(write_lora(tmp_path / "lora", random_products(layers=1), **{field: value})).modules

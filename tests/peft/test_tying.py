@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bslora_convert import Recipe, compress, load_lora
+from bslora_convert.behaviour.adapter import read_adapter
+from bslora_convert.behaviour.attach import Attached
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import Refused
 from tests.peft.routes import EXACT, logits, routes, same
@@ -66,6 +68,12 @@ def test_the_head_gets_what_the_embedding_gets(tmp_path: Path, targets: Any, onc
     for directory in ("compact", "expanded"):
         assert json.loads((tmp_path / directory / "adapter_config.json").read_text())["ensure_weight_tying"] is True
     assert "lm_head" not in load_compact(tmp_path / "compact").form.modules
+    assert any("counted once" in note for note in load_lora(lora).notes) != once
+    model, adapter = base(), read_adapter(lora)  # as verify runs the source
+    with Attached(model, adapter.form, adapter.carried, lora):
+        attached = logits(model)
+    expected = logits(PeftModel.from_pretrained(base(), str(lora)))
+    assert torch.allclose(attached, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,14 @@ def test_within_the_claimed_error(tmp_path: Path, recipe: Recipe) -> None:
     assert 0 < claimed < 0.9
     assert all(distance < 2 * claimed for distance in found.values())
     assert max(found.values()) - min(found.values()) < 0.01
+
+
+def test_targets_that_have_to_be_rewritten_still_tie(tmp_path: Path) -> None:
+    lora = source(tmp_path / "lora")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj", "lm_head"]}))
+    same(routes(base(), lora, tmp_path)[0])
+    assert isinstance(json.loads((tmp_path / "expanded" / "adapter_config.json").read_text())["target_modules"], str)
 
 
 def test_a_base_that_ties_nothing_has_two_updates(tmp_path: Path) -> None:
