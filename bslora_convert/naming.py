@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from bslora_convert.errors import InputError
+
 NUMBER = re.compile(r"\.(\d+)\.(?=[^.]+$)")  # of the expert: the last number of the name
 STACKING = frozenset({"MergeModulelist", "Concatenate"})
 
@@ -49,6 +51,21 @@ def places(names: Iterable[str], model: nn.Module) -> dict[str, Place]:
     found = {name: Place(name) for name in names if name in layers and not _is_slice(name, model)}
     missing = [name for name in names if name not in found]
     return found | _mapped(missing, model, layers) if missing else found
+
+
+def layers_of(names: Iterable[str], model: nn.Module) -> dict[str, nn.Module]:
+    """A model's layers by the adapter's names, whose inputs can be watched.
+
+    :raises InputError: for experts of a layer that stacks them, which have no inputs of their own.
+    """
+    found = places(names, model)
+    stacked = next((name for name, place in found.items() if place.slice is not None), None)
+    if stacked is not None:
+        raise InputError(
+            f"{stacked}: this model stacks its experts, so what one of them is fed can't be read; leave --calibration and "
+            "--prompts of it out"
+        )
+    return {name: model.get_submodule(place.name) for name, place in found.items()}
 
 
 def tied_heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
+from bslora_convert.bslora.factors import Factors
 from bslora_convert.errors import Refused
 from bslora_convert.lora.config import LoraConfig
 from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.targets import EMBEDDING_LAYER_NAMES
 
 USUAL_HEAD = "lm_head"
+OLD_LANGUAGE = "language_model."  # what the names of older vision-language models begin with, the head's too
 
 
 def tied(modules: Mapping[str, LoraModule], config: LoraConfig, path: Path) -> dict[str, LoraModule]:
@@ -32,7 +34,7 @@ def tied(modules: Mapping[str, LoraModule], config: LoraConfig, path: Path) -> d
     if set(heads) - copies:
         return dict(modules)
     for name, embedding in embeddings.items():
-        for head in copies or {USUAL_HEAD}:
+        for head in copies or {head_of(name)}:
             scaling = config.scaling(head, config.expected_rank(head))
             if scaling != embedding.scaling:
                 raise Refused(
@@ -44,6 +46,16 @@ def tied(modules: Mapping[str, LoraModule], config: LoraConfig, path: Path) -> d
         for name, module in modules.items()
         if name not in copies
     }
+
+
+def head_of(embedding: str) -> str:
+    """What the head that an embedding's weight is tied to is called, as transformers has it."""
+    return f"{OLD_LANGUAGE}{USUAL_HEAD}" if embedding.startswith(OLD_LANGUAGE) else USUAL_HEAD
+
+
+def head_copy(embedding: Factors) -> Factors:
+    """An embedding's update as PEFT saves it for the tied head: (vocabulary, r), (r, dim)."""
+    return Factors(embedding.a.T, embedding.b.T)
 
 
 def _is_copy(head: LoraModule, embedding: LoraModule) -> bool:

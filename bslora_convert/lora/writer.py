@@ -20,6 +20,7 @@ from bslora_convert.lora.keys import PREFIX
 from bslora_convert.lora.names import key_for
 from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.lora.targets import target_fields
+from bslora_convert.lora.tying import head_copy, head_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SIDES = {
@@ -40,29 +41,43 @@ def save_lora(
     """Writes `adapter_config.json` and `adapter_model.safetensors` into an existing directory.
 
     config: the source's own fields, of which those are taken over that mean the same. PEFT loads no rank 0: such a module gets a
-    rank of zeros; experts get as many as the largest rank asks for.
+    rank of zeros; experts get as many as the largest rank asks for. A tied embedding's factors stand there for the head as well,
+    as PEFT saves them.
     """
     largest = max(1, *(factors.rank for factors in modules.values()))
     stack = stacked(modules)
     modules = {name: factors.padded(largest if name in stack else 1) for name, factors in modules.items()}
+    copies = {
+        head: head_copy(factors)
+        for name, factors in modules.items()
+        if kinds[name] == "tied_embedding" and (head := head_of(name)) not in modules
+    }
     tensors = {PREFIX + name: tensor for name, tensor in carried.items()}
-    for name, factors in modules.items():
-        side_a, side_b = SIDES[kinds[name]]
+    for name, factors in (*modules.items(), *copies.items()):
+        side_a, side_b = SIDES[kinds.get(name, "linear")]
         tensors[f"{PREFIX}{name}.{side_a}"] = factors.a.to(dtype)
         tensors[f"{PREFIX}{name}.{side_b}"] = factors.b.to(dtype)
     write_tensors(directory / WEIGHTS_NAME, tensors)
-    text = json.dumps(peft_config({name: factors.rank for name, factors in modules.items()}, config), indent=2)
+    ranks = {name: factors.rank for name, factors in modules.items()}
+    tied = {name: factors.rank for name, factors in copies.items()}
+    text = json.dumps(peft_config(ranks, config, tied), indent=2)
     (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def peft_config(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A PEFT LoRA configuration for modules of these ranks: `r` is the largest, and each other rank has one pattern."""
+def peft_config(
+    ranks: Mapping[str, int], config: Mapping[str, Any], tied: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """A PEFT LoRA configuration for modules of these ranks: `r` is the largest, and each other rank has one pattern.
+
+    tied: ranks of heads that PEFT adapts by itself because they are tied, so that no target names them.
+    """
     largest = max(ranks.values())
+    every = {**ranks, **(tied or {})}
     by_rank: dict[int, list[str]] = {}
-    for name, rank in ranks.items():
+    for name, rank in every.items():
         by_rank.setdefault(rank, []).append(name)
     pattern = {
-        key_for(names, [name for name in ranks if ranks[name] != rank]): rank
+        key_for(names, [name for name in every if every[name] != rank]): rank
         for rank, names in sorted(by_rank.items(), reverse=True)
         if rank != largest
     }

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bslora_convert import Recipe, compress, load_lora
+from bslora_convert import Recipe, compress, expand, load_lora
 from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.bslora.storage import load_compact
@@ -87,6 +87,22 @@ def test_within_the_claimed_error(tmp_path: Path, recipe: Recipe) -> None:
     assert 0 < claimed < 0.9
     assert all(distance < 2 * claimed for distance in found.values())
     assert max(found.values()) - min(found.values()) < 0.01
+
+
+@pytest.mark.parametrize("recipe", [EXACT, Recipe(transform="none", budget=0.5, dtype="float32")])
+def test_loaders_that_fill_an_empty_adapter(tmp_path: Path, recipe: Recipe) -> None:
+    """They need every tensor in the file, the head's copy too."""
+    lora = source(tmp_path / "lora")
+    without_copies(lora)
+    compress(lora, tmp_path / "compact", recipe, report_html=False)
+    expand(tmp_path / "compact", tmp_path / "expanded")
+    expected = logits(PeftModel.from_pretrained(base(), str(tmp_path / "compact")))
+    for directory in ("compact", "expanded"):
+        model = PeftModel.from_pretrained(base(), str(tmp_path / directory), low_cpu_mem_usage=True)
+        assert torch.allclose(logits(model), expected, atol=1e-3)
+        through_transformers = base()
+        through_transformers.load_adapter(str(tmp_path / directory))
+        assert torch.allclose(logits(through_transformers), expected, atol=1e-3)
 
 
 def test_targets_that_have_to_be_rewritten_still_tie(tmp_path: Path) -> None:
