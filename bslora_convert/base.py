@@ -64,13 +64,15 @@ def _slice_shape(holder: nn.Module, place: Slice, name: str, what: object) -> Sh
     :raises InputError: when the experts were not only stacked.
     """
     weight = getattr(holder, place.parameter, None)
+    if place.expert is None and isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[1]
     if not place.is_plain or not isinstance(weight, Tensor) or weight.ndim != 3:
         raise InputError(
             f"{what}: {name} is one expert's adapter, and the base model holds its experts fused in {place.holder} in a way that "
             "compact adapters can't be put on; `expand` it and load the LoRA with PEFT"
         )
     experts, rows, width = weight.shape
-    return (rows // place.parts, width) if place.expert < experts else None
+    return (rows // place.parts, width) if (place.expert or 0) < experts else None
 
 
 def _named(names: Iterable[str]) -> str:

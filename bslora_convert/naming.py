@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bslora_convert.errors import InputError
 
 NUMBER = re.compile(r"\.(\d+)\.(?=[^.]+$)")  # of the expert: the last number of the name
+WEIGHT = "weight"
 STACKING = frozenset({"MergeModulelist", "Concatenate"})
 
 
@@ -20,12 +21,13 @@ STACKING = frozenset({"MergeModulelist", "Concatenate"})
 class Slice:
     """One expert's share of a stacked parameter: `holder.parameter[expert]`, the part-th of `parts` blocks of rows.
 
+    expert: None where the parameter is a matrix and all of it is meant, a router's for instance.
     is_plain: whether stacking is all that was done to it.
     """
 
     holder: str
     parameter: str
-    expert: int
+    expert: int | None
     part: int
     parts: int
     is_plain: bool
@@ -39,6 +41,11 @@ class Place:
     slice: Slice | None = None
 
     @property
+    def child(self) -> list[str]:
+        """The parts of the name below the module that is to be changed."""
+        return self.name.removeprefix(f"{self.layer}.").split(".") if self.slice else []
+
+    @property
     def layer(self) -> str:
         """The module of the model that is to be changed."""
         return self.name if self.slice is None else self.slice.holder
@@ -50,7 +57,14 @@ def places(names: Iterable[str], model: nn.Module) -> dict[str, Place]:
     names = list(names)
     found = {name: Place(name) for name in names if name in layers and not _is_slice(name, model)}
     missing = [name for name in names if name not in found]
-    return found | _mapped(missing, model, layers) if missing else found
+    whole = {
+        name: Place(name) for name in missing if name.removesuffix(f".{WEIGHT}") in layers and name.endswith(WEIGHT)
+    }
+    found |= {name: Place(name.removesuffix(f".{WEIGHT}")) for name in whole}
+    missing = [name for name in missing if name not in whole]
+    if missing:
+        found |= _mapped(missing, model, layers)
+    return {name: _as_matrix(place, model) for name, place in found.items()}
 
 
 def layers_of(names: Iterable[str], model: nn.Module) -> dict[str, nn.Module]:
@@ -82,6 +96,17 @@ def is_input_embedding(model: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer is the one that a tied head shares its weight with."""
     find: Any = getattr(model, "get_input_embeddings", None)
     return find is not None and find() is layer
+
+
+def _as_matrix(place: Place, model: nn.Module) -> Place:
+    """A layer that is no linear one but holds a matrix, as a router under transformers 5 does, by its parameter."""
+    layer: Any = model.get_submodule(place.layer)
+    layer = getattr(layer, "base_layer", layer)
+    plain = isinstance(layer, nn.Embedding) or any(hasattr(layer, size) for size in ("in_features", "nx"))
+    weight = getattr(layer, WEIGHT, None)
+    if place.slice is not None or plain or not isinstance(weight, Tensor) or weight.ndim != 2:
+        return place
+    return Place(f"{place.name}.{WEIGHT}", Slice(place.name, WEIGHT, None, 0, 1, is_plain=True))
 
 
 def _is_slice(name: str, model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ class _Added(nn.Module):
         self.deltas = deltas
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The parameter (experts, parts · out, in) with the updates in place."""
+        """The parameter (experts, parts · out, in), or a matrix (out, in), with the updates in place."""
         total = torch.zeros(weight.shape, dtype=next(iter(self.deltas.values())).dtype, device=weight.device)
         for place, delta in self.deltas.items():
             rows_of(total, place).add_(delta.to(weight.device))
@@ -27,6 +27,8 @@ class _Added(nn.Module):
 
 def rows_of(weight: Tensor, place: Slice) -> Tensor:
     """One expert's part of a stacked parameter as a view: (out, in)."""
+    if place.expert is None:
+        return weight
     rows = weight.shape[1] // place.parts
     return weight[place.expert, place.part * rows : (place.part + 1) * rows]
 

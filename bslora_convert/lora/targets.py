@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from bslora_convert.lora.experts import stacked
 from bslora_convert.lora.fields import SELECTS, is_set
 from bslora_convert.lora.names import key_for
 
@@ -16,7 +17,7 @@ def target_fields(names: Collection[str], raw: Mapping[str, Any]) -> dict[str, A
     """The fields that say that these modules are adapted.
 
     The source's own where they do; else, and in place of whole names, an expression that matches each module whatever its name
-    begins with.
+    begins with, or the last parts of names where there are experts.
     """
     targets = raw.get("target_modules")
     spelled_out = (
@@ -25,6 +26,8 @@ def target_fields(names: Collection[str], raw: Mapping[str, Any]) -> dict[str, A
     ties = ties_targets(raw)
     if targets and not (spelled_out and not ties) and all(selects(raw, name) for name in names):
         return {field: _ordered(raw[field]) for field in SELECTS if is_set(raw.get(field)) or raw.get(field) == 0}
+    if stacked(names):  # PEFT finds stacked experts by the last part of a target only
+        return {"target_modules": sorted({name.rpartition(".")[2] for name in names})}
     expression = rf"(?:.*\.)?(?:{key_for(names, (), specific=True)})"
     return {"target_modules": f"{expression}|{EMBEDDING_LAYER_NAMES[0]}" if ties else expression}
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bslora_convert.naming import Slice
+from bslora_convert.naming import Place, Slice
 from bslora_convert.peft.layer import BsloraLayer
 from bslora_convert.stacked import added, rows_of
 
@@ -62,17 +62,18 @@ class BsloraExperts(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
-    def layer(self, place: Slice, name: str) -> ExpertLayer:
-        """The layer of one expert's projection, made when the first adapter needs it."""
-        if str(place.expert) not in self._modules:
-            self.register_module(str(place.expert), nn.ModuleDict())
-        projections = self._modules[str(place.expert)]
-        assert isinstance(projections, nn.ModuleDict)
-        if name not in projections:
-            projections[name] = ExpertLayer(ExpertWeight(self.base_layer, place))
-        found = projections[name]
-        assert isinstance(found, ExpertLayer)
-        return found
+    def layer(self, place: Place) -> ExpertLayer:
+        """The layer of one expert's projection, made when the first adapter needs it: `experts.3.w1`, or `gate.weight`."""
+        assert place.slice is not None  # that is what the experts are here for
+        *path, last = place.child
+        parent: nn.Module = self
+        for part in path:
+            if part not in parent._modules:
+                parent.register_module(part, nn.Module())
+            parent = cast(nn.Module, parent._modules[part])
+        if last not in parent._modules:
+            parent.register_module(last, ExpertLayer(ExpertWeight(self.base_layer, place.slice)))
+        return cast(ExpertLayer, parent._modules[last])
 
     def layers(self) -> list[ExpertLayer]:
         """Every expert's projections that are adapted."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bslora_convert.base import check_fits
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
-from bslora_convert.naming import Slice, is_input_embedding, tied_heads
+from bslora_convert.naming import Place, is_input_embedding, tied_heads
 from bslora_convert.peft.experts import BsloraExperts
 from bslora_convert.peft.layer import BASE, BsloraLayer, Owner
 
@@ -36,10 +36,10 @@ class BsloraModel(BaseTuner):
         peft_config.rename({name: place.name for name, place in found.items()})
         self._layout: Layout = peft_config.layout()
         self._owners: dict[tuple[str, str], Owner] = {}
-        self._experts: dict[str, dict[str, Slice]] = {}
+        self._experts: dict[str, list[Place]] = {}
         for place in found.values():
             if place.slice is not None:
-                self._experts.setdefault(place.slice.holder, {})[place.name] = place.slice
+                self._experts.setdefault(place.layer, []).append(place)
         peft_config.layers = frozenset(place.layer for place in found.values())
         tied = [name for name, entry in self._layout.modules.items() if entry.kind == "tied_embedding"]
         heads = [name for name in tied_heads(model) if name not in self._layout.modules]
@@ -75,8 +75,8 @@ class BsloraModel(BaseTuner):
         """Puts one module's part of an adapter on its layer, which is wrapped the first time."""
         if current_key in self._experts:
             holder = target if isinstance(target, BsloraExperts) else BsloraExperts(target)
-            for name, place in self._experts[current_key].items():
-                self._put(peft_config, adapter_name, holder.layer(place, name.rpartition(".")[2]), name)
+            for place in self._experts[current_key]:
+                self._put(peft_config, adapter_name, holder.layer(place), place.name)
             self._replaced(adapter_name, target_name, parent, target, holder)
             return
         layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target)

@@ -80,6 +80,13 @@ def test_every_route_gives_the_same_model(tmp_path: Path, family: str) -> None:
     same(routes(base(family), adapter(tmp_path / "lora", family), tmp_path)[0])
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|v_proj|w1|w2|w3)", "spelled out"])
+def test_targets_said_otherwise(tmp_path: Path, targets: str) -> None:
+    names = shapes("mixtral")
+    said = list(names) if targets == "spelled out" else targets
+    same(routes(base("mixtral"), write(tmp_path / "lora", names, target_modules=said), tmp_path)[0])
+
+
 @torch.no_grad()
 def by_hand(family: str, lora: Path) -> torch.Tensor:
     """Logits with every update added to the base's weights, stacked ones too."""
@@ -131,14 +138,22 @@ def test_ranks_that_vary(tmp_path: Path, family: str, recipe: Recipe) -> None:
     assert len({module.rank for name, module in modules.items() if ".experts." in name}) == 1
 
 
-def test_a_router_that_is_adapted(tmp_path: Path) -> None:
-    lora = adapter(tmp_path / "lora", "mixtral", router=True)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_router_that_is_adapted(tmp_path: Path, family: str) -> None:
+    lora = adapter(tmp_path / "lora", family, router=True)
+    same(routes(base(family), lora, tmp_path / "whole")[0])
+    model = PeftModel.from_pretrained(base(family), str(tmp_path / "whole" / "compact"))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(PeftModel.from_pretrained(base(family), str(tmp_path / "again"))), logits(model))
     compress(lora, tmp_path / "compact", Recipe(transform="none", budget=0.5, dtype="float32"), report_html=False)
     expand(tmp_path / "compact", tmp_path / "expanded")
     modules = load_lora(tmp_path / "expanded").modules
     largest = max(module.rank for module in modules.values())
     assert {m.rank for n, m in modules.items() if ".experts." in n or n.endswith(".gate")} == {largest}
-    assert logits(PeftModel.from_pretrained(base("mixtral"), str(tmp_path / "expanded"))).isfinite().all()
+    first, second = (
+        logits(PeftModel.from_pretrained(base(family), str(tmp_path / name))) for name in ("compact", "expanded")
+    )
+    assert torch.allclose(first, second, atol=1e-4)
 
 
 def test_compact_experts_are_merged_saved_switched_and_trained(tmp_path: Path) -> None:
