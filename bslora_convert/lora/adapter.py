@@ -32,9 +32,9 @@ LARGEST_SCALING = 1e6
 FOREIGN = {
     "lora_magnitude_vector": "DoRA rescales the base weight, so its update is not B·A",
     "lora_B.bias": "lora_bias adds a bias that low-rank factors can't hold",
-    "lora_E": "AdaLoRA holds a third factor",
+    "lora_E": "AdaLoRA holds a third factor; merge it into its base model instead",
     "lora_diag": "KaSA holds a third factor",
-    "lora_ranknum": "AdaLoRA holds a third factor",
+    "lora_ranknum": "AdaLoRA holds a third factor; merge it into its base model instead",
 }
 
 
@@ -181,6 +181,11 @@ def _module(
         raise InputError(f"{path}: tensor {sides[present][0]}: its partner lora_{missing} is missing")
     (key_a, a), (key_b, b) = sides["A"], sides["B"]
     for key, tensor in ((key_a, a), (key_b, b)):
+        if tensor.ndim == 3 and a.ndim == 2:
+            raise Refused(
+                f"{path}: tensor {key} has 3 dimensions beside a matrix {key_a}: factors of a fused QKV layer (PEFT < 0.3); "
+                "merge it into its base with that version"
+            )
         if tensor.ndim > 2:
             raise Refused(f"{path}: tensor {key} has {tensor.ndim} dimensions: convolution adapters are not converted")
         if tensor.ndim < 2 or 0 in tensor.shape:

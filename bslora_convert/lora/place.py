@@ -106,6 +106,8 @@ def _of_file(path: Path) -> tuple[Path, Path]:
         return locate(path.parent) if path.name == CONFIG_NAME else _refused_shard(path)
     if path.suffix == ".gguf":
         raise Refused(f"{path}: a GGUF file; give the PEFT adapter that it was made from")
+    if path.name == MLX_WEIGHTS:
+        refuse_other_formats(path.parent)
     if not (path.parent / CONFIG_NAME).is_file():
         refuse_by_keys(path, _keys(path))
         raise InputError(

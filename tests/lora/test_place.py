@@ -76,7 +76,11 @@ def test_other_formats_are_called_by_their_name(tmp_path: Path, name: str) -> No
     make(tmp_path)
     for path in (
         tmp_path,
-        *(file for file in tmp_path.iterdir() if "kohya" in name or "gguf" in file.name or "-of-" in file.name),
+        *(
+            file
+            for file in tmp_path.iterdir()
+            if "kohya" in name or "gguf" in file.name or "adapters." in file.name or "-of-" in file.name
+        ),
     ):
         with pytest.raises(Refused) as caught:
             load_lora(path)

@@ -235,3 +235,10 @@ def test_multihead_attention(tmp_path: Path) -> None:
     get_peft_model(Model(), LoraConfig(target_modules=["mha"], r=2)).save_pretrained(tmp_path)
     with pytest.raises(Refused, match="MultiheadAttention"):
         load_lora(tmp_path)
+
+
+def test_grouped_factors_of_a_fused_layer(tmp_path: Path) -> None:
+    start = "base_model.model.transformer.h.0.attn.c_attn"
+    extra = {f"{start}.lora_A.weight": torch.ones(4, 8), f"{start}.lora_B.weight": torch.ones(24, 4, 1)}
+    lora = write_lora(tmp_path / "lora", {}, extra=extra)
+    refused(lora, "adapter_model.safetensors", f"{start}.lora_B.weight", "fused QKV", "merge it")
