@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.layout import Entry
 from bslora_convert.errors import InputError
+from bslora_convert.naming import Place, Slice, places
 
 NAMED = 3  # missing modules that an error names
 
@@ -30,21 +31,23 @@ def is_transposed(layer: nn.Module) -> bool:
     return hasattr(layer, "nf") or isinstance(layer, nn.Embedding)
 
 
-def check_fits(modules: Mapping[str, Entry], model: nn.Module, what: object) -> None:
-    """Refuses a base model that an adapter was not made for.
+def check_fits(modules: Mapping[str, Entry], model: nn.Module, what: object) -> dict[str, Place]:
+    """Where a base model has an adapter's modules; a model that the adapter was not made for is refused.
 
     :raises InputError: naming the first modules that are missing or have another shape.
     """
-    layers = dict(model.named_modules())
-    missing = [name for name in modules if name not in layers]
+    found = places(modules, model)
+    missing = [name for name in modules if name not in found]
     if missing:
         raise InputError(
             f"{what}: the base model has no {_named(missing)}; "
             f"{len(missing)} of {len(modules)} adapted modules are missing, so the adapter was made for another model"
         )
+    layers = dict(model.named_modules())
     for name, entry in modules.items():
-        layer = cast(nn.Module, getattr(layers[name], "base_layer", layers[name]))
-        shape = layer_shape(layer)
+        place = found[name]
+        layer = cast(nn.Module, getattr(layers[place.layer], "base_layer", layers[place.layer]))
+        shape = layer_shape(layer) if place.slice is None else _slice_shape(layer, place.slice, name, what)
         if shape is None:
             raise InputError(f"{what}: {name} is a {type(layer).__name__} in the base model, which can't be adapted")
         if shape != entry.shape:
@@ -52,6 +55,24 @@ def check_fits(modules: Mapping[str, Entry], model: nn.Module, what: object) -> 
                 f"{what}: {name} is {shape[0]} x {shape[1]} in the base model, {entry.shape[0]} x {entry.shape[1]} in the "
                 "adapter; it was made for a model of another size"
             )
+    return found
+
+
+def _slice_shape(holder: nn.Module, place: Slice, name: str, what: object) -> Shape | None:
+    """(out, in) of one expert's part of a stacked parameter; None where that expert is missing.
+
+    :raises InputError: when the experts were not only stacked.
+    """
+    weight = getattr(holder, place.parameter, None)
+    if place.expert is None and isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[1]
+    if not place.is_plain or not isinstance(weight, Tensor) or weight.ndim != 3:
+        raise InputError(
+            f"{what}: {name} is one expert's adapter, and the base model holds its experts fused in {place.holder} in a way that "
+            "compact adapters can't be put on; `expand` it and load the LoRA with PEFT"
+        )
+    experts, rows, width = weight.shape
+    return (rows // place.parts, width) if (place.expert or 0) < experts else None
 
 
 def _named(names: Iterable[str]) -> str:

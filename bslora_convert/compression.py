@@ -83,7 +83,7 @@ def compress(
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
-    adapter = load_source(source, recipe) if is_official(source) else load_lora(source)
+    adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     workshop = _open(source, recipe, progress)
     # Hashing runs beside the fit: both leave the interpreter lock.
@@ -140,7 +140,7 @@ def _open(source: str | Path, recipe: Recipe, progress: Progress) -> "Workshop |
         return None
     from bslora_convert.behaviour.workshop import open_workshop
 
-    return open_workshop(source, recipe.base_model, recipe.device, "auto", progress)
+    return open_workshop(source, recipe.base_model, recipe.device, "auto", progress, scaling=recipe.scaling)
 
 
 def _improve(

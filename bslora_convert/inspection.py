@@ -20,23 +20,19 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.tensorfile import dtype_name, read_tensors
 from bslora_convert.fit.convert import measure
-from bslora_convert.lora.adapter import (
-    CONFIG_NAME,
-    EMBEDDING_FACTOR,
-    FACTOR,
-    LoraAdapter,
-    canonical,
-    load_lora,
-    locate,
-)
+from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
+from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.result import bases_record
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
 SLOT_BYTES = 2  # bf16 and fp16 slots
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> dict[str, Any]:
     """Describes a LoRA directory, a compact one or one in the BSLoRA authors' layout.
+
+    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
 
     :raises InputError: when files are missing or damaged.
     """
@@ -51,7 +47,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     try:
         if kind == OFFICIAL_TYPE:
             return _official(load_official(path))
-        adapter = load_lora(path)
+        adapter = load_lora(path, alpha=lora_alpha, rslora=use_rslora)
     except Refused as refusal:
         reasons = [str(refusal)]
     result = {
@@ -176,8 +172,10 @@ def _raw(weights: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of an adapter that can't be read as what it says it is."""
     parts: dict[str, int] = {}
     ranks, modules, parameters = [], set(), 0
-    for key, tensor in read_tensors(weights).items():
-        name = canonical(key)
+    tensors = read_tensors(weights)
+    names, _ = names_of(tensors)
+    for key, tensor in tensors.items():
+        name = names[key]
         official = KEY.match(name)
         match = official or FACTOR.match(name) or EMBEDDING_FACTOR.match(name)
         if match:

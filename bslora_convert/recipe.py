@@ -27,6 +27,7 @@ class Recipe:
     together, `bits` codes everything in one width.
     `calibration` and `finetune` are prompt files; they need `base_model`.
     `groups` is `layer`, `auto` or a file of groups: who shares on the intra level.
+    `lora_alpha` and `use_rslora` are the source's scaling where its configuration lacks them.
     `local_ranks` is adaptive for a budget or an error, uniform for ranks given by hand, unless it is set.
 
     :raises RecipeError: naming the field, its value and what is allowed.
@@ -51,6 +52,8 @@ class Recipe:
     finetune: str | None = None
     device: str = "auto"
     seed: int = 0
+    lora_alpha: float | None = None
+    use_rslora: bool | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -111,6 +114,11 @@ class Recipe:
             object.__setattr__(self, "min_shared", 0 if self.transform in ("auto", "none") else 1)
 
     @property
+    def scaling(self) -> dict[str, Any]:
+        """What `load_lora` is told of the source's scaling."""
+        return {"alpha": self.lora_alpha, "rslora": self.use_rslora}
+
+    @property
     def is_coded(self) -> bool:
         """Whether numbers are stored in codes."""
         return self.bytes is not None or self.bits is not None
@@ -138,6 +146,10 @@ class Recipe:
             raise RecipeError(
                 f"max_error is {self.max_error!r}: a relative error, 0 < max_error < 1, is allowed", "max_error"
             )
+        if self.lora_alpha is not None and not _is_number(self.lora_alpha):
+            raise RecipeError(f"lora_alpha is {self.lora_alpha!r}: a finite number is allowed", "lora_alpha")
+        if self.use_rslora not in (None, True, False):
+            raise RecipeError(f"use_rslora is {self.use_rslora!r}: true or false is allowed", "use_rslora")
         if self.ranks is not None:
             ranks = tuple(self.ranks)
             if len(ranks) != 3 or not all(_is_whole(rank) and 0 <= rank <= LARGEST_RANK for rank in ranks):
@@ -205,7 +217,7 @@ class Recipe:
             if field.name == "transform" or value is None or (not sizes and value == getattr(plain, field.name)):
                 continue
             text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-            words += [f"--{field.name.replace('_', '-')}", text]
+            words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [text])]
         return words
 
 

@@ -247,3 +247,24 @@ def test_the_python_api_is_functions_whatever_was_imported_before() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", ["compress", "inspect", "analyze", "compare", "batch"])
+def test_a_scaling_that_the_file_lacks_can_be_given(tmp_path: Path, verb: str) -> None:
+    lora = write_lora(tmp_path / "library" / "lora", random_products(rank=2))
+    path = lora / "adapter_config.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "lora_alpha"})
+    )
+    arguments = {
+        "compress": [str(lora), str(tmp_path / "out"), "--transform", "none", "--no-report-html"],
+        "inspect": [str(lora)],
+        "analyze": [str(lora), "--draws", "2"],
+        "compare": [str(lora), "--budgets", "0.5", "--forms", "svd_adaptive"],
+        "batch": [str(lora.parent), str(tmp_path / "out"), "--transform", "none", "--workers", "0", "--no-report-html"],
+    }[verb]
+    refused = run(verb, *arguments)
+    assert refused.exit_code != 0
+    assert "lora_alpha is missing" in refused.output + refused.stderr
+    given = run(verb, *arguments, "--lora-alpha", "4", *(["--retry-failed"] if verb == "batch" else []))
+    assert given.exit_code == 0, given.output + given.stderr

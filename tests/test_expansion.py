@@ -14,6 +14,8 @@ from bslora_convert.compression import compress
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.expansion import expand
 from bslora_convert.lora import load_lora
+from bslora_convert.lora.config import LoraConfig
+from bslora_convert.lora.writer import peft_config
 from bslora_convert.recipe import Recipe
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
@@ -81,7 +83,8 @@ def test_scaling_is_one_for_every_reader(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "my-org/my-model"
     for name, module in load_lora(tmp_path / "lora").modules.items():
         assert module.scaling == 1.0
-        assert module.rank == config["rank_pattern"].get(name, config["r"])
+        assert module.rank == LoraConfig.parse(config, tmp_path).expected_rank(name)
+    assert config["r"] == max(module.rank for module in load_lora(tmp_path / "lora").modules.values())
 
 
 def test_rank_truncates_and_uniform_pads(tmp_path: Path) -> None:
@@ -128,9 +131,6 @@ def test_bad_ranks_are_named(tmp_path: Path) -> None:
 
 def test_names_that_end_alike_keep_their_own_rank(tmp_path: Path) -> None:
     """PEFT lets a pattern match the end of a longer name; the longer name's own pattern must come first."""
-    from bslora_convert.lora.config import LoraConfig
-    from bslora_convert.lora.writer import peft_config
-
     ranks = {"layers.0.q": 4, "decoder.layers.0.q": 5, "other": 1, "another": 1}
     config = LoraConfig.parse(peft_config(ranks, {}), tmp_path)
     for name, rank in ranks.items():

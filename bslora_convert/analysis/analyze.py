@@ -34,6 +34,8 @@ def analyze(
     draws: int = 8,
     device: str = "auto",
     seed: int = 0,
+    lora_alpha: float | None = None,
+    use_rslora: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def analyze(
     out: a directory for `analysis.json`, `analysis.html` and the plots; nothing is written without it.
     beside: further LoRAs whose A are compared with this one's. base_model, prompts: adds the entropy similarity of what the
     modules put out on these prompts. draws: random adapters behind each z-score.
+    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
 
     :raises InputError: when something is missing or damaged. :raises Refused: when the adapter can't be read faithfully.
     :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
@@ -59,7 +62,8 @@ def analyze(
 
         rows = Prompts.read(prompts, limit)
     progress("reading", 0, 0)
-    adapter = load_lora(lora)
+    scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
+    adapter = load_lora(lora, **scaling)
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     others = {str(path): load_lora(path) for path in beside}
@@ -70,7 +74,7 @@ def analyze(
         from bslora_convert.behaviour.activations import activation_pools
         from bslora_convert.behaviour.workshop import open_workshop
 
-        workshop = open_workshop(lora, str(base_model), device, "auto", progress)
+        workshop = open_workshop(lora, str(base_model), device, "auto", progress, scaling=scaling)
         pools = activation_pools(workshop, rows)
         record["activations"] = {"rows": len(rows.rows), **_rmi(source, pools)}
     record["recommendation"] = recommendation.sentences(record)

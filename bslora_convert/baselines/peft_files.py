@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bslora_convert.files.tensorfile import write_tensors
-from bslora_convert.lora.adapter import CONFIG_NAME
+from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.lora.writer import WEIGHTS_NAME
 
 INHERITED = ("base_model_name_or_path", "fan_in_fan_out", "revision", "task_type")

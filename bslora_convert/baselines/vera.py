@@ -34,7 +34,7 @@ from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.fit.lowrank import Grams
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
-from bslora_convert.lora.adapter import PREFIX
+from bslora_convert.lora.keys import PREFIX
 
 LARGEST_RANK = 1024
 SWEEPS = 100

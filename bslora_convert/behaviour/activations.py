@@ -10,6 +10,7 @@ from bslora_convert.analysis.entropy import NOTHING, Pool
 from bslora_convert.behaviour.prompts import Prompts, batches
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.bslora.factors import Factors
+from bslora_convert.naming import layers_of
 
 
 def activation_pools(workshop: Workshop, prompts: Prompts) -> dict[str, Pool]:
@@ -41,9 +42,10 @@ def _watching(model: nn.Module, modules: Mapping[str, object], pools: dict[str, 
 
         return see
 
+    layers = layers_of(modules, model)
     with ExitStack() as stack:
         for name, module in modules.items():
-            layer = model.get_submodule(name)
+            layer = layers[name]
             factors = module.local.to(torch.float32, next(layer.parameters()).device)  # type: ignore[attr-defined]
             stack.callback(layer.register_forward_hook(hook(name, factors)).remove)
         yield

@@ -28,8 +28,12 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
 
-def read_adapter(path: str | Path, *, accept_changed: bool = False) -> Adapter:
-    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory. accept_changed: as for `load_compact`.
+def read_adapter(
+    path: str | Path, *, accept_changed: bool = False, alpha: float | None = None, rslora: bool | None = None
+) -> Adapter:
+    """Reads a compact directory, `LIBRARY::ID` or a plain LoRA directory.
+
+    accept_changed: as for `load_compact`. alpha, rslora: as for `load_lora`.
 
     :raises InputError: when it is missing or damaged. :raises Refused: when it is a LoRA of a kind that can't be read faithfully.
     """
@@ -41,7 +45,7 @@ def read_adapter(path: str | Path, *, accept_changed: bool = False) -> Adapter:
         name = compact.config.get("base_model_name_or_path")
         digest = sha256(path / WEIGHTS_NAME)
         return Adapter(path, "bslora", compact.form, compact.carried, name, digest, compact.notes)
-    lora = load_lora(path)
+    lora = load_lora(path, alpha=alpha, rslora=rslora)
     modules = {name: Module(module.shape, module.factors(), {}, module.kind) for name, module in lora.modules.items()}
     name = lora.config.raw.get("base_model_name_or_path")
     return Adapter(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256(lora.weights))

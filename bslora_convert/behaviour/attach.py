@@ -1,6 +1,7 @@
 """A form on a model through forward hooks: no PEFT, nothing replaced, and taken off again without a trace."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -8,14 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bslora_convert.base import check_fits
-from bslora_convert.bslora.factors import Factors
+from bslora_convert.bslora.factors import Factors, Use
 from bslora_convert.bslora.form import BsloraForm
-from bslora_convert.bslora.forward import add_lookup, add_update
+from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import load_compact
+from bslora_convert.bslora.transforms import Transform
 from bslora_convert.errors import InputError
+from bslora_convert.naming import Slice, is_input_embedding, places, tied_heads
+from bslora_convert.stacked import added
+
+Parts = tuple[Factors, Transform | None, list[Use]]
 
 
 class Attached:
@@ -28,15 +35,32 @@ class Attached:
 
         :raises InputError: when the model is not the one that the adapter was made for.
         """
-        check_fits(Layout.of(form).modules, model, what)
+        found = check_fits(Layout.of(form).modules, model, what)
         self.carried = carried
-        self._swaps = [_swap(model, name, tensor, what) for name, tensor in carried.items()]
+        owners = {name: _owner(name) for name in carried}
+        known = places(owners.values(), model)
+        self._swaps = [
+            _swap(model, known[owners[name]].name if owners[name] in known else owners[name], name, tensor, what)
+            for name, tensor in carried.items()
+        ]
         self._enabled = False
         moved = _Moved()
-        self._handles = [
-            model.get_submodule(name).register_forward_hook(self._hook(form, name, model.get_submodule(name), moved))
-            for name in form.modules
-        ]
+        self._handles: list[RemovableHandle] = []
+        stacks: dict[str, dict[Slice, Parts]] = {}
+        for name, module in form.modules.items():
+            place, layer = found[name], model.get_submodule(found[name].layer)
+            parts = moved.parts(form, name, next(layer.parameters()).device)
+            if place.slice is not None:
+                stacks.setdefault(place.slice.holder, {})[place.slice] = parts
+                continue
+            scale = getattr(layer, "embed_scale", None)
+            add = add_update if module.kind == "linear" else partial(add_lookup, scale=scale)
+            self._handles.append(layer.register_forward_hook(self._hook(add, parts)))
+            if module.kind == "tied_embedding" and is_input_embedding(model, layer):
+                heads = [head for head_name, head in tied_heads(model).items() if head_name not in form.modules]
+                self._handles += [head.register_forward_hook(self._hook(add_head, parts)) for head in heads]
+        for holder, of in stacks.items():
+            self._handles += self._stack(model.get_submodule(holder), of)
         self.enabled = enabled
 
     @property
@@ -65,21 +89,26 @@ class Attached:
     ) -> None:
         self.enabled = False
 
-    def _hook(self, form: BsloraForm, name: str, layer: nn.Module, moved: "_Moved") -> Callable[..., Any]:
-        module = form.modules[name]
-        weight = next(layer.parameters())
-        to = partial(moved, device=weight.device)
-        local = to(module.local)
-        uses = [
-            (to(form.pair(level, path.group)), {key: moved.tensor(t, weight.device) for key, t in path.own.items()})
-            for level, path in module.paths.items()
-        ]
-        add = add_lookup if module.kind == "embedding" else add_update
-
+    def _hook(self, add: Callable[..., Tensor], parts: Parts) -> Callable[..., Any]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return add(output, inputs[0], local, form.transform, uses) if self._enabled else output
+            return add(output, inputs[0], *parts) if self._enabled else output
 
         return hook
+
+    def _stack(self, holder: nn.Module, of: Mapping[Slice, Parts]) -> list[RemovableHandle]:
+        """Hooks around the layer that holds stacked experts: their updates are on its parameters while it runs."""
+        running: list[AbstractContextManager[None]] = []
+
+        def before(*_: Any) -> None:
+            if self._enabled:
+                running.append(added(holder, {place: dense(*parts) for place, parts in of.items()}))
+                running[-1].__enter__()
+
+        def after(*_: Any) -> None:
+            if running:
+                running.pop().__exit__(None, None, None)
+
+        return [holder.register_forward_pre_hook(before), holder.register_forward_hook(after, always_call=True)]
 
 
 def load_into(model: nn.Module, directory: str | Path) -> Attached:
@@ -103,6 +132,15 @@ class _Moved:
     def __call__(self, factors: Factors, device: torch.device) -> Factors:
         return Factors(self.tensor(factors.b, device), self.tensor(factors.a, device))
 
+    def parts(self, form: BsloraForm, name: str, device: torch.device) -> Parts:
+        """One module's local factors, the transform and its uses of shared pairs, as the forward pass takes them."""
+        module = form.modules[name]
+        uses: list[Use] = [
+            (self(form.pair(level, path.group), device), {key: self.tensor(t, device) for key, t in path.own.items()})
+            for level, path in module.paths.items()
+        ]
+        return self(module.local, device), form.transform, uses
+
     def tensor(self, tensor: Tensor, device: torch.device) -> Tensor:
         """The tensor as the forward pass takes it."""
         key = (id(tensor), device)
@@ -111,9 +149,14 @@ class _Moved:
         return self._seen[key]
 
 
-def _swap(model: nn.Module, name: str, tensor: Tensor, what: object) -> Callable[[], Any]:
+def _owner(name: str) -> str:
+    """The module that a carried tensor belongs to."""
+    return name.replace(".base_layer.", ".").rpartition(".")[0]
+
+
+def _swap(model: nn.Module, path: str, name: str, tensor: Tensor, what: object) -> Callable[[], Any]:
     """A call that puts a whole weight of the adapter in the place of the model's and returns the call that puts it back."""
-    path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+    leaf = name.rpartition(".")[2]
     try:
         owner = model.get_submodule(path)
         old = owner.get_parameter(leaf)

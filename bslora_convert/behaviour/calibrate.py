@@ -18,6 +18,7 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit.metric import Moments
+from bslora_convert.naming import layers_of
 
 
 def collect(
@@ -103,9 +104,10 @@ def _watching(model: nn.Module, sums: Mapping[str, _Sum], mask: Tensor, gradient
 
         return see
 
+    layers = layers_of(sums, model)
     with ExitStack() as stack:
         for name, total in sums.items():
-            stack.callback(model.get_submodule(name).register_forward_hook(hook(total)).remove)
+            stack.callback(layers[name].register_forward_hook(hook(total)).remove)
         yield
 
 

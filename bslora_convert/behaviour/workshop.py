@@ -1,7 +1,9 @@
 """The base model with the original adapter on it, and the rows that are read for them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -83,9 +85,13 @@ def open_workshop(
     dtype: str = "auto",
     progress: Progress = silent,
     beside: Adapter | None = None,
+    scaling: Mapping[str, Any] | None = None,
 ) -> Workshop:
-    """The base model with the adapter at `source` on it; beside: an adapter that must be of the same base."""
-    reference = read_adapter(source)
+    """The base model with the adapter at `source` on it; beside: an adapter that must be of the same base.
+
+    scaling: what `load_lora` is told of a configuration that lacks it.
+    """
+    reference = read_adapter(source, **(scaling or {}))
     if beside is not None:
         check_pair(beside, reference)
     return Workshop(reference, base_model, device, dtype, progress)

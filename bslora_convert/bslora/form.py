@@ -18,7 +18,8 @@ from bslora_convert.bslora.transforms import Transform
 
 LEVELS = ("intra", "inter")
 PARTS = ("local", *LEVELS)
-KINDS = ("linear", "embedding")
+KINDS = ("linear", "embedding", "tied_embedding")  # tied: the head that shares its weight gets the update as well
+EMBEDDINGS = KINDS[1:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,30 @@ def add_update(y: Tensor, x: Tensor, local: Factors, transform: Transform | None
     return result.to(y.dtype).view(y.shape)
 
 
-def add_lookup(y: Tensor, ids: Tensor, local: Factors, transform: Transform | None, uses: Sequence[Use]) -> Tensor:
-    """Adds an embedding's update, y + (columns `ids` of ΔW): local a (r, vocabulary), b (dim, r); y (…, dim), ids (…)."""
+def add_lookup(
+    y: Tensor,
+    ids: Tensor,
+    local: Factors,
+    transform: Transform | None,
+    uses: Sequence[Use],
+    scale: Tensor | float | None = None,
+) -> Tensor:
+    """Adds an embedding's update, y + (columns `ids` of ΔW): local a (r, vocabulary), b (dim, r); y (…, dim), ids (…).
+
+    scale: what the layer multiplies its rows by, as Gemma's does.
+    """
     result = y.to(local.a.dtype)
     for part in (local, *_terms(local, transform, uses)):
-        result = result + embedding(ids, part.a.T) @ part.b.T
+        found = embedding(ids, part.a.T) @ part.b.T
+        result = result + (found if scale is None else found * scale)
+    return result.to(y.dtype)
+
+
+def add_head(y: Tensor, x: Tensor, local: Factors, transform: Transform | None, uses: Sequence[Use]) -> Tensor:
+    """Adds what an embedding's update is for the head that its weight is tied to, y + ΔWᵀ x: x (…, dim), y (…, vocabulary)."""
+    result, rows = y.to(local.a.dtype), x.to(local.a.dtype)
+    for part in (local, *_terms(local, transform, uses)):
+        result = result + (rows @ part.b) @ part.a
     return result.to(y.dtype)
 
 

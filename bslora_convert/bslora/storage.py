@@ -47,6 +47,8 @@ from bslora_convert.files.tensorfile import (
     read_tensors,
     write_tensors,
 )
+from bslora_convert.lora.fields import inherited
+from bslora_convert.lora.targets import target_fields
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
@@ -57,17 +59,6 @@ CODING = {"version": VERSION, "group": GROUP}
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-# PEFT fields of the source that mean the same for the compact adapter.
-INHERITED = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "revision",
-    "task_type",
-    "trainable_token_indices",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +141,8 @@ def save_compact(
         "format_version": CODED_VERSION if codes else FORMAT_VERSION if cores is None else LIBRARY_VERSION,
         **({"coding": CODING} if codes else {}),
         "inference_mode": True,
-        **{field: source_config[field] for field in INHERITED if source_config.get(field) is not None},
-        "target_modules": _target_modules(form, source_config),
+        **inherited(source_config),
+        **target_fields(form.modules, source_config),
         "dtype": dtype_name(next(form.tensors()).dtype),
         **layout.to_config(),
     }
@@ -307,14 +298,3 @@ def _take(path: FilePath, tensors: dict[str, Tensor], key: str, shape: Shape) ->
         raise InputError(f"{path}: tensor {key} is {tensor.dtype}, a float type is expected")
     check_finite(path, key, tensor)
     return tensor
-
-
-def _target_modules(form: BsloraForm, source_config: Mapping[str, Any]) -> list[str]:
-    """The source's list of name endings where it alone says which modules are adapted, else every module's full name."""
-    targets = source_config.get("target_modules")
-    narrowed = any(source_config.get(field) for field in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if isinstance(targets, list) and targets and not narrowed:
-        endings = tuple(f".{target}" for target in targets if isinstance(target, str))
-        if all(f".{name}".endswith(endings) for name in form.modules):
-            return sorted(targets)
-    return list(form.modules)

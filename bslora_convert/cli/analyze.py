@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
+from bslora_convert.cli.scaling import scaling_options
 from bslora_convert.cli.verb import Output, verb
 
 
@@ -26,6 +27,7 @@ from bslora_convert.cli.verb import Output, verb
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random adapters.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in --out.")
+@scaling_options
 @verb
 def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
     """Measures what a LoRA's modules and layers have in common, and says what is worth trying.

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
+from bslora_convert.cli.scaling import scaling_options
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe import DTYPES
 
@@ -59,6 +60,7 @@ class Shares(click.ParamType[tuple[float, ...]]):
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in --out.")
+@scaling_options
 @verb
 def compare(output: Output, lora_dir: Path, **options: Any) -> None:
     """Fits every known form to a LoRA at equal size and prints the table.

@@ -9,6 +9,7 @@ from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options
+from bslora_convert.cli.scaling import SCALING
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe import (
@@ -112,6 +113,7 @@ def recipe_options(function: Any) -> Any:
                 help="Of --calibration: what modules are fed, or that and the loss's gradient at their outputs.",
             ),
             click.option("--finetune", help="JSONL prompts: distil against the original after the fit."),
+            *SCALING,
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes."),
         )

@@ -54,8 +54,9 @@ class Rank(click.ParamType[int | str]):
 def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
     """Writes a compact adapter back as a standard PEFT LoRA.
 
-    All scaling is in B and lora_alpha equals r, so that every engine computes the same update. COMPACT_DIR may also be
-    in the BSLoRA authors' layout, which --format official writes.
+    All scaling is in B and lora_alpha equals r. Engines that divide by a tensor's own rank, or that take one rank only,
+    compute the same update of what --rank uniform writes. COMPACT_DIR may also be in the BSLoRA authors' layout, which
+    --format official writes.
 
     \b
     Example:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
+from bslora_convert.cli.scaling import scaling_options
 from bslora_convert.cli.verb import Output, verb
 
 INTEGRITY = {
@@ -18,8 +19,9 @@ INTEGRITY = {
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
+@scaling_options
 @verb
-def inspect(output: Output, directory: Path) -> None:
+def inspect(output: Output, directory: Path, **scaling: Any) -> None:
     """Says what an adapter holds, where its bytes are and whether it can be converted.
 
     \b
@@ -29,7 +31,7 @@ def inspect(output: Output, directory: Path) -> None:
     look([directory])
     from bslora_convert.inspection import inspect as run
 
-    result = run(directory)
+    result = run(directory, **scaling)
     output.notes(result["notes"])
     output.result(result, lambda console: _show(console, result, directory))
 

@@ -48,6 +48,8 @@ def compare(
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
+    lora_alpha: float | None = None,
+    use_rslora: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def compare(
     out: a directory for `comparison.json` and `comparison.html`, and with `save` for each form as an adapter that PEFT loads.
     budgets: shares of the LoRA's parameters. forms: names from `comparison.forms.FORMS`, all without it.
     base_model, prompts: adds each form's KL to the original, retention, agreement and likelihood on these prompts.
+    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
 
     :raises InputError: when something is missing or damaged. :raises Refused: when the adapter can't be read faithfully.
     :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
@@ -66,7 +69,8 @@ def compare(
         check_output(Path(out), overwrite)
     rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
     progress("reading", 0, 0)
-    adapter = load_lora(lora)
+    scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
+    adapter = load_lora(lora, **scaling)
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -80,7 +84,7 @@ def compare(
             progress(f"fitting {name}", done, len(tasks))
             found.append(_row(name, budget, source, storage, seed))
     if rows is not None:
-        _add_functional(found, lora, str(base_model), rows, device, progress)
+        _add_functional(found, lora, scaling, str(base_model), rows, device, progress)
     record = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
@@ -143,6 +147,7 @@ def _row(
 def _add_functional(
     found: Sequence[tuple[dict[str, Any], Fitted | None]],
     lora: str | Path,
+    scaling: Mapping[str, Any],
     base_model: str,
     prompts: Prompts,
     device: str,
@@ -154,7 +159,7 @@ def _add_functional(
     from bslora_convert.behaviour.memory import free_bytes
     from bslora_convert.behaviour.workshop import open_workshop
 
-    workshop = open_workshop(lora, base_model, device, "auto", progress)
+    workshop = open_workshop(lora, base_model, device, "auto", progress, scaling=scaling)
     examples = workshop.encode(prompts).examples
     carried = workshop.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}

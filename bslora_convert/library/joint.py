@@ -169,7 +169,8 @@ def _load(row: Result, place: Path, out: Path) -> Member:
     """
     compact = load_compact(out / row.id)
     record = read_json(out / row.id / FIDELITY_NAME)
-    source = load_lora(place)
+    said = record.get("recipe", {})
+    source = load_lora(place, alpha=said.get("lora_alpha"), rslora=said.get("use_rslora"))
     if compact.uses is not None:
         raise InputError(f"{compact.path}: it takes bases that no run decided on; convert it again with --no-resume")
     if sha256(source.weights) != record["source"]["sha256"] or set(source.modules) != set(compact.form.modules):

@@ -53,7 +53,7 @@ def plan(
         progress("checking headers", done, len(items))
         job = Job(item, str(out), recipe, training, job_key(options, f"unread {item.uri}"), options, html=html)
         try:
-            source, size = _look(item)
+            source, size = _look(item, recipe)
         except BsloraConvertError as error:
             status = "refused" if isinstance(error, Refused) else "failed"
             known.append(failure(job, status, type(error).__name__, str(error)))
@@ -75,7 +75,7 @@ def plan(
     return Plan(tuple(jobs), tuple(known), {name: tuple(same) for name, same in duplicates.items()})
 
 
-def _look(item: Item) -> tuple[str, int]:
+def _look(item: Item, recipe: Mapping[str, Any]) -> tuple[str, int]:
     """(Hash of the source, bytes of its weights), its headers checked where it is local.
 
     A remote one is known by what its file system says of its files, and checked when it is fetched.
@@ -86,11 +86,10 @@ def _look(item: Item) -> tuple[str, int]:
         return _look_remote(item)
     directory, weights = locate(Path(item.uri))
     if not is_official(item.uri):
-        load_lora(item.uri, headers_only=True)
-    beside = (CONFIG_NAME, *travelling(directory))
-    return " ".join(
-        (sha256(weights), *(f"{name} {sha256(directory / name)}" for name in beside))
-    ), weights.stat().st_size
+        load_lora(item.uri, headers_only=True, alpha=recipe.get("lora_alpha"), rslora=recipe.get("use_rslora"))
+    names = (CONFIG_NAME, *travelling(directory))
+    said = " ".join((sha256(weights), *(f"{name} {sha256(directory / name)}" for name in names)))
+    return said, weights.stat().st_size
 
 
 def _look_remote(item: Item) -> tuple[str, int]:

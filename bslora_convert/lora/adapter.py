@@ -4,7 +4,7 @@ The tensors are the truth about which modules are adapted and at which rank; the
 are not LoRA factors (saved heads, embedding tables) are carried along untouched.
 """
 
-import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.address import resolve
@@ -27,57 +26,25 @@ from bslora_convert.files.tensorfile import (
     read_headers,
     read_tensors,
 )
-from bslora_convert.lora.config import LoraConfig, refuse_unless_convertible
+from bslora_convert.lora.config import LoraConfig, given, refuse_unless_convertible
+from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
+from bslora_convert.lora.module import LoraModule
+from bslora_convert.lora.place import CONFIG_NAME, WEIGHTS_NAMES, locate, refuse_by_keys
+from bslora_convert.lora.targets import ties_targets
+from bslora_convert.lora.tying import tied
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-PREFIX = "base_model.model."
+__all__ = ["CONFIG_NAME", "FOREIGN", "WEIGHTS_NAMES", "LoraAdapter", "LoraModule", "load_lora", "locate"]
+
 LARGEST_SCALING = 1e6
-
-FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
-EMBEDDING_FACTOR = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(\.(?P<adapter>[^.]+))?$")
 
 # Tensors beside the factors that change what the factors mean.
 FOREIGN = {
     "lora_magnitude_vector": "DoRA rescales the base weight, so its update is not B·A",
     "lora_B.bias": "lora_bias adds a bias that low-rank factors can't hold",
-    "lora_E": "AdaLoRA holds a third factor",
+    "lora_E": "AdaLoRA holds a third factor; merge it into its base model instead",
     "lora_diag": "KaSA holds a third factor",
-    "lora_ranknum": "AdaLoRA holds a third factor",
+    "lora_ranknum": "AdaLoRA holds a third factor; merge it into its base model instead",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LoraModule:
-    """One adapted module: ΔW = scaling · b @ a as stored, b (out, r), a (r, in).
-
-    kind `embedding`: b (dim, r), a (r, vocabulary), and the layer adds the transposed product to its table.
-    """
-
-    b: Tensor
-    a: Tensor
-    scaling: float
-    kind: str = "linear"
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in)."""
-        return self.b.shape[0], self.a.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Columns of b."""
-        return self.b.shape[1]
-
-    @property
-    def stored(self) -> Factors:
-        """The factors as stored, without the scaling."""
-        return Factors(self.b, self.a)
-
-    def factors(self) -> Factors:
-        """Factors with the scaling folded into b, float32 (float64 where stored so)."""
-        dtype = torch.float64 if self.b.dtype == torch.float64 else torch.float32
-        return Factors(self.b.to(dtype, copy=True).mul_(self.scaling), self.a.to(dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,75 +85,82 @@ class LoraAdapter:
         return replace(self, modules=moved)
 
 
-def load_lora(path: str | Path, *, headers_only: bool = False) -> LoraAdapter:
+def load_lora(
+    path: str | Path, *, alpha: float | None = None, rslora: bool | None = None, headers_only: bool = False
+) -> LoraAdapter:
     """Reads a PEFT LoRA directory, or one of its weight files.
 
+    alpha, rslora: `lora_alpha` and `use_rslora` of an adapter whose configuration lacks them.
     headers_only: everything is checked but the numbers, which are not read; the factors are meta tensors.
 
-    :raises InputError: when a file is missing, damaged or inconsistent; the message names file and tensor.
+    :raises InputError: when a file is missing, damaged or inconsistent, or nobody knows the scaling; the message names file and
+        tensor or field.
     :raises Refused: when the adapter is valid but not a plain LoRA.
     """
     directory, weights = locate(resolve(path))
     config_path = directory / CONFIG_NAME
-    raw = read_json(config_path)
+    raw = given(read_json(config_path), config_path, alpha, rslora)
     refuse_unless_convertible(raw, config_path)
-    config = LoraConfig.parse(raw, config_path)
-    factors, kinds, carried = _sort(weights, read_headers(weights) if headers_only else read_tensors(weights))
+    tensors = read_headers(weights) if headers_only else read_tensors(weights)
+    refuse_by_keys(weights, tensors)
+    keys, wrappers = names_of(tensors)
+    factors, kinds, carried = _sort(weights, tensors, keys)
+    _refuse_biases(raw, carried, config_path)
+    guessed = _guessed(raw, factors)
+    config = LoraConfig.parse({**raw, **guessed}, config_path)
     names = sorted(factors, key=natural_order)
     modules = {name: _module(weights, name, factors[name], kinds[name], config) for name in names}
     if not modules:
         raise InputError(f"{weights}: holds no LoRA factors (keys ending in lora_A.weight and lora_B.weight)")
-    return LoraAdapter(Path(path), weights, config, modules, carried, _notes(modules, config, raw, path, directory))
+    stored = len(modules)
+    if ties_targets(config.raw):
+        modules = tied(modules, config, config_path)
+    notes = (
+        *(f"{field} is missing in the configuration; {value!r}, by the tensors" for field, value in guessed.items()),
+        *(f"the keys hold {name}, a wrapper's name, which was left out" for name in wrappers),
+        *(
+            ("ensure_weight_tying: the head's copy of the embedding's factors is counted once",)
+            if len(modules) < stored
+            else ()
+        ),
+        *_notes(modules, config, path, directory),
+    )
+    return LoraAdapter(Path(path), weights, config, modules, carried, notes)
 
 
-def locate(path: Path) -> tuple[Path, Path]:
-    """Finds (directory of the configuration, weight file).
-
-    path: an adapter directory, a weight file, or a directory whose only adapter stands in a sub-folder, as PEFT writes
-    adapters that have a name.
-
-    :raises InputError: when there is none, or more than one.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: no such file or directory")
-    if path.is_file():
-        if path.name == CONFIG_NAME:
-            return locate(path.parent)
-        if not (path.parent / CONFIG_NAME).is_file():
-            raise InputError(
-                f"{path}: no {CONFIG_NAME} beside it; the scaling (lora_alpha, r, use_rslora) can't be known without it"
-            )
-        return path.parent, path
-    if not (path / CONFIG_NAME).exists():
-        named = sorted(child.parent for child in path.glob(f"*/{CONFIG_NAME}"))
-        if len(named) == 1:
-            return locate(named[0])
-        if named:
-            raise InputError(f"{path}: several adapters, name one of {', '.join(str(child) for child in named)}")
-        raise InputError(f"{path}: no {CONFIG_NAME}; a PEFT adapter directory is expected")
-    for name in WEIGHTS_NAMES:
-        if (path / name).exists():
-            return path, path / name
-    raise InputError(f"{path}: no weights, one of {', '.join(WEIGHTS_NAMES)} is expected")
+def _guessed(raw: Mapping[str, Any], factors: Mapping[str, Mapping[str, tuple[str, Tensor]]]) -> dict[str, Any]:
+    """What the tensors say in place of fields that are missing: the method, and the rank of most modules."""
+    ranks = Counter(
+        sides["A"][1].shape[0]
+        for sides in factors.values()
+        if "A" in sides and sides["A"][1].ndim and len(sides["A"][1])
+    )
+    said: dict[str, Any] = {"peft_type": "LORA"} if "peft_type" not in raw and factors else {}
+    return said | ({"r": ranks.most_common(1)[0][0]} if raw.get("r") is None and ranks else {})
 
 
-def canonical(key: str) -> str:
-    """A key without PEFT's prefix, however often it was wrapped, and without torch.compile's."""
-    key = key.replace("_orig_mod.", "")
-    while key.startswith(PREFIX):
-        key = key.removeprefix(PREFIX)
-    return key
+def _refuse_biases(raw: Mapping[str, Any], carried: Mapping[str, Tensor], config_path: Path) -> None:
+    """Refuses biases that were trained beside the factors: the tensors say whether there are any."""
+    saved = raw.get("modules_to_save")
+    heads = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
+    trained = [
+        name for name in carried if name.endswith(".bias") and not any(f".{head}." in f".{name}" for head in heads)
+    ]
+    if trained and raw.get("bias") not in (None, "none"):
+        raise Refused(
+            f"{config_path}: bias is {raw['bias']!r} and the weights hold {trained[0]}: trained biases are not part of B·A"
+        )
 
 
 def _sort(
-    path: Path, tensors: Mapping[str, Tensor]
+    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, str], dict[str, Tensor]]:
     """Factors by module and side (with their keys), the kind of each module, and everything else."""
     factors: dict[str, dict[str, tuple[str, Tensor]]] = {}
     kinds: dict[str, str] = {}
     carried: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = canonical(key)
+        name = names[key]
         for marker, why in FOREIGN.items():
             if name.endswith(marker) or f".{marker}." in name:
                 raise Refused(f"{path}: tensor {key}: {why}")
@@ -217,6 +191,11 @@ def _module(
         raise InputError(f"{path}: tensor {sides[present][0]}: its partner lora_{missing} is missing")
     (key_a, a), (key_b, b) = sides["A"], sides["B"]
     for key, tensor in ((key_a, a), (key_b, b)):
+        if tensor.ndim == 3 and a.ndim == 2:
+            raise Refused(
+                f"{path}: tensor {key} has 3 dimensions beside a matrix {key_a}: factors of a fused QKV layer (PEFT < 0.3); "
+                "merge it into its base with that version"
+            )
         if tensor.ndim > 2:
             raise Refused(f"{path}: tensor {key} has {tensor.ndim} dimensions: convolution adapters are not converted")
         check_not_empty(path, key, tensor)
@@ -241,18 +220,21 @@ def _module(
 
 
 def _notes(
-    modules: Mapping[str, LoraModule], config: LoraConfig, raw: Mapping[str, Any], asked: str | Path, directory: Path
+    modules: Mapping[str, LoraModule], config: LoraConfig, asked: str | Path, directory: Path
 ) -> tuple[str, ...]:
-    notes = []
+    notes, raw = [], config.raw
     differing = [name for name, module in modules.items() if module.rank != config.expected_rank(name)]
     if differing:
         name = differing[0]
         notes.append(
             f"{len(differing)} of {len(modules)} modules have another rank than the configuration says "
-            f"({name}: {modules[name].rank}, not {config.expected_rank(name)}); the tensors are taken as the truth"
+            f"({name}: {modules[name].rank}, not {config.expected_rank(name)}); the tensors are taken as the truth, so its "
+            f"scaling is {config.said(name, modules[name].rank)}"
         )
     if Path(asked).is_dir() and Path(asked) != directory:
         notes.append(f"the adapter was found in the sub-folder {directory.name}")
+    if raw.get("bias") not in (None, "none"):
+        notes.append(f"bias is {raw['bias']!r}, but the weights hold no trained bias; read as none")
     if str(raw.get("init_lora_weights", "")).lower() == "lora_ga":
         notes.append("LoRA-GA changes the base during training; this file alone is read as a plain LoRA, as PEFT does")
     if raw.get("monteclora_config"):

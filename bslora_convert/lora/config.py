@@ -1,4 +1,4 @@
-"""What a PEFT `adapter_config.json` says, and what in it can't be converted faithfully.
+"""What a PEFT `adapter_config.json` says, and what in it can't be converted faithfully; `fields.py` lists every field.
 
 Scaling follows PEFT: alpha / r, alpha / √r with rsLoRA; `rank_pattern` and `alpha_pattern` are matched independently, the first
 key whose regular expression matches the end of the module's name wins.
@@ -6,81 +6,29 @@ key whose regular expression matches the end of the module's name wins.
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bslora_convert.errors import InputError, Refused
+from bslora_convert.lora.fields import KNOWN, REFUSED, is_set, is_training
+from bslora_convert.lora.names import matches, whole
 
-DEFAULT_RANK = 8
-DEFAULT_ALPHA = 8.0
-LONGEST_PATTERN = 512
+LONGEST_PATTERN = 1 << 16
 
-# Fields that say nothing about ΔW, or that are read elsewhere in this file.
-UNDERSTOOD = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "library_name",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "modules_to_save",
-        "monteclora_config",
-        "parent_library",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "trainable_token_indices",
-        "unsloth_fixed",
-        "use_rslora",
-        "velora_config",
-    }
-)
-
-
-def _is_set(value: Any) -> bool:
-    return value not in (None, False, "", [], {}, ())
-
-
-def _changes_base(value: Any) -> bool:
-    return isinstance(value, str) and value.lower().startswith(("pissa", "olora", "corda", "loftq"))
-
-
-# field -> (when it is refused, why)
-REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "use_dora": (_is_set, "DoRA rescales the base weight, so its update is not B·A"),
-    "lora_bias": (_is_set, "lora_bias adds a bias that low-rank factors can't hold"),
-    "bias": (lambda value: value not in (None, "none"), "trained biases are not part of B·A"),
-    "init_lora_weights": (_changes_base, "this initialisation changes the base weights, so B·A is not the update"),
-    "corda_config": (_is_set, "CorDA changes the base weights, so B·A is not the update"),
-    "loftq_config": (_is_set, "LoftQ changes the base weights, so B·A is not the update"),
-    "use_qalora": (_is_set, "QALoRA applies A to pooled inputs"),
-    "use_bdlora": (_is_set, "BD-LoRA factors are block-diagonal"),
-    "alora_invocation_tokens": (_is_set, "aLoRA is active only after its invocation tokens"),
-    "target_parameters": (_is_set, "adapters on raw parameters (fused experts) have three-dimensional updates"),
-    "layer_replication": (_is_set, "layer numbers are those of a model with repeated layers"),
-    "megatron_config": (_is_set, "Megatron layers are split across devices"),
-    "kasa_config": (_is_set, "KaSA truncates the base weights"),
-    "arrow_config": (_is_set, "Arrow routes between adapters at run time"),
-}
+# What an adapter of another kind is, and what can be done.
+CONVERTED_BY_PEFT = "PEFT's save_as_lora makes a LoRA of it on its base model"
+OTHER_TYPES = {
+    "BSLORA": "it is compact already; `expand` makes it a LoRA",
+    "SHARELORA": "the BSLoRA authors' layout; `compress` and `expand` read its directory",
+    "ADALORA": "AdaLoRA holds a third factor; merge it into its base model instead",
+    **dict.fromkeys(
+        ("C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA",
+         "VERA"),
+        CONVERTED_BY_PEFT,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +46,14 @@ class LoraConfig:
     def parse(cls, raw: Mapping[str, Any], path: Path) -> "LoraConfig":
         """Checks and reads the fields.
 
-        :raises InputError: when a field has the wrong type.
+        :raises InputError: when a field has the wrong type, or r or lora_alpha is missing.
         """
-        rank = raw.get("r", DEFAULT_RANK)
-        alpha = raw.get("lora_alpha", DEFAULT_ALPHA)
+        rank, alpha = raw.get("r"), raw.get("lora_alpha")
+        if alpha is None:
+            raise InputError(
+                f"{path}: lora_alpha is missing, and without it nobody knows the scaling; give it as --lora-alpha (in Python "
+                "alpha=…), or write it into the file"
+            )
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise InputError(f"{path}: r is {rank!r}, a positive whole number is expected")
         patterns = {}
@@ -131,30 +83,50 @@ class LoraConfig:
         alpha = _first_match(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
+    def said(self, module: str, rank: int) -> str:
+        """The scaling of a module as a reader would write it: `16/√8 = 5.65685`."""
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return f"{alpha:g}/{'√' if self.rslora else ''}{rank} = {self.scaling(module, rank):g}"
+
+
+def given(raw: Mapping[str, Any], path: Path, alpha: float | None, rslora: bool | None) -> dict[str, Any]:
+    """The configuration with the scaling that the caller knows where the file does not say it.
+
+    :raises InputError: when the file says otherwise.
+    """
+    filled = dict(raw)
+    for field, value in (("lora_alpha", alpha), ("use_rslora", rslora)):
+        if value is None:
+            continue
+        if raw.get(field) not in (None, value):
+            raise InputError(f"{path}: {field} is {_brief(raw[field])} there and {value!r} is given; leave it out")
+        filled[field] = value
+    return filled
+
 
 def check_convertible(raw: Mapping[str, Any], path: Path) -> list[str]:
     """Every reason why an adapter with this configuration can't be converted; empty where it can."""
     kind = raw.get("peft_type", "LORA")
     if kind != "LORA":
-        known = " (it is compact already; `expand` makes it a LoRA)" if kind == "BSLORA" else ""
-        return [f"peft_type is {kind!r}, only 'LORA' adapters are converted{known}"]
+        known = OTHER_TYPES.get(kind) if isinstance(kind, str) else None
+        return [f"peft_type is {kind!r}, only 'LORA' adapters are converted{f' ({known})' if known else ''}"]
     return unfaithful(raw)
 
 
-def unfaithful(raw: Mapping[str, Any], understood: Collection[str] = UNDERSTOOD) -> list[str]:
+def unfaithful(raw: Mapping[str, Any], understood: Collection[str] = ()) -> list[str]:
     """Every setting of a PEFT configuration that changes the update in a way that factors alone don't show.
 
-    understood: fields that don't.
+    understood: further fields that don't.
     """
     reasons = [
-        f"{field} is {_brief(raw[field])}: {why}"
-        for field, (refused, why) in REFUSALS.items()
-        if field in raw and refused(raw[field])
+        f"{name} is {_brief(raw[name])}: {field.why}"
+        for name, field in REFUSED.items()
+        if name in raw and field.when(raw[name])
     ]
     reasons += [
-        f"{field} is {_brief(value)}: a setting that this version does not know, which may change the update"
-        for field, value in raw.items()
-        if field not in understood and field not in REFUSALS and _is_set(value)
+        f"{name} is {_brief(value)}: a setting that this version does not know, which may change the update"
+        for name, value in raw.items()
+        if name not in KNOWN and name not in understood and is_set(value) and not is_training(name)
     ]
     return reasons
 
@@ -175,22 +147,14 @@ def _brief(value: Any) -> str:
 
 
 def _first_match(pattern: Mapping[str, float], module: str, default: float) -> float:
-    for key, value in pattern.items():
-        if re.match(_whole(key), module):
-            return value
-    return default
-
-
-def _whole(key: str) -> str:
-    """The expression that PEFT matches against a whole module name."""
-    return rf"(.*\.)?({key})$"
+    return next((value for key, value in pattern.items() if matches(key, module)), default)
 
 
 def _check_pattern(path: Path, field: str, key: str) -> None:
     if len(key) > LONGEST_PATTERN:
         raise InputError(f"{path}: {field} has a pattern of {len(key)} characters, at most {LONGEST_PATTERN} are read")
     try:
-        re.compile(_whole(key))
+        re.compile(whole(key))
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: {field} pattern {key!r} is not a regular expression ({error})") from None
 

@@ -1,11 +1,10 @@
 """Factors by module name -> a standard PEFT LoRA directory that servers scale right.
 
-All scaling is in B and `lora_alpha == r`; where ranks vary, `rank_pattern == alpha_pattern`, so that a reader which ignores
-both patterns still multiplies by one.
+All scaling is in B and `lora_alpha == r`, the largest rank; where ranks vary, `rank_pattern == alpha_pattern`, so that a reader
+which ignores both patterns and divides by `r` still multiplies by one. One that divides by a tensor's own rank needs equal ranks.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,20 @@ from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors
 from bslora_convert.files.tensorfile import write_tensors
-from bslora_convert.lora.adapter import CONFIG_NAME, PREFIX
+from bslora_convert.lora.experts import stacked
+from bslora_convert.lora.fields import inherited
+from bslora_convert.lora.keys import PREFIX
+from bslora_convert.lora.names import key_for
+from bslora_convert.lora.place import CONFIG_NAME
+from bslora_convert.lora.targets import target_fields
+from bslora_convert.lora.tying import head_copy, head_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SIDES = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "tied_embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
-INHERITED = (
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
-    "trainable_token_indices",
-)
 
 
 def save_lora(
@@ -43,25 +40,47 @@ def save_lora(
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into an existing directory.
 
-    config: PEFT fields to take over (`INHERITED`), those that are set. PEFT loads no rank 0: such a module gets a rank of zeros.
+    config: the source's own fields, of which those are taken over that mean the same. PEFT loads no rank 0: such a module gets a
+    rank of zeros; experts get as many as the largest rank asks for. A tied embedding's factors stand there for the head as well,
+    as PEFT saves them.
     """
-    modules = {name: factors.padded(1) for name, factors in modules.items()}
+    largest = max(1, *(factors.rank for factors in modules.values()))
+    stack = stacked(modules)
+    modules = {name: factors.padded(largest if name in stack else 1) for name, factors in modules.items()}
+    copies = {
+        head: head_copy(factors)
+        for name, factors in modules.items()
+        if kinds[name] == "tied_embedding" and (head := head_of(name)) not in modules
+    }
     tensors = {PREFIX + name: tensor for name, tensor in carried.items()}
-    for name, factors in modules.items():
-        side_a, side_b = SIDES[kinds[name]]
+    for name, factors in (*modules.items(), *copies.items()):
+        side_a, side_b = SIDES[kinds.get(name, "linear")]
         tensors[f"{PREFIX}{name}.{side_a}"] = factors.a.to(dtype)
         tensors[f"{PREFIX}{name}.{side_b}"] = factors.b.to(dtype)
     write_tensors(directory / WEIGHTS_NAME, tensors)
-    text = json.dumps(peft_config({name: factors.rank for name, factors in modules.items()}, config), indent=2)
+    ranks = {name: factors.rank for name, factors in modules.items()}
+    tied = {name: factors.rank for name, factors in copies.items()}
+    text = json.dumps(peft_config(ranks, config, tied), indent=2)
     (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def peft_config(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A PEFT LoRA configuration for modules of these ranks."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT lets a key match the end of a longer name, and the first match win: longer names go first.
-    pattern = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True) if ranks[name] != rank}
-    inherited = {field: config[field] for field in INHERITED if config.get(field) is not None}
+def peft_config(
+    ranks: Mapping[str, int], config: Mapping[str, Any], tied: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """A PEFT LoRA configuration for modules of these ranks: `r` is the largest, and each other rank has one pattern.
+
+    tied: ranks of heads that PEFT adapts by itself because they are tied, so that no target names them.
+    """
+    largest = max(ranks.values())
+    every = {**ranks, **(tied or {})}
+    by_rank: dict[int, list[str]] = {}
+    for name, rank in every.items():
+        by_rank.setdefault(rank, []).append(name)
+    pattern = {
+        key_for(names, [name for name in every if every[name] != rank]): rank
+        for rank, names in sorted(by_rank.items(), reverse=True)
+        if rank != largest
+    }
     return {
         "peft_type": "LORA",
         "bias": "none",
@@ -70,10 +89,10 @@ def peft_config(ranks: Mapping[str, int], config: Mapping[str, Any]) -> dict[str
         "lora_dropout": 0.0,
         "use_dora": False,
         "use_rslora": False,
-        "target_modules": list(ranks),
-        **inherited,
-        "r": rank,
-        "lora_alpha": rank,
+        **inherited(config),
+        **target_fields(ranks, config),
+        "r": largest,
+        "lora_alpha": largest,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }

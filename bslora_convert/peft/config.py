@@ -52,6 +52,10 @@ class BsloraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
         """Checks what a wrong file would get wrong later.
@@ -77,7 +81,27 @@ class BsloraConfig(PeftConfig):
             raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
-        self.layout()
+        self._stored = self.layout()  # as the file has it
+        self._renamed: dict[str, str] = {}
+        self.layers: frozenset[str] = frozenset()  # of the model, those that it changes
+        self.target_modules_to_tie: list[str] = []
+        self.modules_to_tie: list[str] | None = None
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Takes over what a model calls the modules, in which names the adapter is put on it and saved again."""
+        before = self.layout()
+        self.modules = {names[name]: module for name, module in self.modules.items()}
+        after = self.layout()
+        moved = {
+            f"{name}.bslora_{tensor}": f"{names[name]}.bslora_{tensor}"
+            for name in before.modules
+            for tensor in before.held_by(name)
+        }
+        for (level, group), owner in before.owners.items():  # another name may stand first in the group's order
+            for side in "AB":
+                tensor = f"bslora_{level}_{side}"
+                moved[f"{owner}.{tensor}"] = f"{after.owners[level, group]}.{tensor}"
+        self._renamed = {old: new for old, new in moved.items() if old != new}
 
     def layout(self) -> Layout:
         """The layout that the fields describe."""
@@ -101,14 +125,24 @@ class BsloraConfig(PeftConfig):
         return config
 
     def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors as the model holds them: decoded, with local parts in place of cores.
+        """A file's tensors as the model holds them: decoded, with local parts in place of cores, in the model's names.
+
+        :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
+        """
+        whole = self._decoded(tensors)
+        moved = {PREFIX + old: PREFIX + new for old, new in self._renamed.items()}
+        self._renamed, self._stored = {}, self.layout()
+        return {moved.get(key, key): tensor for key, tensor in whole.items()}
+
+    def _decoded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors as floats, with local parts in place of cores.
 
         :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
         """
         if self.coding is not None:
             dtype = decoded_dtype({"dtype": self.dtype}, CONFIG_NAME)
             codes = {name: tensors[PREFIX + name] for name in NAMES if PREFIX + name in tensors}
-            decoded = from_file(codes, self.layout().tensors(), dtype, WEIGHTS_NAME)
+            decoded = from_file(codes, self._stored.tensors(), dtype, WEIGHTS_NAME)
             self.coding, self.format_version = None, FORMAT_VERSION
             rest = {key: tensor for key, tensor in tensors.items() if key.removeprefix(PREFIX) not in codes}
             return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
@@ -119,7 +153,7 @@ class BsloraConfig(PeftConfig):
                 f"{CONFIG_NAME}: the adapter takes bases from its library, which can't be found from here; "
                 "load it with PeftModel.from_pretrained from its directory there, or expand it"
             )
-        layout = self.layout()
+        layout = self._stored
         cores = {f"{PREFIX}{name}.bslora_local_{sizes.factor}" for name, sizes in self._uses.sizes.items()}
         local = self._uses.local(layout, {key.removeprefix(PREFIX): tensors[key] for key in cores}, self._place)
         self._uses = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bslora_convert.base import is_transposed
 from bslora_convert.bslora.factors import Factors, Shape, Use
 from bslora_convert.bslora.form import LEVELS
-from bslora_convert.bslora.forward import add_lookup, add_update, dense
+from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
 from bslora_convert.bslora.transforms import TRANSFORMS, Transform
 
 LOCAL = ("bslora_local_A", "bslora_local_B")
@@ -43,7 +43,8 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
     adapter needs it: a hundred adapters cost their numbers and little more.
     """
 
-    other_param_names = ("shared",)
+    other_param_names = ("shared", "tied")
+    is_expert = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         """base_layer: the layer that is adapted; it stays as it is."""
@@ -52,6 +53,8 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         # adapter -> transform and, by level, where its pair is registered; a dict, so that only the owner registers a pair
         self.shared: dict[str, tuple[Transform | None, dict[str, Owner]]] = {}
+        # adapter -> the embedding whose weight this layer shares, where it gets that one's update
+        self.tied: dict[str, BsloraLayer] = {}
         self.is_embedding = isinstance(self.get_base_layer(), nn.Embedding)  # looks rows up
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -78,6 +81,15 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def tie(self, adapter_name: str, embedding: "BsloraLayer", inference_mode: bool) -> None:
+        """Adds an embedding's update for the layer that shares its weight; nothing is registered here."""
+        self.tied[adapter_name] = embedding
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether an adapter changes this layer."""
+        return adapter_name in self.shared or adapter_name in self.tied
 
     def _held(self, name: str) -> nn.ParameterDict:
         """One tensor of the format by adapter."""
@@ -123,7 +135,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return result
         for adapter_name in self.active_adapters:
-            if adapter_name in self.shared:
+            if self.holds(adapter_name):
                 result = self._add(result, x, adapter_name)
         return result
 
@@ -134,10 +146,11 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _add(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        if adapter_name in self.tied:
+            return add_head(result, x, *self.tied[adapter_name].parts(adapter_name))
         if self.is_embedding:
             scale = getattr(self.get_base_layer(), "embed_scale", None)  # Gemma scales what it looks up
-            update = add_lookup(torch.zeros_like(result), x, *self.parts(adapter_name))
-            return result + (update if scale is None else update * scale.to(update.dtype))
+            return add_lookup(result, x, *self.parts(adapter_name), scale=scale)
         return add_update(result, x, *self.parts(adapter_name))
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -148,7 +161,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
             raise ValueError("Rows of a batch can't name their adapters while adapters are merged; unmerge first")
         result = self._base(x, *args, **kwargs)
         for adapter_name in dict.fromkeys(adapter_names):
-            if adapter_name == BASE or adapter_name not in self.shared:
+            if adapter_name == BASE or not self.holds(adapter_name):
                 continue
             rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
             result = result.index_copy(
@@ -158,6 +171,8 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """An adapter's whole update in the layout of the base weight: (out, in), transposed for Conv1D and embeddings."""
+        if adapter_name in self.tied:
+            return self.tied[adapter_name].get_delta_weight(adapter_name)
         delta = dense(*self.parts(adapter_name))
         return delta.T if is_transposed(self.get_base_layer()) else delta
 
@@ -165,13 +180,14 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         """Adds the active (or named) adapters to the base weight; safe_merge: only if the result is finite."""
         adapter_names = check_adapters_to_merge(self, adapter_names)
         for adapter_name in adapter_names:
-            if adapter_name in self.shared:
+            if self.holds(adapter_name) and not self._gets_it_by_itself(adapter_name):
                 weight = self._changed(adapter_name, 1)
                 if safe_merge and not torch.isfinite(weight).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     )
                 self.set_base_weight(weight)
+            if self.holds(adapter_name):
                 self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
@@ -180,7 +196,14 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            self.set_base_weight(self._changed(self.merged_adapters.pop(), -1))
+            adapter_name = self.merged_adapters.pop()
+            if not self._gets_it_by_itself(adapter_name):
+                self.set_base_weight(self._changed(adapter_name, -1))
+
+    def _gets_it_by_itself(self, adapter_name: str) -> bool:
+        """Whether merging into the embedding changes this layer's weight too, as it is the same parameter."""
+        tied = self.tied.get(adapter_name)
+        return tied is not None and self.get_base_layer().weight is tied.get_base_layer().weight
 
     def _changed(self, adapter_name: str, sign: int) -> Tensor:
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:

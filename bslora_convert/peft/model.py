@@ -6,13 +6,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from bslora_convert.base import check_fits
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
+from bslora_convert.naming import Place, is_input_embedding, tied_heads
+from bslora_convert.peft.experts import BsloraExperts
 from bslora_convert.peft.layer import BASE, BsloraLayer, Owner
 
 
@@ -28,13 +31,33 @@ class BsloraModel(BaseTuner):
 
         :raises InputError: naming a module that is missing or has another shape.
         """
+        modules = peft_config.layout().modules
+        found = check_fits(modules, model, peft_config.base_model_name_or_path or CONFIG_NAME)
+        peft_config.rename({name: place.name for name, place in found.items()})
         self._layout: Layout = peft_config.layout()
         self._owners: dict[tuple[str, str], Owner] = {}
-        check_fits(self._layout.modules, model, peft_config.base_model_name_or_path or CONFIG_NAME)
+        self._experts: dict[str, list[Place]] = {}
+        for place in found.values():
+            if place.slice is not None:
+                self._experts.setdefault(place.layer, []).append(place)
+        peft_config.layers = frozenset(place.layer for place in found.values())
+        tied = [name for name, entry in self._layout.modules.items() if entry.kind == "tied_embedding"]
+        heads = [name for name in tied_heads(model) if name not in self._layout.modules]
+        if heads and any(is_input_embedding(model, model.get_submodule(name)) for name in tied):
+            peft_config.target_modules_to_tie = heads
 
     @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return key in peft_config.modules
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if key in peft_config.layers:
+            return True
+        excluded = peft_config.exclude_modules and check_target_module_exists(peft_config, key)
+        return excluded if isinstance(excluded, _ExcludedModule) else False
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Nothing: an adapter's own layout says which embedding is tied."""
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)  # type: ignore[arg-type]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
@@ -50,7 +73,21 @@ class BsloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Puts one module's part of an adapter on its layer, which is wrapped the first time."""
+        if current_key in self._experts:
+            holder = target if isinstance(target, BsloraExperts) else BsloraExperts(target)
+            for place in self._experts[current_key]:
+                self._put(peft_config, adapter_name, holder.layer(place), place.name)
+            self._replaced(adapter_name, target_name, parent, target, holder)
+            return
         layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target)
+        if current_key in self._layout.modules:
+            self._put(peft_config, adapter_name, layer, current_key)
+        else:
+            embedding: Any = self.model.get_input_embeddings()
+            layer.tie(adapter_name, embedding, peft_config.inference_mode)
+        self._replaced(adapter_name, target_name, parent, target, layer)
+
+    def _put(self, peft_config: Any, adapter_name: str, layer: BsloraLayer, current_key: str) -> None:
         owners = {}
         for level, group in self._layout.modules[current_key].groups.items():
             owners[level] = self._owners.setdefault((level, group), Owner())
@@ -64,6 +101,17 @@ class BsloraModel(BaseTuner):
             peft_config.train,
             peft_config.inference_mode,
         )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which looks for a weight that a layer of stacked experts does not have."""
+        if isinstance(new_module, BsloraExperts) or isinstance(child, BsloraExperts):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _replaced(
+        self, adapter_name: str, target_name: str, parent: nn.Module, target: nn.Module, layer: nn.Module
+    ) -> None:
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -106,6 +154,8 @@ class BsloraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names is for inference; call model.eval() first")
+        if any(isinstance(module, BsloraExperts) for module in self.modules()):
+            raise ValueError("adapter_names can't be given on a model whose experts are stacked and adapted")
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

@@ -344,7 +344,6 @@ def test_damage_is_named(tmp_path: Path, case: str) -> None:
         ({"r_local": 3}, InputError, "r_local is 3 but the tensors have 2"),
         ({"r_inter": "8"}, InputError, "r_inter is '8' but the tensors have 8"),
         ({"kron_share_size": 256}, InputError, "kron_share_size is 256 but the tensors have 16"),
-        ({"bias": "all"}, Refused, "bias is 'all'"),
         ({"layer_replication": [[0, 2]]}, Refused, "layer_replication"),
         ({"use_dora": True}, Refused, "DoRA"),
         ({"something_new": 1}, Refused, "something_new is 1: a setting that this version does not know"),

@@ -1,6 +1,7 @@
 """Forms on disk: bit-exact and small, the same bytes every time, and nothing hostile gets through."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -143,7 +144,7 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
         "inference_mode": True,
         "base_model_name_or_path": "a-base",
         "task_type": "CAUSAL_LM",
-        "target_modules": ["model.layers.0.q", "model.layers.0.v"],
+        "target_modules": r"(?:.*\.)?(?:layers\.0\.(?:q|v))",
         "dtype": "bfloat16",
         "transform": {"name": "ke", "size": 4},
         "shared": {
@@ -159,14 +160,26 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
 
 def test_target_modules_say_exactly_what_is_adapted(tmp_path: Path) -> None:
     form = FORMS["none"]()
-    for source, expected in (
-        ({"target_modules": ["v", "q"]}, ["q", "v"]),
-        ({"target_modules": ["q", "v"], "layers_to_transform": [0]}, list(form.modules)),
-        ({"target_modules": "all-linear"}, list(form.modules)),
-        ({"target_modules": ["q"]}, list(form.modules)),
+    kept: tuple[dict[str, Any], ...] = (
+        {"target_modules": ["q", "v"]},
+        {"target_modules": ["q", "v"], "layers_to_transform": [0, 1]},
+        {"target_modules": r".*\.layers\.[01]\.[qv]"},
+        {"target_modules": ["q", "v"], "exclude_modules": ["other.q"]},
+    )
+    for source in kept:
+        save_compact(form, tmp_path, source, {})
+        config = json.loads((tmp_path / CONFIG).read_text())
+        assert {field: config[field] for field in source} == source
+    for source in (
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q"]},
+        {"target_modules": ["q", "v"], "layers_to_transform": [0]},
     ):
         save_compact(form, tmp_path, source, {})
-        assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == expected
+        config = json.loads((tmp_path / CONFIG).read_text())
+        assert "layers_to_transform" not in config
+        assert all(re.fullmatch(config["target_modules"], name) for name in form.modules)
+        assert not re.fullmatch(config["target_modules"], "model.layers.7.q")
 
 
 def test_the_same_form_is_the_same_bytes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bslora_convert.bslora.factors import Factors
 from bslora_convert.compression import compress
 from bslora_convert.errors import BsloraConvertError, InputError
 from bslora_convert.lora import load_lora
-from bslora_convert.lora.config import REFUSALS, UNDERSTOOD
+from bslora_convert.lora.fields import KNOWN
 from bslora_convert.recipe import Recipe
 from tests.planting import Product, random_products, write_lora
 
@@ -138,7 +138,6 @@ def test_wrong_json(lora: Path, text: str | bytes) -> None:
         ("r", 0),
         ("r", True),
         ("r", 2.5),
-        ("r", None),
         ("r", [8]),
         ("r", -4),
         ("lora_alpha", "16"),
@@ -158,7 +157,7 @@ def test_wrong_json(lora: Path, text: str | bytes) -> None:
         ("rank_pattern", {"*": 2}),
         ("alpha_pattern", {"(?i)Q_PROJ": 2}),  # a flag that may not stand behind PEFT's own prefix
         ("alpha_pattern", {"q{99999999999999999999}": 2}),
-        ("alpha_pattern", {"a" * 10_000: 2}),
+        ("alpha_pattern", {"a" * 100_000: 2}),
     ],
 )
 def test_wrong_fields(lora: Path, field: str, value: Any) -> None:
@@ -397,7 +396,7 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
-@given(changes=st.dictionaries(st.sampled_from(sorted(UNDERSTOOD | set(REFUSALS))), VALUES, min_size=1, max_size=3))
+@given(changes=st.dictionaries(st.sampled_from(sorted(KNOWN)), VALUES, min_size=1, max_size=3))
 def test_wrong_values_of_any_field_raise_nothing_else(changes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as place:
         lora = tiny(place)

@@ -14,14 +14,12 @@ from bslora_convert.compression import compress
 from bslora_convert.errors import Refused
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.adapter import FOREIGN
-from bslora_convert.lora.config import REFUSALS
+from bslora_convert.lora.fields import REFUSED
 from tests.planting import random_products, write_lora
 
 FIELDS: list[tuple[str, Any]] = [
     ("use_dora", True),
     ("lora_bias", True),
-    ("bias", "lora_only"),
-    ("bias", "all"),
     ("init_lora_weights", "pissa"),
     ("init_lora_weights", "pissa_niter_16"),
     ("init_lora_weights", "olora"),
@@ -37,6 +35,8 @@ FIELDS: list[tuple[str, Any]] = [
     ("megatron_config", {"x": 1}),
     ("kasa_config", {"x": 1}),
     ("arrow_config", {"x": 1}),
+    ("enable_lora", [True, False, True]),
+    ("use_merged_linear", True),
 ]
 
 
@@ -49,18 +49,18 @@ def refused(lora: Path, *words: str) -> None:
 
 
 def test_every_refusal_is_tried() -> None:
-    assert {field for field, _ in FIELDS} == set(REFUSALS)
+    assert {field for field, _ in FIELDS} == set(REFUSED)
 
 
 @pytest.mark.parametrize(("field", "value"), FIELDS)
 def test_fields(tmp_path: Path, field: str, value: Any) -> None:
     lora = write_lora(tmp_path / "lora", random_products(layers=1), **{field: value})
-    refused(lora, str(lora / "adapter_config.json"), f"{field} is {value!r}", REFUSALS[field][1])
+    refused(lora, str(lora / "adapter_config.json"), f"{field} is {value!r}", REFUSED[field].why)
 
 
 def test_every_reason_is_given_at_once(tmp_path: Path) -> None:
-    lora = write_lora(tmp_path / "lora", random_products(layers=1), use_dora=True, bias="all", new_thing=2)
-    refused(lora, "use_dora is True", "bias is 'all'", "new_thing is 2")
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), use_dora=True, kasa_config={"x": 1}, new_thing=2)
+    refused(lora, "use_dora is True", "kasa_config is {'x': 1}", "new_thing is 2")
 
 
 def test_a_refused_conversion_leaves_nothing(tmp_path: Path) -> None:
@@ -95,6 +95,45 @@ def test_an_unknown_setting_is_refused_where_it_is_set(tmp_path: Path, value: An
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
 def test_an_unknown_setting_is_harmless_where_it_is_not_set(tmp_path: Path, value: Any) -> None:
     assert load_lora(write_lora(tmp_path / "lora", random_products(layers=1), use_newlora=value)).modules
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("modules_to_save", [None, ["classifier"]])
+def test_trained_biases_are_found_by_their_tensors(tmp_path: Path, bias: str, modules_to_save: Any) -> None:
+    """Refused where there are any, named; converted with a note where there are none but a saved module's own."""
+    head = {"base_model.model.classifier.bias": torch.ones(3)} if modules_to_save else {}
+    products = random_products(layers=1)
+    lora = write_lora(tmp_path / "lora", products, extra=head, bias=bias, modules_to_save=modules_to_save)
+    (note,) = load_lora(lora).notes
+    assert f"bias is {bias!r}, but the weights hold no trained bias; read as none" in note
+    compress(lora, tmp_path / "compact", report_html=False)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
+    lora = write_lora(
+        tmp_path / "lora", products, extra={**head, key: torch.ones(64)}, bias=bias, modules_to_save=modules_to_save
+    )
+    refused(lora, "adapter_config.json", f"bias is {bias!r}", "q_proj.base_layer.bias", "trained biases")
+
+
+def test_real_trained_biases(tmp_path: Path) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2, bias="all")).save_pretrained(
+        tmp_path
+    )
+    refused(tmp_path, "bias is 'all'", ".bias")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lora_dtype", "bfloat16"), ("lorap_lr_ratio", 16.0), ("lorap_emb_lr", 1e-06), ("loraplus_lr_ratio", 16),
+     ("learning_rate", 2e-4), ("unsloth_fixed", True), ("embedding_lr", 1e-5), ("num_train_epochs", 3), ("warmup_ratio", 0.1),
+     ("random_state", 3407), ("gradient_checkpointing", True), ("transformers_version", "5.0"), ("merge_weights", True)],
+)  # fmt: skip
+def test_settings_of_trainers_change_no_update(tmp_path: Path, field: str, value: Any) -> None:
+    assert load_lora(write_lora(tmp_path / "lora", random_products(layers=1), **{field: value})).modules
+
+
+@pytest.mark.parametrize("field", ["lora_scale", "color", "use_lrd", "seedling"])
+def test_a_name_that_only_looks_like_one_is_refused(tmp_path: Path, field: str) -> None:
+    refused(write_lora(tmp_path / "lora", random_products(layers=1), **{field: 2}), f"{field} is 2")
 
 
 KINDS = (
@@ -196,3 +235,10 @@ def test_multihead_attention(tmp_path: Path) -> None:
     get_peft_model(Model(), LoraConfig(target_modules=["mha"], r=2)).save_pretrained(tmp_path)
     with pytest.raises(Refused, match="MultiheadAttention"):
         load_lora(tmp_path)
+
+
+def test_grouped_factors_of_a_fused_layer(tmp_path: Path) -> None:
+    start = "base_model.model.transformer.h.0.attn.c_attn"
+    extra = {f"{start}.lora_A.weight": torch.ones(4, 8), f"{start}.lora_B.weight": torch.ones(24, 4, 1)}
+    lora = write_lora(tmp_path / "lora", {}, extra=extra)
+    refused(lora, "adapter_model.safetensors", f"{start}.lora_B.weight", "fused QKV", "merge it")

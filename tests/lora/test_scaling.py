@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from bslora_convert.errors import InputError
 from bslora_convert.lora import load_lora
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -207,9 +208,23 @@ def test_keys_of_direct_injection_have_no_prefix(tmp_path: Path) -> None:
     assert_same_deltas(model, tmp_path)
 
 
+WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "_forward_module")
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        *(lambda key, w=w: key.replace(".self_attn", f".{w}.self_attn").replace(".mlp", f".{w}.mlp") for w in WRAPPED),
+        *(lambda key, w=w: key.replace(".lora_", f".{w}.lora_") for w in WRAPPED),
+        lambda key: key.replace("model.layers.", "_fsdp_wrapped_module.model.layers.").replace(
+            "layers.1.", "layers.1._orig_mod."
+        ),
+        lambda key: "module." + key,
+        lambda key: "module._orig_mod." + key,
+        lambda key: "_orig_mod.module." + key,
+        lambda key: key.replace("base_model.model.", "base_model.model.module."),
+        lambda key: key.replace("base_model.model.", "module.base_model.model.module._orig_mod."),
+        lambda key: key.replace("base_model.model.", "module."),
         lambda key: "base_model.model." + key,
         lambda key: "base_model.model.base_model.model." + key,
         lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
@@ -227,6 +242,28 @@ def test_prefixes(tmp_path: Path, change: Any) -> None:
     save_file({change(key): tensor for key, tensor in before.items()}, path)
     assert set(load_file(path)).isdisjoint(before)
     assert_same_deltas(model, tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["_checkpoint_wrapped_module", "_orig_mod", "module"])
+def test_a_wrapper_is_named_in_a_note(tmp_path: Path, wrapper: str) -> None:
+    saved(llama(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("model.layers", f"{wrapper}.model.layers"): t for key, t in load_file(path).items()}, path)
+    (note,) = load_lora(tmp_path).notes
+    assert f"the keys hold {wrapper}, a wrapper's name" in note
+
+
+def test_a_module_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+            self.other = nn.ModuleDict({"module": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
+
+    saved(Named(), tmp_path, target_modules=["q_proj"])
+    adapter = load_lora(tmp_path)
+    assert set(adapter.modules) == {"module.q_proj", "other.module.q_proj"}
+    assert adapter.notes == ()
 
 
 def test_a_bin_file_holds_the_same(tmp_path: Path) -> None:
@@ -247,16 +284,56 @@ def test_the_tensors_win_over_the_configurations_rank(tmp_path: Path, field: dic
     (note,) = adapter.notes
     assert "9 of 9 modules" in note
     assert "4, not 16" in note
-    assert "taken as the truth" in note
+    assert "taken as the truth, so its scaling is 12/4 = 3" in note
     assert_same_deltas(model, tmp_path)
 
 
-def test_an_old_configuration_without_rank_and_alpha_means_pefts_defaults(tmp_path: Path) -> None:
-    model = saved(llama(), tmp_path, r=8, lora_alpha=8)
-    kept = {"peft_type": "LORA", "target_modules": TARGETS}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(kept))
-    assert load_lora(tmp_path).notes == ()
-    assert_same_deltas(model, tmp_path)
+def without(directory: Path, *fields: str) -> None:
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({field: value for field, value in config.items() if field not in fields}))
+
+
+def test_a_scaling_is_never_guessed(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path, r=4, lora_alpha=12)
+    without(tmp_path, "lora_alpha")
+    with pytest.raises(InputError, match=r"adapter_config\.json: lora_alpha is missing.*--lora-alpha") as caught:
+        load_lora(tmp_path)
+    assert caught.value.exit_code == 2
+    adapter = load_lora(tmp_path, alpha=12)
+    assert adapter.config.raw["lora_alpha"] == 12
+    assert {module.scaling for module in adapter.modules.values()} == {3.0}
+    configure(tmp_path, lora_alpha=12)  # back, for PEFT
+    assert_same_deltas(reread(model, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("gone", [("lora_alpha",), ("lora_alpha", "r"), ("lora_alpha", "r", "peft_type", "use_rslora")])
+def test_what_is_missing_can_be_given(tmp_path: Path, gone: tuple[str, ...]) -> None:
+    saved(llama(), tmp_path, r=4, lora_alpha=12)
+    without(tmp_path, *gone)
+    rslora = True if "use_rslora" in gone else None
+    modules = load_lora(tmp_path, alpha=12, rslora=rslora).modules
+    assert {module.scaling for module in modules.values()} == {12 / 4**0.5 if rslora else 12 / 4}
+
+
+@pytest.mark.parametrize("given", [{"alpha": 13}, {"rslora": True}, {"alpha": 12, "rslora": True}])
+def test_what_is_given_never_overrules_the_file(tmp_path: Path, given: dict[str, Any]) -> None:
+    saved(llama(), tmp_path, r=4, lora_alpha=12)
+    assert load_lora(tmp_path, alpha=12, rslora=False).notes == ()
+    with pytest.raises(InputError, match=r"lora_alpha is 12 there and 13|use_rslora is False there and True"):
+        load_lora(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    ("field", "note"),
+    [("r", "r is missing in the configuration; 4, by the tensors"), ("peft_type", "peft_type is missing")],
+)
+def test_what_the_tensors_say_needs_no_field(tmp_path: Path, field: str, note: str) -> None:
+    saved(llama(), tmp_path, r=4, lora_alpha=12)
+    without(tmp_path, field)
+    adapter = load_lora(tmp_path)
+    assert any(note in said for said in adapter.notes)
+    assert {module.scaling for module in adapter.modules.values()} == {3.0}
 
 
 def test_modules_are_in_natural_order(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from bslora_convert.bslora.official.plan import MODES, OFFICIAL_TYPE, Plan
 from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE as GATE_SIZE
 from bslora_convert.bslora.transforms.kronecker import DEFAULT_SIZE as KRON_SIZE
 from bslora_convert.errors import InputError, Refused
-from bslora_convert.lora.config import UNDERSTOOD, unfaithful
+from bslora_convert.lora.config import unfaithful
 
 FIELDS = frozenset({"gate_share_size", "kron_share_size", "r_inter", "r_intra", "r_local", "share_mode"})
 INHERITED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
@@ -25,7 +25,7 @@ def read_mode(config: Mapping[str, Any], path: Path) -> str:
     mode = config.get("share_mode")
     if not isinstance(mode, str) or mode not in MODES:
         raise Refused(f"{path}: share_mode is {mode!r}; the authors' code knows {', '.join(MODES)} and trains no other")
-    reasons = unfaithful(config, UNDERSTOOD | FIELDS)
+    reasons = unfaithful(config, FIELDS)
     if reasons:
         raise Refused(f"{path}: " + "; ".join(reasons))
     return mode

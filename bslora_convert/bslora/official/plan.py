@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.form import LEVELS, PARTS, kind_of, layer_of
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
-from bslora_convert.lora.adapter import PREFIX
+from bslora_convert.lora.keys import PREFIX
 
 OFFICIAL_TYPE = "SHARELORA"
 SCALING = 2.0

@@ -28,7 +28,8 @@ from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.tensorfile import FLOATS, check_finite, read_tensors
-from bslora_convert.lora.adapter import CONFIG_NAME, canonical, locate
+from bslora_convert.lora.keys import canonical
+from bslora_convert.lora.place import CONFIG_NAME, locate
 
 Held = Mapping[str, Mapping[str, tuple[str, Tensor]]]  # module -> the authors' name -> (key, tensor)
 
