@@ -1,0 +1,182 @@
+"""What README and docs/ tell a reader to type: it runs as written, on the fixtures under the names that the pages use."""
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from bslora_convert import Recipe, batch, compress
+from bslora_convert.bslora.storage import WEIGHTS_NAME
+from bslora_convert.cli import main
+from tests.conftest import FIXTURES
+
+ROOT = FIXTURES.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = FIXTURES / "tiny"
+ROWS = 12  # of a prompt file
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+
+# Where the place of a verb's result stands among its words.
+PLACE = {"compress": 1, "expand": 1, "finetune": 1, "batch": 1}
+# Not run: another machine's store, and Ray, which tests/library runs.
+ELSEWHERE = ("s3://", "--engine ray")
+
+
+def fenced(page: Path, language: str) -> Iterator[str]:
+    for kind, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if kind == language:
+            yield text
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command of ours in a page's blocks, comments taken off and broken lines joined."""
+    for text in fenced(page, ""):
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("bslora-convert "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+def spans(page: Path, start: str) -> Iterator[str]:
+    """Code within sentences that begins with some word, its own line breaks taken out."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    yield from (" ".join(span.split()) for span in SPAN.findall(prose) if span.startswith(start))
+
+
+RUN = [*{tuple(words): (page, words) for page in PAGES for words in commands(page)}.values()]  # each once
+
+
+def label(value: object) -> str:
+    return value.name if isinstance(value, Path) else " ".join(value) if isinstance(value, list) else str(value)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that holds what the pages speak of."""
+    place = tmp_path_factory.mktemp("pages")
+    for source, name in (
+        ("gsm8k", "my-lora"), ("gsm8k", "adapters/tenant-3/support"), ("banking77", "another-lora"),
+        ("banking77", "adapters/tenant-4"),
+    ):  # fmt: skip
+        cut(TINY / source, place / name)
+    shutil.copytree(TINY / "base", place / "base")
+    rows = (TINY / "gsm8k-heldout.jsonl").read_text().splitlines()
+    for number, name in enumerate(("prompts", "train", "held-out")):
+        (place / f"{name}.jsonl").write_text("\n".join(rows[number * ROWS : (number + 1) * ROWS]) + "\n")
+    (place / "list.jsonl").write_text('{"id": "one", "uri": "my-lora"}\n')
+    for source, out in (("my-lora", "my-compact"), ("another-lora", "another-compact")):
+        compress(place / source, place / out, Recipe(transform="ke", budget=0.5, shared_size=32))
+    batch(place / "adapters", place / "compact", Recipe(transform="none"), workers=0)
+    (place / "fixtures").symlink_to(FIXTURES)
+    return place
+
+
+def cut(source: Path, out: Path) -> None:
+    """An adapter of the two smallest kinds of module alone: all that these commands need."""
+    shutil.copytree(source, out)
+    kept = {k: t for k, t in load_file(out / WEIGHTS_NAME).items() if "q_proj" in k or "v_proj" in k}
+    save_file(kept, out / WEIGHTS_NAME)
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_the_pages_hold_commands() -> None:
+    assert len(RUN) > 25
+    assert {words[0] for _, words in RUN} == set(main.commands)
+
+
+@pytest.mark.parametrize(("page", "words"), RUN, ids=label)
+def test_every_command_of_a_block_runs_as_written(page: Path, words: list[str], place: Path) -> None:
+    if any(mark in " ".join(words) for mark in ELSEWHERE):
+        parsed(words)
+        return
+    if "build/small" in words and words[0] == "verify":
+        compress(TINY / "gsm8k", place / "build" / "small", Recipe(transform="none"))
+    plain = [word.replace("fixtures/smollm2-135m-math-r16", "my-lora").replace("build/base", "base") for word in words]
+    out = result_of(plain)
+    if out is not None:
+        shutil.rmtree(out, ignore_errors=True)
+    done = CliRunner().invoke(main, plain)
+    # A threshold may be missed by these fixtures: what counts is that it was measured.
+    assert done.exit_code == 0 or (done.exit_code == 1 and "missed: " in done.stderr), done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert out is None or "--dry-run" in plain or any(out.iterdir())
+
+
+def result_of(words: list[str]) -> Path | None:
+    if "--out" in words:
+        return Path(words[words.index("--out") + 1])
+    given = [word for word in words[1:] if not word.startswith("--")]
+    at = PLACE.get(words[0])
+    return None if at is None or "--resume" in words else Path(given[at])
+
+
+def parsed(words: list[str]) -> None:
+    command = main.commands[words[0]]
+    try:
+        command.make_context(words[0], list(words[1:]))
+    except click.UsageError as error:
+        raise AssertionError(f"{' '.join(words)}: {error.format_message()}") from None
+
+
+def test_every_command_within_a_sentence_is_one(place: Path) -> None:
+    seen = 0
+    for page in PAGES:
+        for span in spans(page, "bslora-convert "):
+            words = shlex.split(span)[1:]
+            if len(words) > 1 and "…" not in span:
+                parsed(words)
+                seen += 1
+    assert seen > 5
+
+
+def test_every_benchmark_that_is_named_takes_its_options() -> None:
+    seen = 0
+    for page in PAGES:
+        for span in spans(page, "python benchmarks/"):
+            script, *words = shlex.split(span.removeprefix("python "))
+            text = (ROOT / script).read_text(encoding="utf-8")
+            for word in words:
+                assert not word.startswith("--") or f'"{word}"' in text, f"{page.name}: {script} takes no {word}"
+            seen += 1
+    assert seen > 8
+
+
+def test_every_target_of_make_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {word for page in PAGES for word in re.findall(r"^make ([a-z-]+)", page.read_text(), re.M)}
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(fenced(page, "python"))], ids=label)
+def test_the_python_of_a_page_runs(page: Path, place: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained("base")
+    names = {"base": base, "model": base, "ids": torch.arange(12).view(3, 4)}
+    for text in fenced(page, "python"):
+        shutil.rmtree("for-the-server", ignore_errors=True)
+        if "compress(" in text:
+            shutil.rmtree("my-compact")
+        if "load_into" in text:
+            names["model"] = AutoModelForCausalLM.from_pretrained("base")
+        exec(compile(text, page.name, "exec"), names)
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
