@@ -1,6 +1,7 @@
 """Reading and writing tensor files without trusting what they say of themselves."""
 
 import json
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         _check_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose words advise to load it all the same
+        raise InputError(
+            f"{path}: not a file of plain tensors: it holds something else, which could run code, so it is not loaded; "
+            "ask its author for safetensors"
+        ) from None
     except Exception as error:
         what = "truncated or not a safetensors file" if path.suffix == ".safetensors" else "not a file of plain tensors"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -33,13 +33,14 @@ def lora(tmp_path: Path) -> Path:
     return write_lora(tmp_path / "lora", random_products(layers=1, rank=2))
 
 
-def refused(path: Path, *words: str) -> None:
+def refused(path: Path, *words: str) -> str:
     with pytest.raises(InputError) as caught:
         load_lora(path)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+    return str(caught.value)
 
 
 def rewrite(lora: Path, **changes: torch.Tensor | None) -> None:
@@ -275,7 +276,8 @@ def test_a_pickle_that_runs_code_does_not_run(lora: Path, tmp_path: Path, write:
     (lora / WEIGHTS).unlink()
     mark = tmp_path / "executed"
     write(lora / name, Payload(str(mark)))
-    refused(lora, str(lora / name), "not a file of plain tensors")
+    message = refused(lora, str(lora / name), "not a file of plain tensors")
+    assert "weights_only" not in message  # no advice to load it all the same
     refused(lora / name, str(lora / name))
     assert not mark.exists()
     # The file is armed: reading it carelessly does run it.
