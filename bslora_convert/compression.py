@@ -5,7 +5,6 @@ read -> fit -> cast -> (calibrate, distil on the base) -> write beside -> read b
 Where the source is in the authors' BSLoRA layout there is nothing to fit: see `deduplication`.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,8 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import is_official
 from bslora_convert.deduplication import OfficialSource, as_found, load_source
 from bslora_convert.device import pick_device
-from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
+from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.files.address import resolve
-from bslora_convert.files.base import check_base
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.fit.convert import (
@@ -33,6 +31,7 @@ from bslora_convert.fit.convert import (
     measure,
 )
 from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.fit.source import check_magnitude
 from bslora_convert.fitting import cast, fit_stored, missed
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
@@ -41,8 +40,6 @@ from bslora_convert.result import Extras, write_result
 
 if TYPE_CHECKING:
     from bslora_convert.behaviour.workshop import Workshop
-
-SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 
 
 def compress(
@@ -78,8 +75,6 @@ def compress(
         )
     check_apart(resolve(source), out)
     check_output(out, overwrite)
-    if recipe.base_model is not None:
-        check_base(recipe.base_model)
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
@@ -93,7 +88,7 @@ def compress(
         adapter = adapter.to("cpu" if recipe.is_coded else device)  # codes are searched on the CPU
         read = time.perf_counter()
         measured = measure(adapter.modules, adapter.kinds)
-        _check_magnitude(measured, adapter.weights)
+        check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         if isinstance(adapter, OfficialSource):
             fit, used, extras = as_found(adapter, recipe)
@@ -177,16 +172,3 @@ def _improve(
             extras, training=done.record, log=done.log, codes=done.codes, notes=(*extras.notes, *done.notes)
         )
     return form, extras
-
-
-def _check_magnitude(source: Source, weights: Path) -> None:
-    """Refuses deltas that float32 arithmetic would overflow or lose.
-
-    :raises InputError: naming file and module.
-    """
-    for name, grams in source.grams.items():
-        if not (grams.energy == 0 or SMALLEST_NORM**2 < grams.energy < LARGEST_NORM**2):
-            raise InputError(
-                f"{weights}: the update of {name} has the norm {math.sqrt(abs(grams.energy)):.3g}; "
-                f"from {SMALLEST_NORM:g} to {LARGEST_NORM:g} can be fitted in float32"
-            )

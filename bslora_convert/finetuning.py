@@ -18,6 +18,7 @@ from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import recorded
 from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.result import Extras, write_result
@@ -86,6 +87,7 @@ def finetune(
         raise InputError(f"{compact} and {reference} don't change the same modules; give the LoRA that it came from")
     with modules_over_cores():
         measured = measure(source.modules, source.kinds)
+        check_magnitude(measured, source.weights)
     read = time.perf_counter()
     workshop = open_workshop(
         reference, base_model, device, dtype, progress, read_adapter(compact, accept_changed=accept_changed)

@@ -19,7 +19,7 @@ from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.tensorfile import dtype_name, read_tensors
-from bslora_convert.fit.convert import measure
+from bslora_convert.fit.source import check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
@@ -219,6 +219,7 @@ def _kinds(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> list[dict[s
 def _spectra(adapter: LoraAdapter) -> list[dict[str, Any]]:
     """By kind: mean stable rank ‖ΔW‖_F² / ‖ΔW‖₂² and the share of energy in the best half and quarter of the rank."""
     source = measure(adapter.modules)
+    check_magnitude(source, adapter.weights)
     gathered: dict[str, list[tuple[float, float, float]]] = {}
     for name, values in source.spectra.items():
         energy = float(values.sum())

@@ -14,6 +14,7 @@ from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import ANALYSIS_NAME, seal
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
+from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.progress import Progress, silent
 from bslora_convert.version import __version__
@@ -69,6 +70,7 @@ def analyze(
     others = {str(path): load_lora(path) for path in beside}
     with modules_over_cores():
         source = measure(adapter.modules, adapter.kinds)
+        check_magnitude(source, adapter.weights)
         record = _measured(adapter, others, source, draws, seed, progress)
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools

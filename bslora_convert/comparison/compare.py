@@ -22,7 +22,7 @@ from bslora_convert.files.record import COMPARISON_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.parallel import modules_over_cores
-from bslora_convert.fit.source import Source, measure
+from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.progress import Progress, silent
@@ -80,6 +80,7 @@ def compare(
     found: list[tuple[dict[str, Any], Fitted | None]] = []
     with modules_over_cores():
         source = measure(adapter.to(pick_device(device)).modules, adapter.kinds)
+        check_magnitude(source, adapter.weights)
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
             found.append(_row(name, budget, source, storage, seed))

@@ -11,18 +11,25 @@ from bslora_convert.errors import InputError, OutputError
 from bslora_convert.files.address import MARK
 from bslora_convert.files.record import foreign, named
 
+ADAPTER = "adapter_config.json"  # the mark of a directory that is an adapter
+
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuses an output place that can't be used, before any work is done.
 
     :raises OutputError: when it is a file, a directory with content without `overwrite`, with `overwrite` one in which anything
         was not written by this tool or was changed since, one that holds the current directory or the user's own, an address
-        in a library, or can't be made.
+        in a library or a place inside of an adapter, or can't be made.
     """
     if MARK in str(out):
         raise OutputError(f"{out}: {MARK} names an adapter of a library, which `batch` alone writes; give a directory")
     if any(out.resolve() in (place, *place.parents) for place in (Path.cwd(), Path.home())):
         raise OutputError(f"{out}: holds the current directory or your own; it is not replaced")
+    inside = next((above for above in out.resolve().parents if (above / ADAPTER).is_file()), None)
+    if inside is not None:
+        raise OutputError(
+            f"{out}: lies inside of the adapter {inside}, whose own it would be taken for; give another place"
+        )
     if out.exists():
         if not out.is_dir():
             raise OutputError(f"{out}: exists and is not a directory")

@@ -1,5 +1,6 @@
 """What a fit starts from and what it gives: the measured adapter, the options, the fitted form."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -8,13 +9,14 @@ from torch import Tensor
 
 from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import BsloraForm, layer_of
-from bslora_convert.errors import RecipeError
+from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
 from bslora_convert.fit.parallel import each
 
+SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ENTIRE = "all"  # the inter group's name
 
 Progress = Callable[[str], None]
@@ -117,6 +119,19 @@ def measure(deltas: Mapping[str, Delta], kinds: Mapping[str, str] | None = None)
     grams = dict(zip(deltas, each(Grams.of_delta, deltas.values()), strict=True))
     svds = dict(zip(grams, each(product_svd, grams.values()), strict=True))
     return Source(deltas, kinds or {}, grams, svds)
+
+
+def check_magnitude(source: Source, where: object) -> None:
+    """Refuses deltas that float32 arithmetic would overflow or lose.
+
+    :raises InputError: naming `where` and the module.
+    """
+    for name, grams in source.grams.items():
+        if not (grams.energy == 0 or SMALLEST_NORM**2 < grams.energy < LARGEST_NORM**2):
+            raise InputError(
+                f"{where}: the update of {name} has the norm {math.sqrt(abs(grams.energy)):.3g}; "
+                f"from {SMALLEST_NORM:g} to {LARGEST_NORM:g} can be fitted in float32"
+            )
 
 
 def quiet(_: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
-from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.address import MANIFEST, MARK, PAGE, SUMMARY
 from bslora_convert.files.landing import check_apart, landing, replace_file
 from bslora_convert.library.convert import COPYING, STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
@@ -265,8 +265,10 @@ def _check_place(items: Sequence[Item], out: Path) -> None:
 def _check_library(library: str, out: Path) -> None:
     """Refuses an output in the library or a library in the output, whose results would become adapters of the next run.
 
-    :raises InputError: naming both.
+    :raises InputError: naming both. :raises OutputError: for a place that no run may write to.
     """
+    if MARK in str(out):
+        raise OutputError(f"{out}: {MARK} names an adapter of a library; give a directory")
     path = Path(library)
     if "://" not in library and path.is_dir():
         check_apart(path, out)
