@@ -195,8 +195,8 @@ OPTIONS: dict[str, list[str]] = {
     "finetune": [
         "--reference LORA --base-model BASE", "--reference nowhere --base-model BASE --prompts rows.jsonl",
         "--reference LORA --base-model BASE --prompts bad.jsonl", "--reference LORA --base-model BASE --prompts empty.jsonl",
-        "--reference OTHER --base-model BASE --prompts rows.jsonl", "--reference LORA --base-model ./nowhere --prompts rows.jsonl",
-        f"{ON} --heldout rows.jsonl", f"{ON} --resume", f"{ON} --heldout 1.5", f"{ON} --train most", f"{ON} --max-steps 0",
+        "--reference OTHER --base-model BASE --prompts rows.jsonl",
+        "--reference LORA --base-model ./nowhere --prompts rows.jsonl", f"{ON} --heldout rows.jsonl", f"{ON} --resume", f"{ON} --heldout 1.5", f"{ON} --train most", f"{ON} --max-steps 0",
         f"{ON}",
     ],
     "capacity": ["--gpu-gib 1 --base-gib 2", "--gpu-gib x --base-gib 1", "--gpu-gib nan --base-gib 0", "--gpu-gib 80"],

@@ -14,6 +14,20 @@ from bslora_convert.files.record import foreign, named
 ADAPTER = "adapter_config.json"  # the mark of a directory that is an adapter
 
 
+def check_outside(out: Path) -> None:
+    """Refuses a place that is another's: an address in a library, or anything inside of an adapter.
+
+    :raises OutputError: naming it.
+    """
+    if MARK in str(out):
+        raise OutputError(f"{out}: {MARK} names an adapter of a library, which `batch` alone writes; give a directory")
+    inside = next((above for above in out.resolve().parents if (above / ADAPTER).is_file()), None)
+    if inside is not None:
+        raise OutputError(
+            f"{out}: lies inside of the adapter {inside}, for a part of which it would be taken; give another place"
+        )
+
+
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuses an output place that can't be used, before any work is done.
 
@@ -21,15 +35,9 @@ def check_output(out: Path, overwrite: bool) -> None:
         was not written by this tool or was changed since, one that holds the current directory or the user's own, an address
         in a library or a place inside of an adapter, or can't be made.
     """
-    if MARK in str(out):
-        raise OutputError(f"{out}: {MARK} names an adapter of a library, which `batch` alone writes; give a directory")
+    check_outside(out)
     if any(out.resolve() in (place, *place.parents) for place in (Path.cwd(), Path.home())):
         raise OutputError(f"{out}: holds the current directory or your own; it is not replaced")
-    inside = next((above for above in out.resolve().parents if (above / ADAPTER).is_file()), None)
-    if inside is not None:
-        raise OutputError(
-            f"{out}: lies inside of the adapter {inside}, whose own it would be taken for; give another place"
-        )
     if out.exists():
         if not out.is_dir():
             raise OutputError(f"{out}: exists and is not a directory")

@@ -18,8 +18,8 @@ from typing import Any
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
-from bslora_convert.files.address import MANIFEST, MARK, PAGE, SUMMARY
-from bslora_convert.files.landing import check_apart, landing, replace_file
+from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
 from bslora_convert.library.convert import COPYING, STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
@@ -267,8 +267,7 @@ def _check_library(library: str, out: Path) -> None:
 
     :raises InputError: naming both. :raises OutputError: for a place that no run may write to.
     """
-    if MARK in str(out):
-        raise OutputError(f"{out}: {MARK} names an adapter of a library; give a directory")
+    check_outside(out)
     path = Path(library)
     if "://" not in library and path.is_dir():
         check_apart(path, out)
