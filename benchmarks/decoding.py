@@ -22,8 +22,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from bslora_convert.bslora.coding.file import from_file, to_file
+from bslora_convert.coding.encode import encode
 from bslora_convert.files.tensorfile import check_finite
-from bslora_convert.fit.quantize import encode
 
 KINDS = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
 LAYERS = 32

@@ -66,8 +66,8 @@ def measure(job: str, directory: Path) -> dict[str, float]:
     from safetensors.torch import load_file
 
     import bslora_convert.report  # noqa: F401  matplotlib and Jinja are imports, not work
-    from bslora_convert.compression import compress
-    from bslora_convert.recipe import Recipe
+    from bslora_convert.recipe.recipe import Recipe
+    from bslora_convert.verbs.compress import compress
 
     def peak() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,10 +21,10 @@ from transformers.utils import logging
 
 import bslora_convert.peft  # noqa: F401  registers the tuner
 from bslora_convert import save_compact
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
+from bslora_convert.modules.factors import Factors
 
 SOURCE_RANK = 16
 LOCAL, INTRA, INTER = 2, 4, 16  # the paper's triple

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from bslora_convert.bslora.factors import Factors
-from bslora_convert.library.batch import batch, read_manifest
 from bslora_convert.lora.writer import save_lora
-from bslora_convert.recipe import Recipe
+from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.batch import batch, read_manifest
 
 RANK = 16
 SHAPES = {

@@ -9,8 +9,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from bslora_convert.compression import compress
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
 
 TRANSFORMS = ("none", "ke", "ss", "gt", "auto")
 

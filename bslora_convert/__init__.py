@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING, Any
 from bslora_convert.version import __version__
 
 if TYPE_CHECKING:
-    from bslora_convert.analysis.analyze import analyze
     from bslora_convert.behaviour.attach import load_into
-    from bslora_convert.behaviour.training import Training
-    from bslora_convert.behaviour.verify import verify
     from bslora_convert.bslora.storage import load_compact, save_compact
-    from bslora_convert.comparison.compare import compare
-    from bslora_convert.compression import compress
-    from bslora_convert.expansion import expand
-    from bslora_convert.finetuning import finetune
-    from bslora_convert.inspection import inspect
-    from bslora_convert.library.batch import batch
     from bslora_convert.lora import load_lora
-    from bslora_convert.recipe import Recipe
+    from bslora_convert.recipe.recipe import Recipe
+    from bslora_convert.recipe.training import Training
+    from bslora_convert.verbs.analyze import analyze
+    from bslora_convert.verbs.batch import batch
+    from bslora_convert.verbs.compare import compare
+    from bslora_convert.verbs.compress import compress
+    from bslora_convert.verbs.expand import expand
+    from bslora_convert.verbs.finetune import finetune
+    from bslora_convert.verbs.inspect import inspect
+    from bslora_convert.verbs.verify import verify
 
 _HOMES = {
-    "Recipe": "bslora_convert.recipe",
-    "analyze": "bslora_convert.analysis.analyze",
-    "batch": "bslora_convert.library.batch",
-    "compare": "bslora_convert.comparison.compare",
-    "compress": "bslora_convert.compression",
-    "Training": "bslora_convert.behaviour.training",
-    "expand": "bslora_convert.expansion",
-    "finetune": "bslora_convert.finetuning",
-    "inspect": "bslora_convert.inspection",
+    "Recipe": "bslora_convert.recipe.recipe",
+    "analyze": "bslora_convert.verbs.analyze",
+    "batch": "bslora_convert.verbs.batch",
+    "compare": "bslora_convert.verbs.compare",
+    "compress": "bslora_convert.verbs.compress",
+    "Training": "bslora_convert.recipe.training",
+    "expand": "bslora_convert.verbs.expand",
+    "finetune": "bslora_convert.verbs.finetune",
+    "inspect": "bslora_convert.verbs.inspect",
     "load_compact": "bslora_convert.bslora.storage",
     "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
     "save_compact": "bslora_convert.bslora.storage",
-    "verify": "bslora_convert.behaviour.verify",
+    "verify": "bslora_convert.verbs.verify",
 }
 
 __all__ = [

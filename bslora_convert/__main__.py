@@ -1,6 +1,6 @@
 """The command line's beginning, as `python -m bslora_convert` and as `bslora-convert`."""
 
-from bslora_convert.interrupt import INTERRUPTED, exit_now, exit_on_interrupts
+from bslora_convert.process.interrupt import INTERRUPTED, exit_now, exit_on_interrupts
 
 
 def main() -> None:

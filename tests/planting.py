@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
+from bslora_convert.modules.factors import Factors, Shape
 
 # A decoder layer with grouped-query attention: seven kinds of modules, four shapes.
 KINDS: dict[str, Shape] = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.cli import main
+from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
 from tests.official import official
 from tests.planting import random_products, write_lora
@@ -238,7 +238,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_the_python_api_is_functions_whatever_was_imported_before() -> None:
     code = (
-        "import bslora_convert.compression, bslora_convert.expansion, bslora_convert.inspection, bslora_convert.recipe\n"
+        "import bslora_convert.verbs.compress, bslora_convert.verbs.expand, bslora_convert.verbs.inspect, bslora_convert.recipe\n"
         "import bslora_convert\n"
         "from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_lora, save_compact\n"
         "for name in bslora_convert.__all__:\n"

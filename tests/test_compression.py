@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.compression import compress
 from bslora_convert.errors import InputError, OutputError, RecipeError, ThresholdMissed
 from bslora_convert.lora import load_lora
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
 from tests.planting import KINDS, Product, plant, random_products, write_lora
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "fidelity.json", "report.html"]

@@ -10,13 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.compression import compress
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.expansion import expand
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.config import LoraConfig
 from bslora_convert.lora.writer import peft_config
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
+from bslora_convert.verbs.expand import expand
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bslora_convert.compression import compress
 from bslora_convert.errors import InputError
-from bslora_convert.inspection import inspect, slot_bytes
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
+from bslora_convert.verbs.inspect import inspect, slot_bytes
 from tests.planting import KINDS, random_products, write_lora
 
 CONTRACT = {

@@ -11,7 +11,7 @@ from rich.console import Console
 from bslora_convert import Recipe, compress
 from bslora_convert.cli import bars, main
 from bslora_convert.cli.bars import EVERY, FIRST, Lines, bar, spent
-from bslora_convert.progress import phase_of
+from bslora_convert.process.progress import phase_of
 from tests.planting import random_products, write_lora
 
 

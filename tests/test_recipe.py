@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bslora_convert import Recipe, Training
-from bslora_convert.behaviour.verify import Thresholds
 from bslora_convert.cli import main
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import RecipeError
-from bslora_convert.quiet import libraries_quiet, quiet_as_the_parent
+from bslora_convert.process.quiet import libraries_quiet, quiet_as_the_parent
+from bslora_convert.verbs.verify import Thresholds
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
-from bslora_convert.bslora.form import kind_of, layer_of
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.source import Source
+from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.names import kind_of, layer_of
 
 
 class OutOfReach(RecipeError):

@@ -12,11 +12,11 @@ every budget that it spends in full.
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach, rounded
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
+from bslora_convert.modules.factors import Factors
 
 
 def svd_uniform(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:

@@ -43,9 +43,9 @@ from torch import Tensor
 from bslora_convert.baselines.baseline import Fitted, Made, OutOfReach, rounded
 from bslora_convert.baselines.peft_files import save_peft
 from bslora_convert.baselines.vector_bank import Mixing, assign, exchanged, starts, update_bank
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.fit.source import Source
 from bslora_convert.lora.keys import PREFIX
+from bslora_convert.modules.factors import Factors, Shape
 
 LONGEST = 256  # of a bank's vectors, the length that the paper uses
 SHORTEST = 8  # below it the indices outweigh the bank

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from bslora_convert.analysis.entropy import NOTHING, Pool
 from bslora_convert.behaviour.prompts import Prompts, batches
 from bslora_convert.behaviour.workshop import Workshop
-from bslora_convert.bslora.factors import Factors
-from bslora_convert.naming import layers_of
+from bslora_convert.layers.names import layers_of
+from bslora_convert.modules.factors import Factors
 
 
 def activation_pools(workshop: Workshop, prompts: Prompts) -> dict[str, Pool]:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bslora_convert.base import check_fits
-from bslora_convert.bslora.factors import Factors, Use
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.bslora.transforms import Transform
 from bslora_convert.errors import InputError
-from bslora_convert.naming import Slice, is_input_embedding, places, tied_heads
-from bslora_convert.stacked import added
+from bslora_convert.layers.names import Slice, is_input_embedding, places, tied_heads
+from bslora_convert.layers.shapes import check_fits
+from bslora_convert.layers.stacked import added
+from bslora_convert.modules.factors import Factors, Use
 
 Parts = tuple[Factors, Transform | None, list[Use]]
 

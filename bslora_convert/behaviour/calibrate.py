@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
-from bslora_convert.bslora.factors import Factors
-from bslora_convert.fit.metric import Moments
-from bslora_convert.naming import layers_of
+from bslora_convert.layers.names import layers_of
+from bslora_convert.metric.metric import Moments
+from bslora_convert.modules.factors import Factors
 
 
 def collect(

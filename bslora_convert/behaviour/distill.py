@@ -38,7 +38,6 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
 from bslora_convert.behaviour.stored import Stored
 from bslora_convert.behaviour.student import Student
-from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.coding.file import coded_tensors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
@@ -47,7 +46,8 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replacing
 from bslora_convert.files.tensorfile import read_tensors
-from bslora_convert.progress import Progress, silent
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.training import Training
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW

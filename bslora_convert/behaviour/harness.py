@@ -15,7 +15,7 @@ import numpy as np
 from bslora_convert.behaviour.intervals import paired_interval
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.quiet import hushed
+from bslora_convert.process.quiet import hushed
 
 TASKS = Path(__file__).parent / "tasks"
 PREFERRED = ("acc", "exact_match", "acc_norm")

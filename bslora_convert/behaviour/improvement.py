@@ -16,18 +16,18 @@ from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.distill import Distilled, distill, split_heldout
 from bslora_convert.behaviour.divergence import heldout_kl
 from bslora_convert.behaviour.prompts import Example, Prompts
-from bslora_convert.behaviour.training import Training
 from bslora_convert.behaviour.workshop import Rows, Workshop
 from bslora_convert.behaviour.writing import Writing, deadline_of, order_of_need
 from bslora_convert.bslora.coding.file import coded_tensors, to_file
-from bslora_convert.bslora.factors import add
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
+from bslora_convert.coding.form import Aim, local_bits, recode_locals
 from bslora_convert.fit.calibrated import refit_locals, residual_terms
-from bslora_convert.fit.coded import Aim, local_bits, recode_locals
 from bslora_convert.fit.lowrank import Delta
-from bslora_convert.fit.metric import Moments
-from bslora_convert.progress import Progress
+from bslora_convert.metric.metric import Moments
+from bslora_convert.modules.factors import add
+from bslora_convert.process.progress import Progress
+from bslora_convert.recipe.training import Training
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import Coded, from_vectors, to_vectors
 from bslora_convert.bslora.coding.file import to_file
-from bslora_convert.fit.quantize import encode
+from bslora_convert.coding.encode import encode
 
 
 @dataclass(frozen=True, slots=True)

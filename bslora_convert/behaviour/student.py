@@ -10,10 +10,10 @@ from bslora_convert.behaviour.divergence import kl_rows
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch
 from bslora_convert.behaviour.stored import Stored
-from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble
 from bslora_convert.errors import RecipeError
+from bslora_convert.recipe.training import Training
 
 
 class Student(nn.Module):

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from bslora_convert.base import check_fits
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.model import BaseModel, load_base
@@ -15,7 +14,8 @@ from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode, with
 from bslora_convert.behaviour.writing import Writing, complete
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.files.hashing import sha256
-from bslora_convert.progress import Progress, silent
+from bslora_convert.layers.shapes import check_fits
+from bslora_convert.process.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.processes import from_first
 from bslora_convert.behaviour.prompts import Prompts, Row
 from bslora_convert.files.landing import replace_file
-from bslora_convert.progress import Progress, silent
+from bslora_convert.process.progress import Progress, silent
 
 SHARE = 1 / 3  # of the time that is left, for writing
 ENOUGH = 8  # held-out rows that choose a state well enough, so they come first

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.layout import LARGEST_SIDE, Entry, Layout
 from bslora_convert.errors import InputError
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.tensorfile import check_finite, read_tensors
+from bslora_convert.modules.factors import Factors, Shape
 
 DIRECTORY = ".bases"
 HASH = re.compile(r"[0-9a-f]{64}")

@@ -9,8 +9,8 @@ With S the sum of (out + in) over modules, L layers, r_l, r_a, r_e the local, in
 from collections.abc import Iterable
 from math import prod
 
-from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.transforms import Transform
+from bslora_convert.modules.factors import Shape
 
 
 def local_parameters(shapes: Iterable[Shape], rank: int) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
-from bslora_convert.bslora.factors import Factors, Use
 from bslora_convert.bslora.transforms import Transform
+from bslora_convert.modules.factors import Factors, Use
 
 
 def add_update(y: Tensor, x: Tensor, local: Factors, transform: Transform | None, uses: Sequence[Use]) -> Tensor:

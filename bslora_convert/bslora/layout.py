@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
-from bslora_convert.bslora.factors import Shape
-from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm, natural_order
+from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm
 from bslora_convert.bslora.transforms import TRANSFORMS, Slice, Transform
 from bslora_convert.errors import InputError
+from bslora_convert.modules.factors import Shape
+from bslora_convert.modules.names import natural_order
 
 LARGEST_SIDE = 1 << 24
 

@@ -31,7 +31,6 @@ from torch import Tensor
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.coded import GROUP
 from bslora_convert.bslora.coding.file import NAMES, VERSION, from_file
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
@@ -49,6 +48,7 @@ from bslora_convert.files.tensorfile import (
 )
 from bslora_convert.lora.fields import inherited
 from bslora_convert.lora.targets import target_fields
+from bslora_convert.modules.factors import Factors, Shape
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1

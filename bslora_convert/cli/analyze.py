@@ -43,7 +43,7 @@ def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
         files=[options["prompts"]],
         base_model=options["base_model"],
     )
-    from bslora_convert.analysis.analyze import analyze as run
+    from bslora_convert.verbs.analyze import analyze as run
 
     with output.bar("analyze") as progress:
         record = run(lora_dir, progress=progress, **options)

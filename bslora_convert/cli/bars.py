@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bslora_convert.progress import Progress, phase_of
+from bslora_convert.process.progress import Progress, phase_of
 
 if TYPE_CHECKING:
     from rich.console import Console

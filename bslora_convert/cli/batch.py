@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.cli.compress import recipe_options
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import training_options
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.training import OPTIONS, Training
 
 SHOWN = 5  # bad adapters whose reasons are printed
 
@@ -76,9 +76,9 @@ def batch(output: Output, library: str, out: Path | None, workers: int | None, d
     """
     if "://" not in library:
         look([library])
-    from bslora_convert.library.batch import batch as run
-    from bslora_convert.library.batch import is_failed
-    from bslora_convert.library.batch import resume as go_on
+    from bslora_convert.verbs.batch import batch as run
+    from bslora_convert.verbs.batch import is_failed
+    from bslora_convert.verbs.batch import resume as go_on
 
     where = {
         name: options.pop(name) for name in ("engine", "shard", "resume", "retry_failed", "fail_fast", "max_failures")
@@ -135,7 +135,7 @@ def _new(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
-    from bslora_convert.library.batch import read_manifest
+    from bslora_convert.verbs.batch import read_manifest
 
     def say(text: str, **style: Any) -> None:
         console.print(text, **style)
@@ -188,8 +188,8 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
     Example:
       bslora-convert capacity ./compact --gpu-gib 80 --base-gib 20
     """
-    from bslora_convert.library.batch import read_manifest
-    from bslora_convert.library.capacity import capacity as run
+    from bslora_convert.verbs.batch import read_manifest
+    from bslora_convert.verbs.capacity import capacity as run
 
     result = run(read_manifest(out), gpu_gib, base_gib)
     output.result(result, lambda console: _show_capacity(console, result))

@@ -8,7 +8,7 @@ import click
 from bslora_convert.cli.early import look
 from bslora_convert.cli.scaling import scaling_options
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe import DTYPES
+from bslora_convert.recipe.recipe import DTYPES
 
 
 class Names(click.ParamType[tuple[str, ...]]):
@@ -76,7 +76,7 @@ def compare(output: Output, lora_dir: Path, **options: Any) -> None:
         files=[options["prompts"]],
         base_model=options["base_model"],
     )
-    from bslora_convert.comparison.compare import compare as run
+    from bslora_convert.verbs.compare import compare as run
 
     with output.bar("compare") as progress:
         record = run(lora_dir, progress=progress, **options)

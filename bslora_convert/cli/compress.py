@@ -5,14 +5,13 @@ from typing import Any
 
 import click
 
-from bslora_convert.behaviour.training import OPTIONS, Training
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options
 from bslora_convert.cli.scaling import SCALING
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
-from bslora_convert.recipe import (
+from bslora_convert.recipe.recipe import (
     DTYPES,
     KERNEL_NAMES,
     LOCAL_RANKS,
@@ -21,6 +20,7 @@ from bslora_convert.recipe import (
     WINDOW_NAMES,
     Recipe,
 )
+from bslora_convert.recipe.training import OPTIONS, Training
 
 
 class Ranks(click.ParamType[tuple[int, int, int]]):
@@ -148,7 +148,7 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
     recipe = Recipe(**options)
     files = [recipe.calibration, recipe.finetune]
     look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.base_model)
-    from bslora_convert.compression import compress as run
+    from bslora_convert.verbs.compress import compress as run
 
     training = Training(**settings, seed=recipe.seed)
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:

@@ -7,7 +7,7 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
-from bslora_convert.recipe import DTYPES, FORMATS
+from bslora_convert.recipe.recipe import DTYPES, FORMATS
 
 
 class Rank(click.ParamType[int | str]):
@@ -65,7 +65,7 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
       bslora-convert expand ./my-lora-compact ./as-the-authors --format official
     """
     look([compact_dir], out=out_dir, overwrite=options["overwrite"])
-    from bslora_convert.expansion import expand as run
+    from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
         result = run(compact_dir, out_dir, **options)

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from bslora_convert.behaviour.training import OPTIONS, TRAINED, Training
 from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
+from bslora_convert.recipe.training import OPTIONS, TRAINED, Training
 
 
 def training_options(function: Any) -> Any:
@@ -96,7 +96,7 @@ def finetune(
         files=[options["prompts"], file],
         base_model=options["base_model"],
     )
-    from bslora_convert.finetuning import finetune as run
+    from bslora_convert.verbs.finetune import finetune as run
 
     settings = {name: options.pop(name) for name in OPTIONS}
     training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)

@@ -29,7 +29,7 @@ def inspect(output: Output, directory: Path, **scaling: Any) -> None:
       bslora-convert inspect ./my-lora
     """
     look([directory])
-    from bslora_convert.inspection import inspect as run
+    from bslora_convert.verbs.inspect import inspect as run
 
     result = run(directory, **scaling)
     output.notes(result["notes"])

@@ -15,9 +15,9 @@ from bslora_convert.cli.bars import Lines, bar, each_step
 from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
-from bslora_convert.interrupt import INTERRUPTED, UNWRITTEN, raise_interrupts
-from bslora_convert.progress import Progress, silent
-from bslora_convert.quiet import libraries_quiet
+from bslora_convert.process.interrupt import INTERRUPTED, UNWRITTEN, raise_interrupts
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.process.quiet import libraries_quiet
 
 
 @dataclass(frozen=True, slots=True)

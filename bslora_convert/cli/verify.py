@@ -62,7 +62,7 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         files=[options["prompts"]],
         base_model=options["base_model"],
     )
-    from bslora_convert.behaviour.verify import verify as run
+    from bslora_convert.verbs.verify import verify as run
 
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     unsaved = None

@@ -16,8 +16,8 @@ import torch
 from bslora_convert.baselines import BASELINES
 from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
+from bslora_convert.coding.form import Aim, code_form
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.coded import Aim, code_form
 from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget
 from bslora_convert.fit.search import LARGEST_SHARED_RANK, problem_of, shared_parameters
 from bslora_convert.fit.source import Source

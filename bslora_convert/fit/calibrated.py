@@ -15,11 +15,11 @@ from dataclasses import replace
 
 import torch
 
-from bslora_convert.bslora.factors import Factors, add
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.fit import allocate
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
-from bslora_convert.fit.metric import Moments
+from bslora_convert.metric.metric import Moments
+from bslora_convert.modules.factors import Factors, add
 
 
 def residual_terms(deltas: Mapping[str, Delta], form: BsloraForm) -> dict[str, list[Factors]]:

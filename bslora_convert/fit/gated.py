@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 
 from bslora_convert.bslora.counts import own_parameters
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module, Path
 from bslora_convert.bslora.transforms import Gate
 from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.source import Fit, Options, Source, too_small
+from bslora_convert.modules.factors import Factors
 
 SIZE_SHARE = 0.05  # share of a budget that may go into the shared size of gates
 

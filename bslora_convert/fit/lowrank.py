@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.modules.factors import Factors, Shape
 
 CHOLESKY_FLOOR = 1e-7  # smallest pivot, against unit rows, that still leaves half of float64's digits
 NULL_FLOOR = 1e-14  # eigenvalues of A Aᵀ below this share of the largest are rounding

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from bslora_convert.bslora.counts import own_parameters, pair_parameters
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module, Path
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Fit, Options, Progress, Source, quiet, too_small, within
+from bslora_convert.modules.factors import Factors
 
 TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
 FLOOR = 1e-12  # share of the energy under which the objective is rounding

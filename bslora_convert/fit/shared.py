@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit.lowrank import gram
 from bslora_convert.fit.parallel import each
+from bslora_convert.modules.factors import Factors, Shape
 
 Own = dict[str, Tensor]
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
-from bslora_convert.bslora.form import BsloraForm, layer_of
+from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
 from bslora_convert.fit.parallel import each
+from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.names import layer_of
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ENTIRE = "all"  # the inter group's name

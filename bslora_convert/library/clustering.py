@@ -19,14 +19,15 @@ from bslora_convert.analysis.clusters import clusters
 from bslora_convert.analysis.subspaces import SIDES, Spaces, pairs
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.bases import Basis
-from bslora_convert.bslora.factors import Factors, add
-from bslora_convert.bslora.form import LEVELS, natural_order
+from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.errors import InputError
 from bslora_convert.fit.joint import Target, shared_basis, take
 from bslora_convert.fit.parallel import each
-from bslora_convert.library.convert import Result
+from bslora_convert.library.jobs import Result
 from bslora_convert.lora import LoraAdapter
+from bslora_convert.modules.factors import Factors, add
+from bslora_convert.modules.names import natural_order
 
 LEAST_SIMILARITY = 0.25  # to the nearest other adapter; below it an adapter stands alone
 ADAPTER_BYTES = 1024  # what an adapter's files say about the bases that it uses

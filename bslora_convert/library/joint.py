@@ -20,6 +20,7 @@ from bslora_convert.bslora import bases
 from bslora_convert.bslora.bases import Basis, Cores, Uses
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME, load_compact
+from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import BsloraConvertError, InputError, OutputError, Refused
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
@@ -29,14 +30,13 @@ from bslora_convert.files.tensorfile import write_tensors
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
 from bslora_convert.library.clustering import Member, clustered, fit_cluster, join
-from bslora_convert.library.convert import STATE, Result, figures, mark
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
+from bslora_convert.library.jobs import STATE, Result, figures, mark
 from bslora_convert.library.journal import Entry, read_journal, write_journal
 from bslora_convert.lora import load_lora
-from bslora_convert.progress import Progress, silent
+from bslora_convert.process.progress import Progress, silent
 from bslora_convert.report import REPORT_NAME
-from bslora_convert.result import Extras, write_result
 
 TOGETHER = 32  # adapters looked at together: what they hold in memory and what their stacked updates cost stay bounded
 TOGETHER_BYTES = 4 << 30  # of their weight files

@@ -10,12 +10,12 @@ from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.travel import travelling
-from bslora_convert.library.convert import Job, Result, failure, job_key, marked
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.fetch import at_revision
 from bslora_convert.library.items import Item
+from bslora_convert.library.jobs import Job, Result, failure, job_key, marked
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
-from bslora_convert.progress import Progress, silent
+from bslora_convert.process.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.errors import InputError
 from bslora_convert.files.jsonfile import read_json
-from bslora_convert.library.convert import Result
+from bslora_convert.library.jobs import Result
 from bslora_convert.library.journal import Entry, read_journal
 from bslora_convert.report.page import size
 

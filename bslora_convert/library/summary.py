@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bslora_convert.library.convert import Result
+from bslora_convert.library.jobs import Result
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")

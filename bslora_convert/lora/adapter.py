@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.form import natural_order
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
@@ -32,6 +31,7 @@ from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.place import CONFIG_NAME, WEIGHTS_NAMES, locate, refuse_by_keys
 from bslora_convert.lora.targets import ties_targets
 from bslora_convert.lora.tying import tied
+from bslora_convert.modules.names import natural_order
 
 __all__ = ["CONFIG_NAME", "FOREIGN", "WEIGHTS_NAMES", "LoraAdapter", "LoraModule", "load_lora", "locate"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
+from bslora_convert.modules.factors import Factors, Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.errors import Refused
 from bslora_convert.lora.config import LoraConfig
 from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.targets import EMBEDDING_LAYER_NAMES
+from bslora_convert.modules.factors import Factors
 
 USUAL_HEAD = "lm_head"
 OLD_LANGUAGE = "language_model."  # what the names of older vision-language models begin with, the head's too

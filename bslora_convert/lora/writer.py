@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.files.tensorfile import write_tensors
 from bslora_convert.lora.experts import stacked
 from bslora_convert.lora.fields import inherited
@@ -21,6 +20,7 @@ from bslora_convert.lora.names import key_for
 from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.lora.targets import target_fields
 from bslora_convert.lora.tying import head_copy, head_of
+from bslora_convert.modules.factors import Factors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 SIDES = {

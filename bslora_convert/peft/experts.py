@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bslora_convert.naming import Place, Slice
+from bslora_convert.layers.names import Place, Slice
+from bslora_convert.layers.stacked import added, rows_of
 from bslora_convert.peft.layer import BsloraLayer
-from bslora_convert.stacked import added, rows_of
 
 
 class ExpertWeight(nn.Module):

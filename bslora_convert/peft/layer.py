@@ -14,11 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from bslora_convert.base import is_transposed
-from bslora_convert.bslora.factors import Factors, Shape, Use
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
 from bslora_convert.bslora.transforms import TRANSFORMS, Transform
+from bslora_convert.layers.shapes import is_transposed
+from bslora_convert.modules.factors import Factors, Shape, Use
 
 LOCAL = ("bslora_local_A", "bslora_local_B")
 SHARED = tuple(

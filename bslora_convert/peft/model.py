@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from bslora_convert.base import check_fits
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
-from bslora_convert.naming import Place, is_input_embedding, tied_heads
+from bslora_convert.layers.names import Place, is_input_embedding, tied_heads
+from bslora_convert.layers.shapes import check_fits
 from bslora_convert.peft.experts import BsloraExperts
 from bslora_convert.peft.layer import BASE, BsloraLayer, Owner
 

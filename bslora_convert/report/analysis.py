@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bslora_convert.bslora.form import kind_of, layer_of
+from bslora_convert.modules.names import kind_of, layer_of
 from bslora_convert.report.page import environment
 from bslora_convert.report.plots import MUTED, PART_COLOURS, STYLE, data_uri, error_map
 

@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from bslora_convert.behaviour.training import Training
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.training import Training
 from bslora_convert.report import verdict
 from bslora_convert.report.page import environment
 

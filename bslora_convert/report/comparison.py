@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bslora_convert.comparison.compare import winners
+from bslora_convert.comparison.winners import winners
 from bslora_convert.report.page import environment
 from bslora_convert.report.plots import STYLE, data_uri
 

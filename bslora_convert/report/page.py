@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from bslora_convert.behaviour.intervals import too_few
-from bslora_convert.bslora.form import kind_of, layer_of
+from bslora_convert.modules.names import kind_of, layer_of
 from bslora_convert.report import plots, verdict
 
 FUNCTIONAL_BEGIN, FUNCTIONAL_END = "<!-- functional -->", "<!-- /functional -->"

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import bslora_convert.peft  # noqa: F401  registers the tuner
 from bslora_convert import Recipe, analyze, compress, load_compact, load_lora
 from bslora_convert.cli import main
+from bslora_convert.conversion.groups import match, read_groups
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.groups import match, read_groups
 from tests.analysis.test_measures import two_families
 from tests.conftest import FIXTURES
 from tests.planting import KINDS, random_products, write_lora

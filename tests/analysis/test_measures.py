@@ -11,10 +11,10 @@ from torch import Tensor
 from bslora_convert.analysis import entropy, ranks, subspaces
 from bslora_convert.analysis.clusters import clusters, layer_signatures, partitions, signatures, similarities
 from bslora_convert.analysis.sharing import explained, random_like, shared_energy
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.fit.convert import measure
-from bslora_convert.progress import silent
+from bslora_convert.modules.factors import Factors
+from bslora_convert.process.progress import silent
 from tests.planting import KINDS, Product, deltas_of, plant, random_products
 
 

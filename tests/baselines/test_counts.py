@@ -6,7 +6,7 @@ from bslora_convert.baselines.sharelora import unit_of
 from bslora_convert.baselines.tied_lora import tl6_parameters
 from bslora_convert.baselines.vb_lora import vb_parameters, vb_trained, vector_length
 from bslora_convert.baselines.vera import vera_parameters
-from bslora_convert.bslora.factors import Shape
+from bslora_convert.modules.factors import Shape
 
 
 def kinds(hidden: int, key_value: int, ffn: int) -> list[Shape]:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bslora_convert.baselines import BASELINES
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.fit.source import measure
 from bslora_convert.lora.writer import save_lora
+from bslora_convert.modules.factors import Factors
 from tests.baselines.planted import dense, drawn, names, source_of
 from tests.planting import Product
 

@@ -8,7 +8,7 @@ import torch
 from bslora_convert.baselines import BASELINES
 from bslora_convert.baselines.tied_lora import fit_tl6
 from bslora_convert.baselines.vera import Side, fit_scales, projections
-from bslora_convert.bslora.factors import Factors
+from bslora_convert.modules.factors import Factors
 from tests.baselines.planted import (
     TIED,
     VERA_RANK,

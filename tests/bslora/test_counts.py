@@ -3,8 +3,8 @@
 import pytest
 
 from bslora_convert.bslora.counts import local_parameters, own_parameters, pair_parameters
-from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
+from bslora_convert.modules.factors import Shape
 from tests.planting import plant
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bslora_convert.bslora.form import kind_of, layer_of
 from bslora_convert.bslora.transforms import Kronecker
+from bslora_convert.modules.names import kind_of, layer_of
 from tests.planting import plant
 
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.forward import add_lookup, add_update, dense
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
+from bslora_convert.modules.factors import Factors
 
 SIDES = st.integers(1, 11)
 

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.official import is_official, load_official, save_official
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
-from bslora_convert.compression import compress
 from bslora_convert.errors import BsloraConvertError, InputError, RecipeError, Refused, ThresholdMissed
-from bslora_convert.expansion import expand
-from bslora_convert.inspection import inspect
 from bslora_convert.lora import load_lora
-from bslora_convert.recipe import Recipe
+from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
+from bslora_convert.verbs.expand import expand
+from bslora_convert.verbs.inspect import inspect
 from tests.official import (
     CONFIG,
     FIELDS,

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.storage import load_compact, save_compact
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
 from bslora_convert.errors import BsloraConvertError, InputError
+from bslora_convert.modules.factors import Factors
 from tests.planting import plant
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

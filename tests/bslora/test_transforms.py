@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
 from bslora_convert.bslora.transforms.kronecker import split_rank
 from bslora_convert.bslora.transforms.slice import WINDOWS
+from bslora_convert.modules.factors import Factors
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -22,9 +22,9 @@ from bslora_convert.bslora.coding.file import (
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.coding.encode import CLIPS, encode, lost_shares
 from bslora_convert.errors import InputError
 from bslora_convert.files.tensorfile import DTYPE_CODES, file_bytes, write_tensors
-from bslora_convert.fit.quantize import CLIPS, encode, lost_shares
 
 CODED = [width for width in WIDTHS if width < 16]
 

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from bslora_convert import Recipe, compress, expand, inspect, load_compact
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError, ThresholdMissed
 from bslora_convert.lora import load_lora
+from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
 from tests.planting import Product, random_products, write_lora
 

@@ -14,9 +14,10 @@ from bslora_convert import compare, load_lora, verify
 from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
-from bslora_convert.comparison.compare import handfuls, winners
 from bslora_convert.comparison.forms import CODED, FORMS, OWN_SIZE, WITHIN_BUDGET
+from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.verbs.compare import handfuls
 from tests.baselines.planted import PLANTED
 from tests.conftest import FIXTURES
 from tests.planting import KINDS, deltas_of, plant, write_lora

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.fit.calibrated import refit_locals, residual_terms
 from bslora_convert.fit.convert import Options, fit_by_hand, measure
-from bslora_convert.fit.metric import Moments
+from bslora_convert.metric.metric import Moments
+from bslora_convert.modules.factors import Factors
 from tests.planting import Product, plant, random_products
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
 from bslora_convert.errors import RecipeError
@@ -19,6 +18,7 @@ from bslora_convert.fit.convert import (
     fit_to_error,
     measure,
 )
+from bslora_convert.modules.factors import Factors
 from tests.planting import KINDS, Product, deltas_of, plant, random_products
 
 

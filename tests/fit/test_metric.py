@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, add
+from bslora_convert.coding.form import Aim, code_form, local_bits, recode_locals
 from bslora_convert.fit.calibrated import residual_terms
-from bslora_convert.fit.coded import Aim, code_form, local_bits, recode_locals
 from bslora_convert.fit.convert import Options, fit_by_hand, measure
-from bslora_convert.fit.metric import Moments, metric_of
+from bslora_convert.metric.metric import Moments, metric_of
+from bslora_convert.modules.factors import Factors, add
 from tests.planting import random_products
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit import shared
 from bslora_convert.fit.shared import Member, Own, Sum
+from bslora_convert.modules.factors import Factors
 
 SHAPES = [(64, 64), (32, 64), (128, 64), (64, 128)]
 

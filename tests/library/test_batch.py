@@ -19,11 +19,11 @@ from bslora_convert import Recipe, batch, compress, load_compact
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
-from bslora_convert.library.batch import is_failed, read_manifest, resume
-from bslora_convert.library.capacity import capacity
-from bslora_convert.library.convert import marker_of
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
+from bslora_convert.library.jobs import marker_of
+from bslora_convert.verbs.batch import is_failed, read_manifest, resume
+from bslora_convert.verbs.capacity import capacity
 from tests.conftest import FIXTURES
 from tests.library.making import make_library, tree
 from tests.planting import random_products, write_lora

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.bslora.factors import Factors
-from bslora_convert.compression import compress
 from bslora_convert.errors import BsloraConvertError, InputError
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.fields import KNOWN
-from bslora_convert.recipe import Recipe
+from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
 from tests.planting import Product, random_products, write_lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

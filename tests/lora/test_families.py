@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.compression import compress
-from bslora_convert.expansion import expand
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.verbs.compress import compress
+from bslora_convert.verbs.expand import expand
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}

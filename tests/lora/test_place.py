@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bslora_convert.errors import InputError, Refused
-from bslora_convert.inspection import inspect
 from bslora_convert.lora import load_lora
+from bslora_convert.verbs.inspect import inspect
 from tests.planting import random_products, write_lora
 
 

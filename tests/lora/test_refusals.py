@@ -10,11 +10,11 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, g
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bslora_convert.compression import compress
 from bslora_convert.errors import Refused
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.adapter import FOREIGN
 from bslora_convert.lora.fields import REFUSED
+from bslora_convert.verbs.compress import compress
 from tests.planting import random_products, write_lora
 
 FIELDS: list[tuple[str, Any]] = [

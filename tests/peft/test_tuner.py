@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import bslora_convert.peft
 from bslora_convert import Recipe, compress, expand, load_compact, load_into, save_compact
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
 from bslora_convert.errors import InputError
+from bslora_convert.modules.factors import Factors
 from bslora_convert.peft.register import register
 from tests.conftest import FIXTURES
 from tests.planting import plant

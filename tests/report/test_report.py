@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bslora_convert.compression import compress
-from bslora_convert.recipe import Recipe
+from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.report import verdict
 from bslora_convert.report.page import size
+from bslora_convert.verbs.compress import compress
 from tests.planting import random_products, write_lora
 
 

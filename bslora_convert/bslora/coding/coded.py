@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.levels import LEVELS
-from bslora_convert.bslora.factors import Shape
+from bslora_convert.modules.factors import Shape
 
 GROUP = 1024
 SCALES = torch.bfloat16

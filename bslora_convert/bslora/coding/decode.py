@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import GROUP, from_vectors, vectors_shape
 from bslora_convert.bslora.coding.packing import levels_of
-from bslora_convert.bslora.factors import Shape
+from bslora_convert.modules.factors import Shape
 
 GROUPS_AT_ONCE = 512
 

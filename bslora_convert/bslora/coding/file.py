@@ -19,8 +19,8 @@ from bslora_convert.bslora.coding.decode import numbers_of, tensors_of
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.widths import WIDTHS
-from bslora_convert.bslora.factors import Shape
 from bslora_convert.errors import InputError
+from bslora_convert.modules.factors import Shape
 
 VERSION = 1
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"

@@ -16,10 +16,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from bslora_convert.bslora.factors import Shape
-from bslora_convert.bslora.form import LEVELS, PARTS, kind_of, layer_of
+from bslora_convert.bslora.form import LEVELS, PARTS
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
 from bslora_convert.lora.keys import PREFIX
+from bslora_convert.modules.factors import Shape
+from bslora_convert.modules.names import kind_of, layer_of
 
 OFFICIAL_TYPE = "SHARELORA"
 SCALING = 2.0

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape
-from bslora_convert.bslora.form import LEVELS, PARTS, BsloraForm, Module, Path, natural_order
+from bslora_convert.bslora.form import LEVELS, PARTS, BsloraForm, Module, Path
 from bslora_convert.bslora.layout import LARGEST_SIDE
 from bslora_convert.bslora.official.config import INHERITED, check_plan, read_mode
 from bslora_convert.bslora.official.plan import (
@@ -30,6 +29,8 @@ from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.tensorfile import FLOATS, check_finite, read_tensors
 from bslora_convert.lora.keys import canonical
 from bslora_convert.lora.place import CONFIG_NAME, locate
+from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.names import natural_order
 
 Held = Mapping[str, Mapping[str, tuple[str, Tensor]]]  # module -> the authors' name -> (key, tensor)
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bslora_convert.bslora.factors import Factors
-from bslora_convert.bslora.form import LEVELS, PARTS, BsloraForm, Module, layer_of, natural_order
+from bslora_convert.bslora.form import LEVELS, PARTS, BsloraForm, Module
 from bslora_convert.bslora.official.config import official_config
 from bslora_convert.bslora.official.plan import MODULE, SCALING, Plan, fits, group_of, key_of, target_modules
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.bslora.transforms import Slice
 from bslora_convert.errors import Refused
 from bslora_convert.files.tensorfile import write_tensors
+from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.names import layer_of, natural_order
 
 INSTEAD = "expand it to a LoRA instead"
 

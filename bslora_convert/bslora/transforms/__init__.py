@@ -5,10 +5,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Factors, Shape, Use
 from bslora_convert.bslora.transforms.gate import Gate
 from bslora_convert.bslora.transforms.kronecker import Kronecker
 from bslora_convert.bslora.transforms.slice import Slice
+from bslora_convert.modules.factors import Factors, Shape, Use
 
 
 class Transform(Protocol):

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bslora_convert.bslora.factors import Factors, Shape, Use
+from bslora_convert.modules.factors import Factors, Shape, Use
 
 DEFAULT_SIZE = 1024
 

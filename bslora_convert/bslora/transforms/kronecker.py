@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from bslora_convert.bslora.factors import Factors, Shape, Use
+from bslora_convert.modules.factors import Factors, Shape, Use
 
 DEFAULT_SIZE = 256
 SMALLEST_DIVISOR = 32  # below this, kernels cost more than an uneven edge loses

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bslora_convert.bslora.factors import Factors, Shape, Use
+from bslora_convert.modules.factors import Factors, Shape, Use
 
 WINDOWS = ("center", "top-left", "bottom-right")
 

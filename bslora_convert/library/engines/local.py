@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from bslora_convert.library.convert import Job, Result, convert_one, failure
-from bslora_convert.quiet import quiet_as_the_parent
+from bslora_convert.library.jobs import Job, Result, Work, failure
+from bslora_convert.process.quiet import quiet_as_the_parent
 
 MEMORY_FACTOR = 8  # of the weights file: float32 copies, the form, what is read back
 PROCESS_BYTES = 500_000_000  # Python, torch and matplotlib
@@ -28,17 +28,17 @@ class Worker:
     job: Job | None = None
 
 
-def run_local(jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
+def run_local(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
     """Runs jobs in `workers` processes; 0 runs them in this one."""
     if workers == 0:
-        yield from map(convert_one, jobs)
+        yield from map(work, jobs)
         return
     waiting = deque(jobs)
     running: list[Worker] = []
     room = _memory()
     try:
         while waiting or any(worker.job for worker in running):
-            _hand_out(waiting, running, min(workers, len(jobs)), room)
+            _hand_out(work, waiting, running, min(workers, len(jobs)), room)
             ready = wait([worker.pipe for worker in running if worker.job])
             for worker in [worker for worker in running if worker.pipe in ready]:
                 assert worker.job is not None  # only pipes of busy workers were waited for
@@ -54,7 +54,7 @@ def run_local(jobs: Sequence[Job], workers: int) -> Generator[Result, None, None
         _stop(running)
 
 
-def _hand_out(waiting: deque[Job], running: list[Worker], workers: int, room: int) -> None:
+def _hand_out(work: Work, waiting: deque[Job], running: list[Worker], workers: int, room: int) -> None:
     """Gives jobs to idle workers for as long as memory lasts; one job is always in flight."""
     while waiting:
         busy = [worker for worker in running if worker.job]
@@ -63,7 +63,7 @@ def _hand_out(waiting: deque[Job], running: list[Worker], workers: int, room: in
             return
         idle = next((worker for worker in running if worker.job is None), None)
         if idle is None:
-            idle = _start()
+            idle = _start(work)
             running.append(idle)
         idle.job = waiting.popleft()
         try:
@@ -72,17 +72,17 @@ def _hand_out(waiting: deque[Job], running: list[Worker], workers: int, room: in
             continue
 
 
-def _start() -> Worker:
+def _start(work: Work) -> Worker:
     """A fresh process; spawned, because threads of torch don't survive a fork."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process = context.Process(target=_work, args=(work, theirs), daemon=True)
     process.start()
     theirs.close()
     return Worker(process, ours)
 
 
-def _work(pipe: Connection) -> None:
+def _work(work: Work, pipe: Connection) -> None:
     """A worker's life: jobs in, results out, until the other end is gone."""
     import torch
 
@@ -96,7 +96,7 @@ def _work(pipe: Connection) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            pipe.send(convert_one(job))
+            pipe.send(work(job))
         except (KeyboardInterrupt, BrokenPipeError):
             return
 

@@ -6,14 +6,14 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.library.convert import Job, Result, convert_one, failure
+from bslora_convert.library.jobs import Job, Result, Work, failure
 
 RETRIES = 2  # of a task whose worker or node died
 AHEAD = 2  # tasks submitted for each worker
 GPU_SHARE = 0.25  # of a GPU for one distillation
 
 
-def run_ray(jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
+def run_ray(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
     """Runs jobs as Ray tasks of one core each, at most `AHEAD` times `workers` submitted at a time; 0 workers: every core.
 
     :raises RecipeError: when Ray is not installed.
@@ -28,13 +28,13 @@ def run_ray(jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
         local: dict[str, Any] = {} if address else {"num_cpus": workers or None, "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
-        yield from _run(ray, jobs, workers or int(ray.cluster_resources().get("CPU", 1)))
+        yield from _run(ray, work, jobs, workers or int(ray.cluster_resources().get("CPU", 1)))
     finally:
         if started:
             ray.shutdown()
 
 
-def _run(ray: Any, jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
+def _run(ray: Any, work: Work, jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
     remote = ray.remote(max_retries=RETRIES, num_cpus=1)(_task)
     pending: dict[Any, Job] = {}
     waiting = iter(jobs)
@@ -42,7 +42,7 @@ def _run(ray: Any, jobs: Sequence[Job], workers: int) -> Generator[Result, None,
         while True:
             for job in waiting:
                 gpus = GPU_SHARE if _wants_gpu(job, ray) else 0
-                pending[remote.options(num_gpus=gpus).remote(job)] = job
+                pending[remote.options(num_gpus=gpus).remote(work, job)] = job
                 if len(pending) >= AHEAD * workers:
                     break
             if not pending:
@@ -58,11 +58,11 @@ def _run(ray: Any, jobs: Sequence[Job], workers: int) -> Generator[Result, None,
             ray.cancel(task, force=True)
 
 
-def _task(job: Job) -> Result:
+def _task(work: Work, job: Job) -> Result:
     import torch
 
     torch.set_num_threads(1)
-    return convert_one(job)
+    return work(job)
 
 
 def _wants_gpu(job: Job, ray: Any) -> bool:

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import Coded, bits_of, from_vectors, to_vectors
 from bslora_convert.bslora.coding.widths import WIDTHS
-from bslora_convert.bslora.factors import Factors, add
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
+from bslora_convert.coding.allocation import Items, within_bits, within_loss
+from bslora_convert.coding.encode import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.calibrated import metric_svd, residual_terms
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
-from bslora_convert.fit.metric import PLAIN, Metric, Moments, metric_of
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.precision import Items, within_bits, within_loss
-from bslora_convert.fit.quantize import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.fit.source import Source
-from bslora_convert.progress import Progress, silent
+from bslora_convert.metric.metric import PLAIN, Metric, Moments, metric_of
+from bslora_convert.modules.factors import Factors, add
+from bslora_convert.process.progress import Progress, silent
 
 Found = TypeVar("Found")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
 from bslora_convert.behaviour.prompts import Prompts, Row
-from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.storage import load_compact
+from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.landing import check_apart, check_output, landing
@@ -20,8 +20,8 @@ from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import load_lora
-from bslora_convert.progress import Progress, silent
-from bslora_convert.result import Extras, write_result
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.training import Training
 
 
 def finetune(

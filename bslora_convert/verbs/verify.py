@@ -20,7 +20,7 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
-from bslora_convert.progress import Progress, silent
+from bslora_convert.process.progress import Progress, silent
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from bslora_convert.bslora.factors import Factors
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import is_official, load_official, save_official
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
@@ -24,7 +23,8 @@ from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
-from bslora_convert.recipe import DTYPES, FORMATS
+from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.recipe import DTYPES, FORMATS
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1  # of expansion.json

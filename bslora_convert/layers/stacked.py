@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bslora_convert.naming import Slice
+from bslora_convert.layers.names import Slice
 
 
 class _Added(nn.Module):

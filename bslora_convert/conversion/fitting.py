@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert import fidelity
 from bslora_convert.bslora.coding.file import SCALES_NAME, WIDTHS_NAME, to_file
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import coded_bytes
+from bslora_convert.coding.form import Aim, CodedForm, code_form
+from bslora_convert.conversion import fidelity
+from bslora_convert.conversion.groups import candidates
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.coded import Aim, CodedForm, code_form
 from bslora_convert.fit.convert import (
     Fit,
     Options,
@@ -26,10 +27,9 @@ from bslora_convert.fit.convert import (
     fit_to_budget,
     fit_to_error,
 )
-from bslora_convert.groups import candidates
 from bslora_convert.lora import LoraAdapter
-from bslora_convert.progress import Progress, silent
-from bslora_convert.recipe import Recipe
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.recipe import Recipe
 
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept

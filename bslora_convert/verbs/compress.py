@@ -17,11 +17,11 @@ import torch
 from bslora_convert.behaviour.checkpoints import directory_of, forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.training import Training
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import is_official
-from bslora_convert.deduplication import OfficialSource, as_found, load_source
-from bslora_convert.device import pick_device
+from bslora_convert.conversion.fitting import cast, fit_stored, missed
+from bslora_convert.conversion.found import OfficialSource, as_found, load_source
+from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
@@ -30,13 +30,13 @@ from bslora_convert.fit.convert import (
     Source,
     measure,
 )
+from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
-from bslora_convert.fitting import cast, fit_stored, missed
 from bslora_convert.lora import load_lora
-from bslora_convert.progress import Progress, silent
-from bslora_convert.recipe import Recipe
-from bslora_convert.result import Extras, write_result
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.training import Training
 
 if TYPE_CHECKING:
     from bslora_convert.behaviour.workshop import Workshop

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.inspection import SLOT_BYTES, SLOT_STEPS
+from bslora_convert.verbs.inspect import SLOT_BYTES, SLOT_STEPS
 
 GIB = 1 << 30
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from bslora_convert.library.items import Item
 
 STATE = ".batch"  # directory of the output that holds a marker for each adapter
 COPYING = "copying"  # status of a duplicate whose copy has not landed yet
+
+
+Compress = Callable[..., Mapping[str, Any]]  # the verb: source, destination, recipe and settings -> its record
+Work = Callable[["Job"], "Result"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +98,13 @@ def job_key(options: str, source: str) -> str:
     return hashlib.sha256(f"{options} {source}".encode()).hexdigest()
 
 
-def convert_one(job: Job) -> Result:
-    """Converts one adapter and leaves a marker; never raises for what is the adapter's own fault.
+def convert_one(job: Job, compress: Compress) -> Result:
+    """Converts one adapter and leaves a marker; never raises for what is the adapter's own fault. compress: the verb.
 
     The result lands by rename, its marker after it, so that a marker that says `ok` stands beside a whole result.
     """
-    from bslora_convert.behaviour.training import Training
-    from bslora_convert.compression import compress
-    from bslora_convert.recipe import Recipe
+    from bslora_convert.recipe.recipe import Recipe
+    from bslora_convert.recipe.training import Training
 
     began = time.perf_counter()
     place = job.item.uri

@@ -13,20 +13,20 @@ from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE
-from bslora_convert.device import pick_device
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import COMPARISON_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
+from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
-from bslora_convert.progress import Progress, silent
-from bslora_convert.recipe import DTYPES
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.recipe import DTYPES
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
@@ -267,15 +267,3 @@ def _check(
         raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
     if save and out is None:
         raise RecipeError("save needs an output directory: give out", "save", "out")
-
-
-def winners(record: Mapping[str, Any]) -> dict[float, str]:
-    """For each budget the form of the lowest error."""
-    best: dict[float, Mapping[str, Any]] = {}
-    for row in record["rows"]:
-        if row["form"] in OWN_SIZE or row["relative_error"] is None:
-            continue
-        known = best.get(row["budget"])
-        if known is None or row["relative_error"] < known["relative_error"]:
-            best[row["budget"]] = row
-    return {budget: str(row["form"]) for budget, row in best.items()}

@@ -12,24 +12,37 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
-from bslora_convert.behaviour.training import Training
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
-from bslora_convert.library.convert import COPYING, STATE, Job, Result, failure, is_ours, mark, marker_of, options_key
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
+from bslora_convert.library.jobs import (
+    COPYING,
+    STATE,
+    Job,
+    Result,
+    convert_one,
+    failure,
+    is_ours,
+    mark,
+    marker_of,
+    options_key,
+)
 from bslora_convert.library.plan import Plan, plan
 from bslora_convert.library.settings import Settings, read_settings, settle
 from bslora_convert.library.sharing import sharing
 from bslora_convert.library.summary import summarise
-from bslora_convert.progress import Progress, silent
-from bslora_convert.recipe import Recipe
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.training import Training
+from bslora_convert.verbs.compress import compress
 
 
 def batch(
@@ -138,7 +151,7 @@ def _run(
         jobs = {job.item.id: job for job in found.jobs}
         if max_failures is not None and failures >= max_failures:
             return rows
-        with closing(ENGINES[engine](found.jobs, workers)) as results:
+        with closing(ENGINES[engine](partial(convert_one, compress=compress), found.jobs, workers)) as results:
             for result in results:
                 if result.error == "WorkerDied":
                     mark(out, result)

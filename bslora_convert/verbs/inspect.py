@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.factors import Shape
-from bslora_convert.bslora.form import BsloraForm, kind_of
+from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
 from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
+from bslora_convert.conversion.writing import bases_record
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
@@ -23,7 +23,8 @@ from bslora_convert.fit.source import check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
-from bslora_convert.result import bases_record
+from bslora_convert.modules.factors import Shape
+from bslora_convert.modules.names import kind_of
 
 SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
 SLOT_BYTES = 2  # bf16 and fp16 slots

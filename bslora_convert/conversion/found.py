@@ -11,12 +11,12 @@ import torch
 
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import OfficialAdapter, load_official
+from bslora_convert.conversion.writing import Extras
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.source import Fit
 from bslora_convert.lora import LoraAdapter, LoraModule
 from bslora_convert.lora.config import LoraConfig
-from bslora_convert.recipe import Recipe
-from bslora_convert.result import Extras
+from bslora_convert.recipe.recipe import Recipe
 
 OF_A_FIT = ("transform", "budget", "ranks", "shared_size", "slice", "kernel")  # options without effect here
 NEEDING_A_LORA = ("calibration", "finetune")

@@ -5,10 +5,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from bslora_convert.bslora.factors import Shape
 from bslora_convert.bslora.layout import Entry
 from bslora_convert.errors import InputError
-from bslora_convert.naming import Place, Slice, places
+from bslora_convert.layers.names import Place, Slice, places
+from bslora_convert.modules.factors import Shape
 
 NAMED = 3  # missing modules that an error names
 

@@ -16,14 +16,16 @@ from typing import Any
 
 from bslora_convert.bslora.coding.coded import vectors_shape
 from bslora_convert.bslora.coding.file import WIDTHS_NAME
-from bslora_convert.bslora.factors import add
-from bslora_convert.bslora.form import PARTS, BsloraForm, kind_of
+from bslora_convert.bslora.form import PARTS, BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CompactAdapter
-from bslora_convert.fit import allocate, rate
+from bslora_convert.coding import rate
+from bslora_convert.fit import allocate
 from bslora_convert.fit.lowrank import gram_beside
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
+from bslora_convert.modules.factors import add
+from bslora_convert.modules.names import kind_of
 
 SCHEMA_VERSION = 1
 

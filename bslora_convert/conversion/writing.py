@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert import fidelity
 from bslora_convert.bslora.bases import Cores
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
+from bslora_convert.conversion import fidelity
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import FIDELITY_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name

@@ -6,7 +6,6 @@ from typing import Any
 
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
 from bslora_convert.analysis.clusters import clustered
-from bslora_convert.bslora.form import kind_of, natural_order
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
@@ -16,7 +15,8 @@ from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import LoraAdapter, load_lora
-from bslora_convert.progress import Progress, silent
+from bslora_convert.modules.names import kind_of, natural_order
+from bslora_convert.process.progress import Progress, silent
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1

@@ -1,0 +1,1 @@
+"""One adapter on its way from factors to a directory: fitted, coded, written, read back, measured."""

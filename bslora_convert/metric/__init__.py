@@ -1,0 +1,1 @@
+"""What a fit, an allocation and a code measure by."""
