@@ -1,11 +1,17 @@
 """Every option is checked once, by name, value and what is allowed."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from bslora_convert.errors import RecipeError
+from bslora_convert.cli import main
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.recipe.files import merged, read_options, to_toml
 from bslora_convert.recipe.recipe import Recipe
+from tests.planting import random_products, write_lora
 
 
 @pytest.mark.parametrize(
@@ -46,13 +52,14 @@ def test_wrong_values_are_named(options: dict[str, Any], words: str) -> None:
 
 
 def test_defaults_follow_the_contract() -> None:
-    assert Recipe().budget == 0.4459
-    assert Recipe().local_ranks == "adaptive"
-    assert Recipe().min_shared == 1
-    assert Recipe(transform="auto").min_shared == 0
-    assert Recipe(ranks=(2, 4, 16)).budget is None
-    assert Recipe(ranks=(2, 4, 16)).local_ranks == "uniform"
-    assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").local_ranks == "adaptive"
+    assert Recipe().aim.budget == 0.4459
+    assert Recipe().form.local_ranks == "adaptive"
+    assert Recipe().form.min_shared == 1
+    assert Recipe(transform="auto").form.min_shared == 0
+    by_hand = Recipe(ranks=(2, 4, 16))
+    assert by_hand.aim.budget is None
+    assert by_hand.form.local_ranks == "uniform"
+    assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").form.local_ranks == "adaptive"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,66 @@ def test_defaults_follow_the_contract() -> None:
 )
 def test_to_dict_and_back(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_file_says_what_the_command_line_says(tmp_path: Path) -> None:
+    recipe = Recipe(transform="none", bytes=0.25, dtype="float32", seed=3)
+    toml, plain, result = (tmp_path / name for name in ("recipe.toml", "recipe.json", "fidelity.json"))
+    toml.write_text(to_toml(recipe))
+    assert 'transform = "none"' in toml.read_text()
+    plain.write_text(json.dumps({"transform": "none", "bytes": 0.25, "dtype": "float32", "seed": 3}))
+    result.write_text(
+        json.dumps({"tool_version": "0", "recipe": recipe.to_dict(), "training": {"options": {"epochs": 2.0}}})
+    )
+    for path in (toml, plain, result):
+        values = read_options(path)
+        assert values.pop("epochs", 2.0) == 2.0
+        assert Recipe(**values) == recipe
+    ranks = Recipe(ranks=(2, 4, 8))
+    toml.write_text(to_toml(ranks))
+    assert Recipe(**read_options(toml)) == ranks
+
+
+def test_what_is_given_beside_a_file_comes_first() -> None:
+    file = {"bytes": 0.25, "seed": 3, "transform": "none"}
+    assert merged(file, {"seed": 5}) == {"bytes": 0.25, "seed": 5, "transform": "none"}
+    assert merged(file, {"budget": 0.5}) == {"budget": 0.5, "seed": 3, "transform": "none"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.toml", "transform = ", "not valid TOML"),
+        ("a.json", "[1]", "a JSON object is expected"),
+        ("a.toml", 'spline = "x"', "spline is no option"),
+        ("a.toml", "", "the file is empty"),
+        ("nowhere/a.toml", None, "no such file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises((InputError, RecipeError), match=words):
+        read_options(tmp_path / name)
+
+
+def test_the_command_line_takes_a_file(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1))
+    (tmp_path / "recipe.toml").write_text('transform = "none"\nbudget = 0.5\nseed = 4\n')
+    words = ["compress", str(lora), str(tmp_path / "out"), "--recipe", str(tmp_path / "recipe.toml"), "--json"]
+    done = CliRunner().invoke(main, [*words, "--seed", "6"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)["recipe"]
+    assert (said["transform"], said["budget"], said["seed"]) == ("none", 0.5, 6)
+    words[2:5] = [str(tmp_path / "again"), "--recipe", str(tmp_path / "out" / "fidelity.json")]
+    again = CliRunner().invoke(main, words)
+    assert json.loads(again.stdout)["recipe"] == said
+    (tmp_path / "library").mkdir()
+    lora.rename(tmp_path / "library" / "a")
+    many = CliRunner().invoke(
+        main, ["batch", str(tmp_path / "library"), str(tmp_path / "many"), "--workers", "0", *words[3:5], "--json"]
+    )
+    assert json.loads(many.stdout)["ok"] == 1
 
 
 def test_unknown_fields_are_refused() -> None:

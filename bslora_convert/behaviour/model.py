@@ -14,7 +14,7 @@ from bslora_convert.behaviour.prompts import Batch
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.base import check_base
 from bslora_convert.fit.device import pick_device
-from bslora_convert.recipe.recipe import DTYPES
+from bslora_convert.recipe.storage import DTYPES
 
 
 @dataclass(frozen=True, slots=True)

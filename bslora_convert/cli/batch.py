@@ -8,12 +8,11 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.chosen import chosen, given
 from bslora_convert.cli.compress import recipe_options
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import training_options
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe.recipe import Recipe
-from bslora_convert.recipe.training import OPTIONS, Training
 
 SHOWN = 5  # bad adapters whose reasons are printed
 
@@ -83,9 +82,9 @@ def batch(output: Output, library: str, out: Path | None, workers: int | None, d
     where = {
         name: options.pop(name) for name in ("engine", "shard", "resume", "retry_failed", "fail_fast", "max_failures")
     } | {"workers": os.cpu_count() or 1 if workers is None else workers, "dry_run": dry_run}
-    given = _given()
+    said = given()
     if out is None:
-        _check_resuming(given, options)
+        _check_resuming(said, options)
         out = Path(library)
         run = partial(go_on, out, **where)
     else:
@@ -97,28 +96,21 @@ def batch(output: Output, library: str, out: Path | None, workers: int | None, d
         raise KeyboardInterrupt(
             f"interrupted; what is done stays in {out}, and the same command goes on from there"
         ) from None
-    if "resume" in given and not summary.get("skipped", summary.get("done")):
+    if "resume" in said and not summary.get("skipped", summary.get("done")):
         output.notes([f"{out} held nothing that was done: it was begun anew"])
     output.result(summary, lambda console: _show(console, summary, out))
     if summary.get("bad") if dry_run else is_failed(summary):
         sys.exit(1)
 
 
-def _given() -> set[str]:
-    """Options that stand on the command line."""
-    context = click.get_current_context()
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is click.core.ParameterSource.COMMANDLINE}
-
-
-def _check_resuming(given: set[str], options: dict[str, Any]) -> None:
+def _check_resuming(said: set[str], options: dict[str, Any]) -> None:
     """With OUT alone its own recipe goes on, and nothing else can be asked for.
 
     :raises click.UsageError: when OUT was forgotten, or an option of the recipe is given.
     """
-    if "resume" not in given:
+    if "resume" not in said:
         raise click.UsageError("Missing argument 'OUT' (with `batch OUT --resume` an earlier run goes on).")
-    for name in given & set(options):
+    for name in sorted(said & set(options)):
         raise click.UsageError(
             f"--{name.replace('_', '-')} with OUT alone: OUT keeps what it was made with; leave the option out, or give LIBRARY "
             "and OUT and --overwrite"
@@ -128,10 +120,9 @@ def _check_resuming(given: set[str], options: dict[str, Any]) -> None:
 def _new(options: dict[str, Any]) -> dict[str, Any]:
     """What a run is to be made with, as `batch` takes it."""
     own = {name: options.pop(name) for name in ("report_html", "share_across", "overwrite")}
-    settings = {name: options.pop(name) for name in OPTIONS}
-    recipe = Recipe(**options)
-    training = Training(**settings, seed=recipe.seed) if recipe.finetune or recipe.calibration else None
-    return {"recipe": recipe, "training": training, **own}
+    recipe, training = chosen(options, options.pop("recipe_file"))
+    evidence = recipe.evidence
+    return {"recipe": recipe, "training": training if evidence.finetune or evidence.calibration else None, **own}
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:

@@ -8,7 +8,7 @@ import click
 from bslora_convert.cli.early import look
 from bslora_convert.cli.scaling import scaling_options
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe.recipe import DTYPES
+from bslora_convert.recipe.storage import DTYPES
 
 
 class Names(click.ParamType[tuple[str, ...]]):

@@ -6,21 +6,15 @@ from typing import Any
 import click
 
 from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.cli.chosen import chosen
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options
 from bslora_convert.cli.scaling import SCALING
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
-from bslora_convert.recipe.recipe import (
-    DTYPES,
-    KERNEL_NAMES,
-    LOCAL_RANKS,
-    METRICS,
-    TRANSFORM_NAMES,
-    WINDOW_NAMES,
-    Recipe,
-)
-from bslora_convert.recipe.training import OPTIONS, Training
+from bslora_convert.recipe.evidence import METRICS
+from bslora_convert.recipe.form import KERNEL_NAMES, LOCAL_RANKS, TRANSFORM_NAMES, WINDOW_NAMES
+from bslora_convert.recipe.storage import DTYPES
 
 
 class Ranks(click.ParamType[tuple[int, int, int]]):
@@ -114,6 +108,12 @@ def recipe_options(function: Any) -> Any:
             ),
             click.option("--finetune", help="JSONL prompts: distil against the original after the fit."),
             *SCALING,
+            click.option(
+                "--recipe",
+                "recipe_file",
+                type=click.Path(path_type=Path),
+                help="Options from a TOML or JSON file, or from an earlier fidelity.json; those given here come first.",
+            ),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
             click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes."),
         )
@@ -130,7 +130,15 @@ def recipe_options(function: Any) -> Any:
 @click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
 @verb
-def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, overwrite: bool, **options: Any) -> None:
+def compress(
+    output: Output,
+    lora_dir: Path,
+    out_dir: Path,
+    recipe_file: Path | None,
+    report_html: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
     """Converts one LoRA adapter into BSLoRA form.
 
     Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR. A directory in the BSLoRA
@@ -144,13 +152,11 @@ def compress(output: Output, lora_dir: Path, out_dir: Path, report_html: bool, o
       bslora-convert compress ./my-lora ./tuned --transform none --budget 0.125 --base-model ./base \\
         --finetune train.jsonl --max-minutes 10
     """
-    settings = {name: options.pop(name) for name in OPTIONS}
-    recipe = Recipe(**options)
-    files = [recipe.calibration, recipe.finetune]
-    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.base_model)
+    recipe, training = chosen(options, recipe_file)
+    files = [recipe.evidence.calibration, recipe.evidence.finetune]
+    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.evidence.base_model)
     from bslora_convert.verbs.compress import compress as run
 
-    training = Training(**settings, seed=recipe.seed)
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:
         record = run(
             lora_dir,

@@ -7,7 +7,7 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
-from bslora_convert.recipe.recipe import DTYPES, FORMATS
+from bslora_convert.recipe.storage import DTYPES, FORMATS
 
 
 class Rank(click.ParamType[int | str]):

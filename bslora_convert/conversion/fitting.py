@@ -49,12 +49,12 @@ def fit_stored(
     if not recipe.is_coded:
         return _fit_grouped(source, recipe, dtype, _named("fitting", progress)), {}
     room = None
-    if recipe.bytes is not None:
+    if recipe.aim.bytes is not None:
         size = adapter.weights.stat().st_size
-        room = Room(math.floor(recipe.bytes * size), adapter.carried)
+        room = Room(math.floor(recipe.aim.bytes * size), adapter.carried)
         if room.most <= 0:
             raise RecipeError(
-                f"bytes is {recipe.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside the header"
+                f"bytes is {recipe.aim.bytes:g}: of the source's {size:,} bytes that leaves no room for codes beside the header"
                 f"{' and the tensors carried along' if adapter.carried else ''}",
                 "bytes",
             )
@@ -62,7 +62,7 @@ def fit_stored(
     refused: RecipeError | None = None
     for candidate in _by_name(recipe):
         try:
-            fit = _float_for_codes(source, candidate, _named(f"fitting {candidate.transform}", progress))
+            fit = _float_for_codes(source, candidate, _named(f"fitting {candidate.form.transform}", progress))
             make = partial(_coded, source, fit.form, candidate, dtype=dtype, progress=progress)
             found.append((fit, make(None) if room is None else room.filled(make)))
         except RecipeError as error:
@@ -70,7 +70,7 @@ def fit_stored(
     if not found:
         assert refused is not None  # there is a transform
         raise refused
-    wanted = 0.0 if recipe.max_error is None else recipe.max_error**2 * source.energy
+    wanted = 0.0 if recipe.aim.max_error is None else recipe.aim.max_error**2 * source.energy
 
     def rank(one: tuple[Fit, CodedForm]) -> tuple[bool, float, float]:
         lost, bits = one[1].lost, one[1].bits
@@ -130,20 +130,20 @@ def _named(phase: str, progress: Progress) -> Callable[[str], None]:
 
 def _by_name(recipe: Recipe) -> list[Recipe]:
     """The recipe for each transform that it may take; settings that mean nothing to one are left out there."""
-    if recipe.transform != "auto":
+    if recipe.form.transform != "auto":
         return [recipe]
     apart: dict[str, dict[str, Any]] = {
         "none": {"groups": "layer", "shared_size": None, "min_shared": 0, "slice": "center", "kernel": "r_1"},
         "ke": {"slice": "center"},
         "ss": {"shared_size": None, "kernel": "r_1"},
     }
-    return [replace(recipe, transform=name, **fields) for name, fields in apart.items()]
+    return [recipe.but(transform=name, **fields) for name, fields in apart.items()]
 
 
 def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], None]) -> Fit:
     """A fit in float32 whose shared parts suit the codes; with `bytes` one of as many numbers as a few bits each allow."""
-    if recipe.bytes is not None:
-        recipe = replace(recipe, bytes=None, max_error=None, budget=min(1.0, recipe.bytes * 16 / TYPICAL_WIDTH))
+    if recipe.aim.bytes is not None:
+        recipe = recipe.but(bytes=None, max_error=None, budget=min(1.0, recipe.aim.bytes * 16 / TYPICAL_WIDTH))
     return _fit_grouped(source, recipe, torch.float32, progress)
 
 
@@ -151,14 +151,14 @@ def _coded(
     source: Source, form: BsloraForm, recipe: Recipe, room: int | None, *, dtype: torch.dtype, progress: Progress
 ) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written."""
-    phase = f"coding {recipe.transform}"
-    aim = Aim(bits=None if room is None else 8 * room, width=recipe.bits)
-    if recipe.max_error is None:
+    phase = f"coding {recipe.form.transform}"
+    aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits)
+    if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(
             source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
         )
-    allowed = recipe.max_error**2 * source.energy
+    allowed = recipe.aim.max_error**2 * source.energy
     lost, best, before = allowed, None, -1
     for attempt in range(1, ERROR_ATTEMPTS + 1):
 
@@ -180,12 +180,12 @@ def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: C
     """The fit under the groups that the recipe names, or of several groupings the one that is best for the size asked for."""
     fits = {
         name: _fit(replace(source, partition=partition), recipe, dtype, progress)
-        for name, partition in candidates(source, recipe.groups).items()
+        for name, partition in candidates(source, recipe.form.groups).items()
     }
     if len(fits) == 1:
         return next(iter(fits.values()))
     allowed = max(min(fit.lost for fit in fits.values()), SAME_ERROR**2 * source.energy)
-    if recipe.max_error is not None:
+    if recipe.aim.max_error is not None:
         allowed = math.inf  # all of them reach it
     best = min((name for name in fits if fits[name].lost <= allowed), key=lambda name: fits[name].form.parameters)
     error = {name: math.sqrt(fit.lost / source.energy) if source.energy else 0.0 for name, fit in fits.items()}
@@ -196,21 +196,21 @@ def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: C
 
 def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
     options = Options(
-        transform=recipe.transform,
-        shared_size=recipe.shared_size,
-        window=recipe.slice,
-        kernel=recipe.kernel,
-        min_shared=recipe.min_shared or 0,
-        uniform=recipe.local_ranks == "uniform",
+        transform=recipe.form.transform,
+        shared_size=recipe.form.shared_size,
+        window=recipe.form.slice,
+        kernel=recipe.form.kernel,
+        min_shared=recipe.form.min_shared or 0,
+        uniform=recipe.is_uniform,
         seed=recipe.seed,
         storage=dtype,
     )
-    if recipe.ranks is not None:
-        return fit_by_hand(source, options, recipe.ranks, progress)
-    if recipe.max_error is not None:
-        return _fit_to_written_error(source, options, recipe.max_error, dtype, progress)
-    assert recipe.budget is not None  # Recipe sees to it
-    return fit_to_budget(source, options, math.floor(recipe.budget * source.parameters), progress)
+    if recipe.aim.ranks is not None:
+        return fit_by_hand(source, options, recipe.aim.ranks, progress)
+    if recipe.aim.max_error is not None:
+        return _fit_to_written_error(source, options, recipe.aim.max_error, dtype, progress)
+    assert recipe.aim.budget is not None  # Recipe sees to it
+    return fit_to_budget(source, options, math.floor(recipe.aim.budget * source.parameters), progress)
 
 
 def _fit_to_written_error(
@@ -245,9 +245,9 @@ def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
 def missed(recipe: Recipe, dtype: torch.dtype, error: float) -> str:
     """Why an error was not reached, and what to do."""
     if recipe.is_coded:
-        size = f"--bytes {recipe.bytes:g}" if recipe.bytes is not None else f"--bits {recipe.bits}"
-        return f"--max-error {recipe.max_error:g} can't be reached with {size} (reached {error:.4g}); raise one of them"
+        size = f"--bytes {recipe.aim.bytes:g}" if recipe.aim.bytes is not None else f"--bits {recipe.storage.bits}"
+        return f"--max-error {recipe.aim.max_error:g} can't be reached with {size} (reached {error:.4g}); raise one of them"
     return (
-        f"--max-error {recipe.max_error:g} is finer than {recipe.dtype if recipe.dtype != 'auto' else dtype} "
+        f"--max-error {recipe.aim.max_error:g} is finer than {recipe.storage.dtype if recipe.storage.dtype != 'auto' else dtype} "
         f"can hold (reached {error:.4g}); use --dtype float32"
     )

@@ -51,7 +51,7 @@ def load_source(path: str | Path, recipe: Recipe) -> OfficialSource:
     :raises RecipeError: when the recipe asks for a fit on a base model.
     """
     for name in NEEDING_A_LORA:
-        if getattr(recipe, name) is not None:
+        if recipe.options()[name] is not None:
             raise RecipeError(
                 f"{name}: {path} is in the authors' BSLoRA layout and is converted without a fit; "
                 "`expand` it to a LoRA first and compress that",
@@ -75,10 +75,11 @@ def as_found(source: OfficialSource, recipe: Recipe) -> tuple[Fit, Recipe, Extra
     local = next(iter(form.modules.values())).local.rank  # theirs is one for all modules
     ranks = (local, form.shared_rank("intra"), form.shared_rank("inter"))
     used = Recipe(
-        transform=form.transform.name, ranks=ranks, dtype=recipe.dtype, device=recipe.device, seed=recipe.seed
+        transform=form.transform.name, ranks=ranks, dtype=recipe.storage.dtype, device=recipe.device, seed=recipe.seed
     )
     note = "the source is in BSLoRA form already: each of its tensors is kept once, and nothing is fitted"
-    given = [name for name in OF_A_FIT if getattr(recipe, name) not in (None, getattr(Recipe(), name))]
+    said, usual = recipe.options(), Recipe().options()
+    given = [name for name in OF_A_FIT if said[name] not in (None, usual[name])]
     if given:
         note += f"; without effect: {', '.join('--' + name.replace('_', '-') for name in given)}"
     official = source.official

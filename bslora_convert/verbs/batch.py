@@ -80,8 +80,8 @@ def batch(
         _check_sharing(recipe, shard)
     out = Path(out).absolute()
     for name in ("calibration", "finetune"):
-        if getattr(recipe, name) is not None:
-            read_prompts(getattr(recipe, name))
+        if (file := recipe.options()[name]) is not None:
+            read_prompts(file)
     _check_library(str(library), out)
     chosen = recipe.to_dict(), (training.to_dict() if training is not None else {})
     settings = settle(out, Settings.of(str(library), *chosen, report_html, share_across), overwrite)
@@ -252,7 +252,7 @@ def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
             "shard",
         )
     for name in ("calibration", "finetune"):
-        if getattr(recipe, name) is not None:
+        if recipe.options()[name] is not None:
             raise RecipeError(
                 f"share_across with {name}: bases keep the error of the weights, not what was fitted to behaviour; "
                 "leave one of them out",

@@ -26,7 +26,7 @@ from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.recipe import DTYPES
+from bslora_convert.recipe.storage import DTYPES
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1

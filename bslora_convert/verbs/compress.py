@@ -69,7 +69,7 @@ def compress(
     """
     recipe, out = recipe or Recipe(), Path(out)
     training = training or Training(seed=recipe.seed)
-    if recipe.base_model is None and training != Training(seed=recipe.seed):
+    if recipe.evidence.base_model is None and training != Training(seed=recipe.seed):
         raise RecipeError(
             "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
         )
@@ -78,7 +78,7 @@ def compress(
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
-    adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling)
+    adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     workshop = _open(source, recipe, progress)
     # Hashing runs beside the fit: both leave the interpreter lock.
@@ -89,7 +89,7 @@ def compress(
         read = time.perf_counter()
         measured = measure(adapter.modules, adapter.kinds)
         check_magnitude(measured, adapter.weights)
-        dtype = adapter.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
         if isinstance(adapter, OfficialSource):
             fit, used, extras = as_found(adapter, recipe)
         else:
@@ -100,7 +100,7 @@ def compress(
         del fit  # the float32 form is let go
     if workshop is not None:
         form, extras = _improve(form, extras, workshop, out, measured, recipe, prompts, training, began)
-    if recipe.finetune is not None and not is_writer():
+    if recipe.evidence.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
@@ -110,18 +110,18 @@ def compress(
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip
         error = record["weight"]["relative_error"]
-        if recipe.max_error is not None and recipe.base_model is None and error > recipe.max_error:
+        if recipe.aim.max_error is not None and recipe.evidence.base_model is None and error > recipe.aim.max_error:
             raise ThresholdMissed(missed(recipe, dtype, error))
-    if recipe.base_model is not None:
+    if recipe.evidence.base_model is not None:
         forget_completions(out)
-    if recipe.finetune is not None:
+    if recipe.evidence.finetune is not None:
         meet()
     return record
 
 
 def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
     """The rows of every prompt file that the recipe names, read before anything is computed."""
-    files = {name: getattr(recipe, name) for name in ("calibration", "finetune")}
+    files = {name: recipe.options()[name] for name in ("calibration", "finetune")}
     return {
         name: Prompts.read(path, max_length=training.max_length, batch_size=training.batch_size)
         for name, path in files.items()
@@ -131,11 +131,13 @@ def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
 
 def _open(source: str | Path, recipe: Recipe, progress: Progress) -> "Workshop | None":
     """The base model with the source on it, before the fit: one that does not fit costs no more than looking at it."""
-    if recipe.base_model is None:
+    if recipe.evidence.base_model is None:
         return None
     from bslora_convert.behaviour.workshop import open_workshop
 
-    return open_workshop(source, recipe.base_model, recipe.device, "auto", progress, scaling=recipe.scaling)
+    return open_workshop(
+        source, recipe.evidence.base_model, recipe.device, "auto", progress, scaling=recipe.scaling.given
+    )
 
 
 def _improve(
@@ -154,11 +156,12 @@ def _improve(
     from bslora_convert.behaviour.writing import Writing, deadline_of
 
     if "calibration" in prompts:
-        uniform = recipe.local_ranks == "uniform"
+        uniform = recipe.is_uniform
         writing = Writing(directory_of(out), deadline_of(began, training.max_minutes))
         found = calibrated(
             workshop, form, measured.deltas, prompts["calibration"],
-            metric=recipe.metric, uniform=uniform, seed=recipe.seed, codes=extras.codes, bits=recipe.bits, writing=writing,
+            metric=recipe.evidence.metric, uniform=uniform, seed=recipe.seed, codes=extras.codes,
+            bits=recipe.storage.bits, writing=writing,
         )  # fmt: skip
         form = found.form
         extras = replace(extras, codes=found.codes, calibration=found.record, notes=found.notes)

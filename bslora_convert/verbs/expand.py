@@ -24,7 +24,7 @@ from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
-from bslora_convert.recipe.recipe import DTYPES, FORMATS
+from bslora_convert.recipe.storage import DTYPES, FORMATS
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1  # of expansion.json
