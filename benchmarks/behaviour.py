@@ -33,7 +33,7 @@ def make(
     if way != "data-free":
         fields["base_model"] = options.base_model
     if way in ("input", "two-sided"):
-        fields |= {"calibration": str(options.calibration or options.train), "metric": way}
+        fields |= {"prompts": str(options.calibration or options.train), "metric": way}
     if way in ("local", "all"):
         fields |= {"finetune": str(options.train)}
         training = Training(train=way, max_minutes=options.minutes, max_steps=options.steps, epochs=3)
@@ -84,7 +84,7 @@ def main() -> None:
                     "nll": found["nll"],
                 }
                 row |= {name: found[name] for name in MEASURES}
-                row |= {name: record[name] for name in ("calibration", "training") if name in record}
+                row |= {name: record[name] for name in ("evidence", "training") if name in record}
                 rows.append(row)
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

@@ -171,7 +171,7 @@ OPTIONS: dict[str, list[str]] = {
         "--transform none --slice top-left",
         "--transform gt --kernel 2_r", "--transform none --groups auto", "--groups nowhere.json", "--device tpu",
         "--device cuda:x", "--seed -1", "--seed x", "--dtype int8", "--metric two-sided", "--base-model X",
-        "--calibration rows.jsonl", "--finetune rows.jsonl", "--finetune none.jsonl --base-model BASE",
+        "--prompts rows.jsonl", "--finetune", "--finetune rows.jsonl", "--finetune none.jsonl --base-model BASE",
         "--finetune rows.jsonl --base-model ./nowhere", "--finetune rows.jsonl --base-model BASE", "--max-steps 3",
         "--max-minutes 0",
         "--epochs nan", "--learning-rate -1", "--unknown", "--bytes 0.001", "--transform auto --ranks 1,1,1",

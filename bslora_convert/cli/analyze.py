@@ -41,7 +41,7 @@ def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
         out=options["out"],
         overwrite=options["overwrite"],
         files=[options["prompts"]],
-        base_model=options["base_model"],
+        base_model=options["base_model"] if options["prompts"] else None,
     )
     from bslora_convert.verbs.analyze import analyze as run
 

@@ -122,7 +122,7 @@ def _new(options: dict[str, Any]) -> dict[str, Any]:
     own = {name: options.pop(name) for name in ("report_html", "share_across", "overwrite")}
     recipe, training = chosen(options, options.pop("recipe_file"))
     evidence = recipe.evidence
-    return {"recipe": recipe, "training": training if evidence.finetune or evidence.calibration else None, **own}
+    return {"recipe": recipe, "training": training if evidence.base_model else None, **own}
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:

@@ -74,7 +74,7 @@ def compare(output: Output, lora_dir: Path, **options: Any) -> None:
         out=options["out"],
         overwrite=options["overwrite"],
         files=[options["prompts"]],
-        base_model=options["base_model"],
+        base_model=options["base_model"] if options["prompts"] else None,
     )
     from bslora_convert.verbs.compare import compare as run
 

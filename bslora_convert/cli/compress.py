@@ -32,6 +32,9 @@ class Ranks(click.ParamType[tuple[int, int, int]]):
         return local, intra, inter
 
 
+ON_PROMPTS = ""  # the value of --finetune without a file
+
+
 def recipe_options(function: Any) -> Any:
     """Every option of a `Recipe`."""
     for option in reversed(
@@ -93,20 +96,22 @@ def recipe_options(function: Any) -> Any:
                 show_default=True,
                 help="Storage; auto = as the source.",
             ),
-            click.option(
-                "--base-model", help="Directory or hub name of the base model, for --calibration and --finetune."
-            ),
-            click.option(
-                "--calibration", help="JSONL prompts: fit in the metric of the base model's activations on them."
-            ),
+            click.option("--base-model", help="Directory or hub name of the base model, for --prompts and --finetune."),
+            click.option("--prompts", help="JSONL rows: fit in the base model's metric, choose and prove on them."),
             click.option(
                 "--metric",
                 type=click.Choice(METRICS),
-                default="input",
+                default="auto",
                 show_default=True,
-                help="Of --calibration: what modules are fed, or that and the loss's gradient at their outputs.",
+                help="Of --prompts: what modules are fed, that and the loss's gradient at their outputs, or the better one.",
             ),
-            click.option("--finetune", help="JSONL prompts: distil against the original after the fit."),
+            click.option(
+                "--finetune",
+                is_flag=False,
+                flag_value=ON_PROMPTS,
+                callback=lambda _, __, value: True if value == ON_PROMPTS else value,
+                help="Distil against the original after the fit: on a JSONL file, or without one on rows of --prompts.",
+            ),
             *SCALING,
             click.option(
                 "--recipe",
@@ -153,7 +158,7 @@ def compress(
         --finetune train.jsonl --max-minutes 10
     """
     recipe, training = chosen(options, recipe_file)
-    files = [recipe.evidence.calibration, recipe.evidence.finetune]
+    files = recipe.evidence.files.values()
     look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.evidence.base_model)
     from bslora_convert.verbs.compress import compress as run
 
@@ -179,7 +184,7 @@ def compress(
 def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
-    from bslora_convert.report.verdict import calibrated, sentences
+    from bslora_convert.report.verdict import evidence, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
     console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
@@ -214,8 +219,8 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     console.print(table)
     for sentence in sentences(record):
         console.print(sentence)
-    if "calibration" in record:
-        console.print(" ".join(calibrated(record["calibration"])))
+    if "evidence" in record:
+        console.print(" ".join(evidence(record["evidence"])))
     if "training" in record:
         show_training(console, record["training"])
     ranks = compact["ranks"]

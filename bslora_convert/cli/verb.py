@@ -15,7 +15,7 @@ from bslora_convert.cli.bars import Lines, bar, each_step
 from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
-from bslora_convert.process.interrupt import INTERRUPTED, UNWRITTEN, raise_interrupts
+from bslora_convert.process.interrupt import INTERRUPTED, SEEN, UNWRITTEN, raise_interrupts
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.process.quiet import libraries_quiet
 
@@ -90,6 +90,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
+            if SEEN.is_set():
+                _fail(UNWRITTEN, INTERRUPTED)
             if debug:
                 raise
             reason = unreachable(error)

@@ -23,11 +23,11 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.calibrated import metric_svd, residual_terms
-from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
+from bslora_convert.fit.in_metric import residual_terms, svd_in
+from bslora_convert.fit.lowrank import Grams, ProductSvd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
-from bslora_convert.metric.metric import PLAIN, Metric, Moments, metric_of
+from bslora_convert.metric.metric import Metric
 from bslora_convert.modules.factors import Factors, add
 from bslora_convert.process.progress import Progress, silent
 
@@ -94,7 +94,7 @@ def code_form(
     :raises RecipeError: when not even the least codes fit in the bits.
     """
     counted = _Counter(progress, (3 if form.shared else 2) * len(form.modules))
-    locals_ = _locals(source.deltas, form, aim, counted, svds=source.svds)
+    locals_ = _locals(source, form, aim, counted)
     shared = _shared_items(form)
     chosen = _choose(
         _joined([*(shared.items() and [_stack(shared, aim)]), *(local.items for local in locals_.values())]), aim
@@ -103,34 +103,10 @@ def code_form(
     tensors: dict[str, Coded] = {}
     if shared:
         form, tensors, taken = _coded_shared(form, shared, chosen)
-        locals_ = _locals(source.deltas, form, aim, counted, svds=source.svds)
+        locals_ = _locals(source, form, aim, counted)
         rest = None if aim.bits is None else aim.bits - taken
         chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
     return _assembled(form, tensors, _coded_locals(locals_, chosen, counted), storage)
-
-
-def recode_locals(
-    deltas: Mapping[str, Delta],
-    form: BsloraForm,
-    tensors: Mapping[str, Coded],
-    moments: Mapping[str, Moments],
-    aim: Aim,
-    storage: torch.dtype,
-    progress: Progress = silent,
-) -> CodedForm:
-    """A coded form with its local parts made anew in the metric of these moments; its shared parts stay.
-
-    tensors: the form's codes. moments: of the factors that `residual_terms` gives. aim.bits: of the local parts.
-    """
-    counted = _Counter(progress, 2 * len(form.modules))
-    locals_ = _locals(deltas, form, aim, counted, moments=moments)
-    chosen = _choose(_joined([local.items for local in locals_.values()]), aim)
-    return _assembled(form, tensors, _coded_locals(locals_, chosen, counted), storage)
-
-
-def local_bits(form: BsloraForm, tensors: Mapping[str, Coded]) -> int:
-    """Bits of a coded form's local parts."""
-    return sum(_bits(tensors[f"{name}.bslora_local_{side}"]) for name in form.modules for side in "AB")
 
 
 def _assembled(
@@ -168,26 +144,13 @@ def _choose(items: Items, aim: Aim) -> np.ndarray:
     return chosen
 
 
-def _locals(
-    deltas: Mapping[str, Delta],
-    form: BsloraForm,
-    aim: Aim,
-    counted: _Counter,
-    *,
-    svds: Mapping[str, ProductSvd] | None = None,
-    moments: Mapping[str, Moments] | None = None,
-) -> dict[str, _Local]:
-    """What every module's local part has to hold, measured plainly or in the metric of `moments`. svds: of the deltas."""
-    terms = residual_terms(deltas, form)
+def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> dict[str, _Local]:
+    """What every module's local part has to hold, measured in its metric."""
+    terms = residual_terms(source.deltas, form)
 
     def local(name: str) -> _Local:
-        target, metric = add(*terms[name]), PLAIN
-        if moments is not None:
-            metric, svd = metric_of(target, moments[name]), metric_svd(target, moments[name])
-        elif svds is not None and len(terms[name]) == 1:
-            svd = svds[name]
-        else:
-            svd = product_svd(Grams.of(target))
+        target, metric = add(*terms[name]), source.metric(name)
+        svd = source.svds[name] if len(terms[name]) == 1 else svd_in(metric, target)
         return _local(target, svd, metric, aim, None if aim.ranks is None else aim.ranks[name])
 
     return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))

@@ -39,15 +39,29 @@ ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may sta
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A fit as it is going to be stored: the form in its storage dtype, the file's codes that it was decoded from, if any."""
+
+    form: BsloraForm
+    codes: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, fit: Fit, dtype: torch.dtype, codes: Mapping[str, Tensor] | None = None) -> "Stored":
+        """:raises RecipeError: when a number is too large for the dtype."""
+        return cls(cast(fit.form, dtype), codes or {}, fit.notes)
+
+
 def fit_stored(
     source: Source, recipe: Recipe, dtype: torch.dtype, adapter: LoraAdapter, progress: Progress = silent
-) -> tuple[Fit, Mapping[str, Tensor]]:
-    """The fit and, where the recipe asks for codes, those that its form was decoded from, as the file has them.
+) -> Stored:
+    """The fit in the source's metrics, in codes where the recipe asks for them.
 
     :raises RecipeError: when the size asked for can't be met.
     """
     if not recipe.is_coded:
-        return _fit_grouped(source, recipe, dtype, _named("fitting", progress)), {}
+        return Stored.of(_fit_grouped(source, recipe, dtype, _named("fitting", progress)), dtype)
     room = None
     if recipe.aim.bytes is not None:
         size = adapter.weights.stat().st_size
@@ -64,20 +78,27 @@ def fit_stored(
         try:
             fit = _float_for_codes(source, candidate, _named(f"fitting {candidate.form.transform}", progress))
             make = partial(_coded, source, fit.form, candidate, dtype=dtype, progress=progress)
-            found.append((fit, make(None) if room is None else room.filled(make)))
+            found.append((fit, make(None, "") if room is None else room.filled(make)))
         except RecipeError as error:
             refused = error  # of several transforms another may fit
     if not found:
         assert refused is not None  # there is a transform
         raise refused
-    wanted = 0.0 if recipe.aim.max_error is None else recipe.aim.max_error**2 * source.energy
+    wanted = None if recipe.aim.max_error is None else recipe.aim.max_error**2 * source.energy
 
     def rank(one: tuple[Fit, CodedForm]) -> tuple[bool, float, float]:
-        lost, bits = one[1].lost, one[1].bits
-        return (False, bits, lost) if lost <= wanted else (True, lost, bits)
+        coded = one[1]
+        if wanted is not None and _lost(source, coded) <= wanted:
+            return False, coded.bits, coded.lost
+        return True, coded.lost, coded.bits
 
     fit, coded = min(found, key=rank)
-    return replace(fit, form=coded.form, lost=coded.lost), to_file(coded.tensors)
+    return Stored.of(replace(fit, form=coded.form), dtype, to_file(coded.tensors))
+
+
+def _lost(source: Source, coded: CodedForm) -> float:
+    """Σ ‖ΔW − ΔŴ‖², plainly."""
+    return fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +115,8 @@ class Room:
         names = (WIDTHS_NAME, SCALES_NAME, f"bslora_codes_{TYPICAL_WIDTH}")
         return self.allowed - coded_bytes(dict.fromkeys(names, nothing), self.carried)
 
-    def filled(self, coded: Callable[[int], CodedForm]) -> CodedForm:
-        """The codes that lose least of those whose file fits. coded: makes codes of at most so many bytes.
+    def filled(self, coded: Callable[[int, str], CodedForm]) -> CodedForm:
+        """The codes that lose least of those whose file fits. coded: makes codes of at most so many bytes, and names the attempt.
 
         How long the header is follows from the codes: what they leave or lack is given or taken, and they are made anew.
 
@@ -105,9 +126,9 @@ class Room:
         refused = RecipeError(
             f"bytes: {self.allowed:,} bytes can't hold the header and any codes; raise bytes", "bytes"
         )
-        for _ in range(ROOM_ATTEMPTS):
+        for attempt in range(1, ROOM_ATTEMPTS + 1):
             try:
-                found = coded(room)
+                found = coded(room, f", attempt {attempt}" if attempt > 1 else "")
             except RecipeError as error:
                 refused = error
                 break
@@ -148,10 +169,17 @@ def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], N
 
 
 def _coded(
-    source: Source, form: BsloraForm, recipe: Recipe, room: int | None, *, dtype: torch.dtype, progress: Progress
+    source: Source,
+    form: BsloraForm,
+    recipe: Recipe,
+    room: int | None,
+    words: str,
+    *,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> CodedForm:
-    """The form in codes; for an error, the fewest bits whose result still has it once written."""
-    phase = f"coding {recipe.form.transform}"
+    """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress."""
+    phase = f"coding {recipe.form.transform}{words}"
     aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits)
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
@@ -159,14 +187,14 @@ def _coded(
             source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
         )
     allowed = recipe.aim.max_error**2 * source.energy
-    lost, best, before = allowed, None, -1
+    lost, best, before = recipe.aim.max_error**2 * source.weight, None, -1
     for attempt in range(1, ERROR_ATTEMPTS + 1):
 
         def tried(_: str, done: int, total: int, attempt: int = attempt) -> None:
             progress(f"{phase}, attempt {attempt}", done, total)
 
         coded = code_form(source, form, replace(aim, lost=lost), dtype, tried)
-        reached = fidelity.compare(source, coded.form).relative_error ** 2 * source.energy
+        reached = _lost(source, coded)
         if reached <= allowed and (best is None or coded.bits < best.bits):
             best = coded
         if CLOSE * allowed <= reached <= allowed or reached == 0 or coded.bits == before:
@@ -184,11 +212,11 @@ def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: C
     }
     if len(fits) == 1:
         return next(iter(fits.values()))
-    allowed = max(min(fit.lost for fit in fits.values()), SAME_ERROR**2 * source.energy)
+    allowed = max(min(fit.lost for fit in fits.values()), SAME_ERROR**2 * source.weight)
     if recipe.aim.max_error is not None:
         allowed = math.inf  # all of them reach it
     best = min((name for name in fits if fits[name].lost <= allowed), key=lambda name: fits[name].form.parameters)
-    error = {name: math.sqrt(fit.lost / source.energy) if source.energy else 0.0 for name, fit in fits.items()}
+    error = {name: math.sqrt(fit.lost / source.weight) if source.weight else 0.0 for name, fit in fits.items()}
     found = ", ".join(f"{name} {fits[name].form.parameters:,} numbers at {error[name]:.4f}" for name in fits)
     note = f"groups auto compared {found}; {best} kept"
     return replace(fits[best], notes=(*fits[best].notes, note))

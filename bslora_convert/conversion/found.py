@@ -19,7 +19,7 @@ from bslora_convert.lora.config import LoraConfig
 from bslora_convert.recipe.recipe import Recipe
 
 OF_A_FIT = ("transform", "budget", "ranks", "shared_size", "slice", "kernel")  # options without effect here
-NEEDING_A_LORA = ("calibration", "finetune")
+NEEDING_A_LORA = ("prompts", "finetune")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,12 +24,12 @@ from bslora_convert.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What there is beside the fit: the records of calibration, training and de-duplication, the training's steps, notes.
+    """What there is beside the fit: the records of evidence, training and de-duplication, the training's steps, notes.
 
     codes: what the form was decoded from, as the file takes it; empty where it stores floats.
     """
 
-    calibration: Mapping[str, Any] | None = None
+    evidence: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     log: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def write_result(
         **({"coding": fidelity.coding(measured, compact, weight["relative_error"])} if compact.codes else {}),
         "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         "functional": None,
-        **({"calibration": dict(extras.calibration)} if extras.calibration else {}),
+        **({"evidence": dict(extras.evidence)} if extras.evidence else {}),
         **({"training": dict(extras.training)} if extras.training else {}),
         **({"deduplication": dict(extras.deduplication)} if extras.deduplication else {}),
         "notes": list(dict.fromkeys(notes)),

@@ -1,6 +1,6 @@
 """The fit of a whole adapter: the one place that knows which steps a transform takes.
 
-measure    Gram matrices and spectra of every ΔW_m, once       `source`
+measure    Gram matrices and spectra of every ΔW_m in its metric, once    `source`
 none       truncated SVD, ranks uniform or adaptive            here
 gt         the same, some components held by gates             `gated`
 ss, ke     alternating sweeps over inter, intra, local parts   `search`
@@ -18,6 +18,7 @@ from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.gated import gated_by_hand, gated_to_budget
+from bslora_convert.fit.in_metric import balanced, locals_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import finish, fit_at, problem_of, search
 from bslora_convert.fit.source import Fit, Options, Progress, Source, measure, quiet, within
@@ -38,7 +39,7 @@ def fit_to_budget(source: Source, options: Options, budget: int, progress: Progr
         return _plain(source, options, within(source, budget, options.uniform))
     if options.transform == "gt":
         return gated_to_budget(source, options, budget)
-    return search(source, options, budget, progress)
+    return _in_metrics(source, options, search(source.plain, options, budget, progress))
 
 
 def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], progress: Progress = quiet) -> Fit:
@@ -59,8 +60,9 @@ def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], p
         return _plain(source, options, allocation)
     if options.transform == "gt":
         return gated_by_hand(source, options, levels, local)
-    problem = problem_of(source, options)
-    return finish(problem, source, options, *fit_at(problem, levels, allocation, options.seed, progress))
+    problem = problem_of(source.plain, options)
+    found = finish(problem, source, options, *fit_at(problem, levels, allocation, options.seed, progress))
+    return _in_metrics(source, options, found)
 
 
 def fit_to_error(source: Source, options: Options, error: float, progress: Progress = quiet) -> Fit:
@@ -70,7 +72,7 @@ def fit_to_error(source: Source, options: Options, error: float, progress: Progr
 
     :raises ThresholdMissed: when the transform can't reach the error at the size of the LoRA itself.
     """
-    allowed = error**2 * source.energy
+    allowed = error**2 * source.weight
 
     def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
         return allocate.within_energy(spectra, source.costs, allowed)
@@ -134,14 +136,23 @@ def _best(source: Source, options: Options, budget: int, progress: Progress) -> 
     for name in ("ke", "ss"):
         try:
             size = options.shared_size if name == "ke" else None
-            fit = search(source, replace(options, transform=name, shared_size=size), budget, progress)
+            fit = search(source.plain, replace(options, transform=name, shared_size=size), budget, progress)
         except RecipeError:
             continue
         tried.append(name)
+        fit = _in_metrics(source, options, fit)
         if fit.lost < best.lost:
             best = fit
     note = f"auto compared {', '.join(tried)} at this size; gt equals none at more numbers and was left out"
     return replace(best, notes=(*best.notes, note))
+
+
+def _in_metrics(source: Source, options: Options, fit: Fit) -> Fit:
+    """A fit with shared parts, which are sought plainly, its local parts then in the metrics."""
+    if not source.metrics:
+        return fit
+    form, lost = locals_in(source.metrics, source.deltas, fit.form, options.uniform)
+    return replace(fit, form=form, lost=lost)
 
 
 def _plain(source: Source, options: Options, allocation: Allocation) -> Fit:
@@ -150,6 +161,7 @@ def _plain(source: Source, options: Options, allocation: Allocation) -> Fit:
     def module(name: str) -> Module:
         delta = source.deltas[name]
         local = source.svds[name].truncate([delta.factors()], ranks[name])
+        local = balanced(local) if source.metrics else local
         return Module(delta.shape, options.handed_over(local), {}, source.kind(name))
 
     modules = dict(zip(source.deltas, each(module, source.deltas), strict=True))

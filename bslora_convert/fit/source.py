@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
+from bslora_convert.fit.in_metric import svd_in
 from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
 from bslora_convert.fit.parallel import each
+from bslora_convert.metric.metric import PLAIN, Metric
 from bslora_convert.modules.factors import Factors, Shape
 from bslora_convert.modules.names import layer_of
 
@@ -25,12 +27,16 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The adapter as the fit sees it: deltas, their Gram matrices and their SVDs, by module name."""
+    """The adapter as the fit sees it: deltas, their Gram matrices, their metrics and their SVDs in these, by module name.
+
+    metrics: nothing where every module is measured plainly.
+    """
 
     deltas: Mapping[str, Delta]
     kinds: Mapping[str, str]
     grams: Mapping[str, Grams]
     svds: Mapping[str, ProductSvd]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     partition: Mapping[str, Sequence[str]] | None = None  # groups of the intra level; None: the layers
 
     @property
@@ -39,8 +45,22 @@ class Source:
         return sum(grams.energy for grams in self.grams.values())
 
     @property
+    def weight(self) -> float:
+        """Σ ‖ΔW_m‖² in the metrics; the energy where they are plain."""
+        return sum(float(svd.energies.sum()) for svd in self.svds.values()) if self.metrics else self.energy
+
+    @property
+    def plain(self) -> "Source":
+        """The same, measured plainly."""
+        return replace(measure(self.deltas, self.kinds), partition=self.partition) if self.metrics else self
+
+    def metric(self, name: str) -> Metric:
+        """What a module is measured by."""
+        return self.metrics.get(name, PLAIN)
+
+    @property
     def spectra(self) -> dict[str, Tensor]:
-        """σ² of every module."""
+        """σ² of every module, in its metric."""
         return {name: svd.energies for name, svd in self.svds.items()}
 
     @property
@@ -107,7 +127,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A form and what it loses: Σ ‖ΔW − ΔŴ‖², in the fit's own precision; the objective after each sweep."""
+    """A form and what it loses: Σ ‖ΔW − ΔŴ‖² in the metrics, in the fit's own precision; the objective after each sweep."""
 
     form: BsloraForm
     lost: float
@@ -115,11 +135,19 @@ class Fit:
     notes: tuple[str, ...] = field(default=())
 
 
-def measure(deltas: Mapping[str, Delta], kinds: Mapping[str, str] | None = None) -> Source:
-    """Gram matrices and SVDs of every module."""
+def measure(
+    deltas: Mapping[str, Delta],
+    kinds: Mapping[str, str] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> Source:
+    """Gram matrices of every module, and SVDs in its metric."""
     grams = dict(zip(deltas, each(Grams.of_delta, deltas.values()), strict=True))
-    svds = dict(zip(grams, each(product_svd, grams.values()), strict=True))
-    return Source(deltas, kinds or {}, grams, svds)
+
+    def svd(name: str) -> ProductSvd:
+        return svd_in(metrics[name], deltas[name].factors()) if metrics else product_svd(grams[name])
+
+    svds = dict(zip(grams, each(svd, grams), strict=True))
+    return Source(deltas, kinds or {}, grams, svds, metrics or {})
 
 
 def check_magnitude(source: Source, where: object) -> None:

@@ -76,8 +76,7 @@ def layers_of(names: Iterable[str], model: nn.Module) -> dict[str, nn.Module]:
     stacked = next((name for name, place in found.items() if place.slice is not None), None)
     if stacked is not None:
         raise InputError(
-            f"{stacked}: this model stacks its experts, so what one of them is fed can't be read; leave --calibration and "
-            "--prompts of it out"
+            f"{stacked}: this model stacks its experts, so what one of them is fed can't be read; leave --prompts out"
         )
     return {name: model.get_submodule(place.name) for name, place in found.items()}
 

@@ -18,7 +18,7 @@ from bslora_convert.library.jobs import STATE
 
 NAME = "recipe.json"
 SCHEMA_VERSION = 1
-FILES = ("calibration", "finetune", "groups")  # options that may name a file whose content counts
+FILES = ("prompts", "finetune", "groups")  # options that may name a file whose content counts
 FREE = ("device",)  # options that change where, not what
 
 

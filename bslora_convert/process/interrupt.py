@@ -13,6 +13,7 @@ from typing import NoReturn
 INTERRUPTED = 130
 UNWRITTEN = "interrupted; nothing was written"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SEEN = threading.Event()  # an interrupt came; what was being imported may have made another exception of it
 
 
 def exit_on_interrupts() -> None:
@@ -47,4 +48,5 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    SEEN.set()
     raise KeyboardInterrupt

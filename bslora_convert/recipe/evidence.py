@@ -1,38 +1,51 @@
-"""What the base model is asked: on which prompts a fit is measured, and on which it is distilled."""
+"""What the base model is asked: on which prompts a fit is measured, chosen and proved, and on which it is distilled."""
 
 from dataclasses import dataclass
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
 
-METRICS = ("input", "two-sided")
+METRICS = ("auto", "input", "two-sided")
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """base_model: directory or hub name. calibration, finetune: prompt files, which need it. metric: of the calibration.
+    """The base model, and the rows that it is asked on.
+
+    base_model: directory or hub name. prompts: a file of rows to fit, choose and prove on. metric: of these prompts; auto = the
+    one that does better on the rows that choose. finetune: a file to distil on, or True for the rows of `prompts`.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
     base_model: str | None = None
-    calibration: str | None = None
-    metric: str = "input"
-    finetune: str | None = None
+    prompts: str | None = None
+    metric: str = "auto"
+    finetune: str | bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, METRICS)
-        if self.metric != "input" and self.calibration is None:
+        if not self.finetune:
+            object.__setattr__(self, "finetune", None)
+        if self.metric != "auto" and self.prompts is None:
             raise RecipeError(
-                f"metric is {self.metric!r}: it is taken on prompts, so give calibration", "metric", "calibration"
+                f"metric is {self.metric!r}: it is taken on prompts, so give prompts", "metric", "prompts"
             )
-        prompts = [name for name in ("calibration", "finetune") if getattr(self, name) is not None]
-        if prompts and self.base_model is None:
-            raise RecipeError(f"{prompts[0]} needs the base model: give base_model", prompts[0], "base_model")
-        if self.base_model is not None and not prompts:
+        if self.finetune is True and self.prompts is None:
+            raise RecipeError("finetune without a file is on the rows of prompts: give prompts", "finetune", "prompts")
+        named = [name for name in ("prompts", "finetune") if getattr(self, name) is not None]
+        if named and self.base_model is None:
+            raise RecipeError(f"{named[0]} needs the base model: give base_model", named[0], "base_model")
+        if self.base_model is not None and not named:
             raise RecipeError(
-                "base_model is used by calibration and finetune only: give one of them a prompt file",
+                "base_model is used with prompts and finetune only: give one of them",
                 "base_model",
-                "calibration",
+                "prompts",
                 "finetune",
             )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The prompt files, by option."""
+        named = {"prompts": self.prompts, "finetune": self.finetune}
+        return {name: file for name, file in named.items() if isinstance(file, str)}

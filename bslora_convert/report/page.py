@@ -75,8 +75,8 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], log: Sequen
     if "coding" in record:
         figures["where the bits go"] = plots.widths(record["coding"]["widths_by_part"])
     improved = []
-    if record.get("calibration"):
-        improved += verdict.calibrated(record["calibration"])
+    if record.get("evidence"):
+        improved += verdict.evidence(record["evidence"])
     if record.get("training"):
         improved += verdict.trained(record["training"])
     if log:

@@ -80,8 +80,8 @@ def _left_out(modules: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _fitted_to_behaviour(record: Mapping[str, Any]) -> bool:
-    calibration, training = record.get("calibration"), record.get("training")
-    return bool((calibration and calibration["kept"] == "calibrated") or (training and training["kept_step"]))
+    metric, training = record.get("evidence", {}).get("metric"), record.get("training")
+    return bool((metric and metric["kept"] != "plain") or (training and training["kept_step"]))
 
 
 def _deduplicated(record: Mapping[str, Any]) -> str:
@@ -140,14 +140,25 @@ def behaviour(functional: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def calibrated(calibration: Mapping[str, Any]) -> list[str]:
-    """What calibration found."""
-    kl = calibration["heldout_kl"]
-    words = "is kept" if calibration["kept"] == "calibrated" else "is no better, so the data-free fit is kept"
-    return [
-        f"Fitted in the metric of {calibration['rows']} prompts, the KL on {calibration['heldout_rows']} held-out ones is "
-        f"{kl['calibrated']:.5f} instead of {kl['data_free']:.5f}: it {words}."
-    ]
+def evidence(found: Mapping[str, Any]) -> list[str]:
+    """In which metric the fit was made, and what it does on rows that nothing before has seen."""
+    said = []
+    if "metric" in found:
+        rows, kl, kept = found["rows"], found["metric"]["kl"], found["metric"]["kept"]
+        others = ", ".join(f"{name} {value:.5f}" for name, value in kl.items() if name != kept)
+        name = "the plain metric" if kept == "plain" else f"the {kept} metric of {rows['fit']} prompts"
+        said.append(
+            f"Fitted in {name}: KL {kl[kept]:.5f} on {rows['choose']} rows that choose"
+            + (f" ({others})." if others else ".")
+        )
+    if "proof" in found:
+        proof = found["proof"]
+        said.append(
+            f"On {found['rows']['prove']} rows that neither fit nor choice has seen it keeps {proof['retention']:.2%} of the "
+            f"adapter's effect on the predictions (KL {proof['kl']:.5f}, bare base {proof['base_kl']:.5f}) and predicts the same "
+            f"next token {proof['agreement']:.1%} of the time."
+        )
+    return said
 
 
 def trained(training: Mapping[str, Any]) -> list[str]:

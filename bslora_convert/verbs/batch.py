@@ -79,9 +79,8 @@ def batch(
     if share_across:
         _check_sharing(recipe, shard)
     out = Path(out).absolute()
-    for name in ("calibration", "finetune"):
-        if (file := recipe.options()[name]) is not None:
-            read_prompts(file)
+    for file in recipe.evidence.files.values():
+        read_prompts(file)
     _check_library(str(library), out)
     chosen = recipe.to_dict(), (training.to_dict() if training is not None else {})
     settings = settle(out, Settings.of(str(library), *chosen, report_html, share_across), overwrite)
@@ -251,7 +250,7 @@ def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
             "share_across",
             "shard",
         )
-    for name in ("calibration", "finetune"):
+    for name in ("prompts", "finetune"):
         if recipe.options()[name] is not None:
             raise RecipeError(
                 f"share_across with {name}: bases keep the error of the weights, not what was fitted to behaviour; "

@@ -1,6 +1,6 @@
 """The main job: a LoRA directory in, a compact directory with a report that was measured on what was written.
 
-read -> fit -> cast -> (calibrate, distil on the base) -> write beside -> read back -> measure -> report -> rename into place
+read -> metric (plain, or of prompts) -> fit -> code -> [distil] -> write beside -> read back -> measure -> tell -> rename
 
 Where the source is in the authors' BSLoRA layout there is nothing to fit: see `deduplication`.
 """
@@ -19,7 +19,7 @@ from bslora_convert.behaviour.processes import is_writer, meet, written_by_anoth
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import is_official
-from bslora_convert.conversion.fitting import cast, fit_stored, missed
+from bslora_convert.conversion.fitting import Stored, fit_stored, missed
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
 from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
@@ -33,12 +33,13 @@ from bslora_convert.fit.convert import (
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
-from bslora_convert.lora import load_lora
+from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 
 if TYPE_CHECKING:
+    from bslora_convert.behaviour.evidence import Evidence
     from bslora_convert.behaviour.workshop import Workshop
 
 
@@ -81,6 +82,7 @@ def compress(
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     workshop = _open(source, recipe, progress)
+    evidence = _evidence(workshop, recipe, prompts, training, out, began)
     # Hashing runs beside the fit: both leave the interpreter lock.
     with ThreadPoolExecutor(1) as pool, modules_over_cores():
         digest = pool.submit(sha256, adapter.weights)
@@ -91,15 +93,17 @@ def compress(
         check_magnitude(measured, adapter.weights)
         dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
         if isinstance(adapter, OfficialSource):
-            fit, used, extras = as_found(adapter, recipe)
+            found, used, extras = as_found(adapter, recipe)
+            fit = Stored.of(found, dtype)
         else:
-            fit, codes = fit_stored(measured, recipe, dtype, adapter, progress)
-            used, extras = recipe, Extras(codes=codes)
-        form = cast(fit.form, dtype)
+            fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, progress)
+            used = recipe
         notes = (*adapter.notes, *fit.notes)
-        del fit  # the float32 form is let go
+    form = fit.form
+    extras = replace(extras, codes=fit.codes)
     if workshop is not None:
-        form, extras = _improve(form, extras, workshop, out, measured, recipe, prompts, training, began)
+        form, extras = _distilled(form, extras, workshop, evidence, out, recipe, prompts, training, began)
+        extras = _proved(form, extras, workshop, evidence)
     if recipe.evidence.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -121,11 +125,9 @@ def compress(
 
 def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
     """The rows of every prompt file that the recipe names, read before anything is computed."""
-    files = {name: recipe.options()[name] for name in ("calibration", "finetune")}
     return {
         name: Prompts.read(path, max_length=training.max_length, batch_size=training.batch_size)
-        for name, path in files.items()
-        if path is not None
+        for name, path in recipe.evidence.files.items()
     }
 
 
@@ -140,38 +142,85 @@ def _open(source: str | Path, recipe: Recipe, progress: Progress) -> "Workshop |
     )
 
 
-def _improve(
+def _evidence(
+    workshop: "Workshop | None",
+    recipe: Recipe,
+    prompts: Mapping[str, Prompts],
+    training: Training,
+    out: Path,
+    began: float,
+) -> "Evidence | None":
+    """The rows of `prompts` in their three parts."""
+    if workshop is None or "prompts" not in prompts:
+        return None
+    from bslora_convert.behaviour.evidence import gather
+    from bslora_convert.behaviour.writing import Writing, deadline_of
+
+    writing = Writing(directory_of(out), deadline_of(began, training.max_minutes))
+    return gather(workshop, prompts["prompts"], recipe.seed, writing)
+
+
+def _fitted(
+    measured: Source,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    adapter: LoraAdapter,
+    workshop: "Workshop | None",
+    evidence: "Evidence | None",
+    progress: Progress,
+) -> tuple[Stored, Extras]:
+    """The fit in the metric that does best on the rows that choose; the plain one where there are none."""
+    if workshop is None or evidence is None:
+        return fit_stored(measured, recipe, dtype, adapter, progress), Extras()
+    from bslora_convert.behaviour.evidence import PLAIN_NAME, behaviour_of, metrics_of
+
+    best, kl = None, {}
+    for name, metrics in metrics_of(workshop, measured.deltas, evidence, recipe.evidence.metric).items():
+        source = measure(measured.deltas, measured.kinds, metrics) if metrics else measured
+        found = fit_stored(source, recipe, dtype, adapter, progress)
+        kl[name] = behaviour_of(workshop, found.form, evidence.choose, evidence.batch_size).to_dict()["kl"]
+        if best is None or kl[name] < min(value for other, value in kl.items() if other != name):
+            best, kept = found, name
+    assert best is not None  # there is the plain metric
+    rows = {part: len(getattr(evidence, part)) for part in ("fit", "choose", "prove")}
+    notes = evidence.notes
+    if kept == PLAIN_NAME:
+        notes = (*notes, "no metric of the prompts did better on the rows that choose; the plain fit is kept")
+    return best, Extras(evidence={"rows": rows, "metric": {"kl": kl, "kept": kept}}, notes=notes)
+
+
+def _distilled(
     form: BsloraForm,
     extras: Extras,
     workshop: "Workshop",
+    evidence: "Evidence | None",
     out: Path,
-    measured: Source,
     recipe: Recipe,
     prompts: Mapping[str, Prompts],
     training: Training,
     began: float,
 ) -> tuple[BsloraForm, Extras]:
-    """Calibration and distillation, as the recipe asks."""
-    from bslora_convert.behaviour.improvement import calibrated, distilled
-    from bslora_convert.behaviour.writing import Writing, deadline_of
+    """Distillation, where the recipe asks for it."""
+    if recipe.evidence.finetune is None:
+        return form, extras
+    from bslora_convert.behaviour.improvement import distilled
 
-    if "calibration" in prompts:
-        uniform = recipe.is_uniform
-        writing = Writing(directory_of(out), deadline_of(began, training.max_minutes))
-        found = calibrated(
-            workshop, form, measured.deltas, prompts["calibration"],
-            metric=recipe.evidence.metric, uniform=uniform, seed=recipe.seed, codes=extras.codes,
-            bits=recipe.storage.bits, writing=writing,
-        )  # fmt: skip
-        form = found.form
-        extras = replace(extras, codes=found.codes, calibration=found.record, notes=found.notes)
-    if "finetune" in prompts:
-        done = distilled(
-            workshop, form, prompts["finetune"], training,
-            codes=extras.codes, completions=directory_of(out), began=began,
-        )  # fmt: skip
-        form = done.form
-        extras = replace(
-            extras, training=done.record, log=done.log, codes=done.codes, notes=(*extras.notes, *done.notes)
-        )
-    return form, extras
+    done = distilled(
+        workshop, form, prompts.get("finetune"), training,
+        codes=extras.codes, evidence=evidence if recipe.evidence.finetune is True else None,
+        completions=directory_of(out), began=began,
+    )  # fmt: skip
+    return done.form, replace(
+        extras, training=done.record, log=done.log, codes=done.codes, notes=(*extras.notes, *done.notes)
+    )
+
+
+def _proved(form: BsloraForm, extras: Extras, workshop: "Workshop", evidence: "Evidence | None") -> Extras:
+    """What the result does on rows that neither fit nor choice has seen."""
+    if evidence is None:
+        return extras
+    from bslora_convert.behaviour.evidence import behaviour_of
+
+    found = behaviour_of(workshop, form, evidence.prove, evidence.batch_size).to_dict()
+    proof = {name: found[name] for name in ("kl", "base_kl", "retention", "agreement")}
+    return replace(extras, evidence={**(extras.evidence or {}), "proof": proof})

@@ -108,7 +108,7 @@ def finetune(
         return written_by_another(out)
     known = recorded(compact)
     extras = Extras(
-        known.get("calibration"),
+        known.get("evidence"),
         done.record,
         done.log,
         (*student.notes, *known.get("notes", ()), *shared, *done.notes),

@@ -1,4 +1,4 @@
-"""Calibration and distillation on the tiny model: the moments are the inputs', training helps, stops, resumes and never hurts."""
+"""Evidence and distillation on the tiny model: the moments are the inputs', training helps, stops, resumes and never hurts."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.distill import distill, split_heldout
 from bslora_convert.behaviour.divergence import heldout_kl
-from bslora_convert.behaviour.improvement import calibrated
-from bslora_convert.behaviour.prompts import Example, Prompts
+from bslora_convert.behaviour.evidence import split
+from bslora_convert.behaviour.prompts import Example, Prompts, read_prompts
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.workshop import Workshop, open_workshop
 from bslora_convert.behaviour.writing import Writing
@@ -30,7 +30,7 @@ from bslora_convert.bslora.coding.file import WIDTHS_NAME
 from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.modules.factors import Factors
+from bslora_convert.metric.metric import Metric
 from tests.conftest import FIXTURES
 
 TINY = FIXTURES / "tiny"
@@ -55,7 +55,7 @@ def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------- calibration
+# ---------------------------------------------------------------------------------------------- evidence
 
 
 @pytest.mark.parametrize("metric", ["input", "two-sided"])
@@ -94,67 +94,78 @@ def test_moments_are_those_of_the_modules_inputs_and_gradients(
 
 
 @pytest.mark.parametrize("transform", ["none", "ke"])
-def test_calibration_is_measured_and_the_better_fit_kept(tmp_path: Path, transform: str) -> None:
+def test_the_metric_that_does_better_is_kept_and_proved(tmp_path: Path, transform: str) -> None:
     recipe = Recipe(
-        transform=transform, budget=0.25, base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided",
+        transform=transform, budget=0.25, base_model=str(BASE), prompts=str(PROMPTS),
         shared_size=32 if transform == "ke" else None,
     )  # fmt: skip
     record = compress(LORA, tmp_path / "out", recipe)
-    calibration = record["calibration"]
-    kl = calibration["heldout_kl"]
-    assert calibration["kept"] == min(kl, key=lambda name: kl[name]) == "calibrated"
-    assert (calibration["rows"], calibration["heldout_rows"]) == (58, 6)
-    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None, metric="input"))
-    assert record["compact"]["parameters"] <= plain["compact"]["parameters"]
+    evidence = record["evidence"]
+    kl = evidence["metric"]["kl"]
+    assert set(kl) == {"plain", "input", "two-sided"}
+    assert evidence["metric"]["kept"] == min(kl, key=lambda name: kl[name]) != "plain"
+    assert evidence["rows"] == {"fit": 38, "choose": 13, "prove": 13}
+    assert 0 < evidence["proof"]["retention"] < 1
+    plain = compress(LORA, tmp_path / "plain", recipe.but(base_model=None, prompts=None))
+    assert record["compact"]["parameter_ratio"] <= 0.25
     assert record["weight"]["relative_error"] >= plain["weight"]["relative_error"]
-    assert "metric of 58 prompts" in (tmp_path / "out" / "report.html").read_text()
+    assert "metric of 38 prompts" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "fidelity.json").read_text()) == record
     again = compress(LORA, tmp_path / "again", recipe)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
-    assert again["calibration"] == calibration
+    assert again["evidence"] == evidence
 
 
 @pytest.mark.parametrize("size", [{"bytes": 0.125}, {"budget": 0.25, "bits": 3}])
 def test_codes_are_fitted_in_the_metric_and_take_no_more(tmp_path: Path, size: dict[str, Any]) -> None:
     recipe = Recipe(
-        transform="ke", base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided", shared_size=32, **size
+        transform="ke", base_model=str(BASE), prompts=str(PROMPTS), metric="two-sided", shared_size=32, **size
     )
     record = compress(LORA, tmp_path / "out", recipe)
-    plain = compress(LORA, tmp_path / "plain", replace(recipe, base_model=None, calibration=None, metric="input"))
-    assert record["calibration"]["kept"] == "calibrated"
-    assert record["coding"]["bits"] <= plain["coding"]["bits"]
+    plain = compress(LORA, tmp_path / "plain", recipe.but(base_model=None, prompts=None, metric="auto"))
+    assert record["evidence"]["metric"]["kept"] == "two-sided"
+    assert record["compact"]["bytes"] <= 1.01 * plain["compact"]["bytes"]
     assert record["weight"]["relative_error"] > plain["weight"]["relative_error"]
-    codes = {name: load_file(tmp_path / name / WEIGHTS) for name in ("out", "plain")}
-    kept = load_compact(tmp_path / "out").form.shared["inter"]["all"]
-    torch.testing.assert_close(kept.a, load_compact(tmp_path / "plain").form.shared["inter"]["all"].a, rtol=0, atol=0)
-    assert {name.rpartition("_")[2] for name in codes["out"]} <= {"widths", "scales", "floats", "1", "2", "3", "4", "8"}
+    codes = load_file(tmp_path / "out" / WEIGHTS)
+    assert {name.rpartition("_")[2] for name in codes} <= {"widths", "scales", "floats", "1", "2", "3", "4", "8"}
     if "bytes" in size:
         assert record["compact"]["bytes"] <= size["bytes"] * (LORA / WEIGHTS).stat().st_size
 
 
-def test_a_calibration_that_does_not_help_is_dropped(
-    workshop: Workshop, compact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bslora_convert.behaviour import improvement
+def test_a_metric_that_does_not_help_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bslora_convert.behaviour import evidence
 
-    form = load_compact(compact).form
-    deltas = {name: _Delta(module.local) for name, module in workshop.adapter.form.modules.items()}
-    worse = form.to(torch.float32)
-    for tensor in worse.tensors():
-        tensor.zero_()
-    monkeypatch.setattr(improvement, "refit_locals", lambda *_: worse)
-    found = calibrated(workshop, form, deltas, Prompts.read(PROMPTS))  # type: ignore[arg-type]
-    assert found.form is form
-    assert found.record["kept"] == "data_free"
-    assert any("the data-free one is kept" in note for note in found.notes)
+    def useless(factors: Any, moments: Any) -> Metric:
+        """Sees one direction of the inputs alone."""
+        return Metric(right=lambda x: x * torch.eye(1, x.shape[1], dtype=x.dtype))
+
+    monkeypatch.setattr(evidence, "metric_of", useless)
+    recipe = Recipe(transform="none", budget=0.25, base_model=str(BASE), prompts=str(PROMPTS), metric="input")
+    record = compress(LORA, tmp_path / "out", recipe)
+    assert record["evidence"]["metric"]["kept"] == "plain"
+    assert any("the plain fit is kept" in note for note in record["notes"])
 
 
-class _Delta:
-    def __init__(self, held: Factors) -> None:
-        self.held = held
+def test_rows_are_split_once_for_all_and_the_same_every_time() -> None:
+    rows = read_prompts(PROMPTS)
+    fit, choose, prove = split(rows, 3)
+    assert split(rows, 3) == (fit, choose, prove) != split(rows, 4)
+    lines = [row.line for part in (fit, choose, prove) for row in part]
+    assert sorted(lines) == [row.line for row in rows]
+    assert [len(part) for part in split(rows[:3], 0)] == [1, 1, 1]
 
-    def factors(self) -> Factors:
-        return self.held
+
+def test_distillation_on_the_rows_of_the_evidence(tmp_path: Path) -> None:
+    recipe = Recipe(
+        transform="none", budget=0.2, base_model=str(BASE), prompts=str(PROMPTS), metric="input", finetune=True
+    )
+    record = compress(LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2))
+    assert (record["training"]["training_rows"], record["training"]["heldout_rows"]) == (38, 13)
+    assert record["evidence"]["proof"]["kl"] > 0
+    with pytest.raises(InputError, match="can't be split into some to fit"):
+        short = tmp_path / "short.jsonl"
+        short.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+        compress(LORA, tmp_path / "none", recipe.but(prompts=str(short)))
 
 
 # ---------------------------------------------------------------------------------------------- distillation
@@ -184,9 +195,9 @@ def test_distillation_lowers_the_heldout_kl_threefold(
 
 
 def test_distillation_stays_in_the_codes(workshop: Workshop, examples: list[Example], tmp_path: Path) -> None:
-    recipe = Recipe(transform="ke", bytes=0.15, shared_size=32, finetune=str(PROMPTS), base_model=str(BASE))
+    recipe = Recipe(transform="ke", bytes=0.1, shared_size=32, finetune=str(PROMPTS), base_model=str(BASE))
     training = Training(epochs=3, learning_rate=3e-3, evaluate_every=5, max_length=96)
-    compress(LORA, tmp_path / "plain", replace(recipe, finetune=None, base_model=None))
+    compress(LORA, tmp_path / "plain", recipe.but(finetune=None, base_model=None))
     record = compress(LORA, tmp_path / "tuned", recipe, training=training)
     assert record["training"]["heldout_kl_after"] < 0.7 * record["training"]["heldout_kl_before"]
     before, after = load_compact(tmp_path / "plain"), load_compact(tmp_path / "tuned")
@@ -419,7 +430,7 @@ def test_recomputing_activations_changes_nothing(
 @pytest.mark.gpu
 def test_everything_runs_on_a_gpu(compact: Path, tmp_path: Path) -> None:
     recipe = Recipe(
-        transform="ke", budget=0.3, base_model=str(BASE), calibration=str(PROMPTS), metric="two-sided",
+        transform="ke", budget=0.3, base_model=str(BASE), prompts=str(PROMPTS), metric="two-sided",
         finetune=str(PROMPTS), device="cuda",
     )  # fmt: skip
     record = compress(LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2))
@@ -439,9 +450,9 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
     ):  # fmt: skip
         with pytest.raises(RecipeError, match=words):
             Training(**fields)  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="calibration needs the base model"):
-        Recipe(calibration="rows.jsonl")
-    with pytest.raises(RecipeError, match="base_model is used by calibration and finetune only"):
+    with pytest.raises(RecipeError, match="prompts needs the base model"):
+        Recipe(prompts="rows.jsonl")
+    with pytest.raises(RecipeError, match="base_model is used with prompts and finetune only"):
         Recipe(base_model="base")
     with pytest.raises(InputError, match="can't be split"):
         split_heldout(examples[:1], Training())
@@ -456,7 +467,7 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
 
         kept = {k: v for k, v in load_file(other / WEIGHTS).items() if f".{name}." in k}
         save_file(kept, other / WEIGHTS)
-        finetune(other, tmp_path / "out", LORA, str(BASE), PROMPTS)
+        finetune(other, tmp_path / "out", LORA, str(BASE), PROMPTS, accept_changed=True)
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(main, ["finetune", str(compact), str(compact), "--reference", str(LORA), "--base-model", str(BASE),
                                      "--prompts", str(PROMPTS)])  # fmt: skip

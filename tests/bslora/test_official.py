@@ -563,7 +563,7 @@ def test_options_of_a_fit_are_left_out_and_said(tmp_path: Path) -> None:
     assert 1e-5 < record["weight"]["relative_error"] < 1e-2
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
-    for name in ("calibration", "finetune"):
+    for name in ("prompts", "finetune"):
         recipe = Recipe(base_model="a-llama", **{name: str(prompts)})
         with pytest.raises(RecipeError, match="without a fit"):
             compress(source, tmp_path / "other", recipe)

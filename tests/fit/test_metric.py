@@ -1,6 +1,8 @@
 """The completed metric against dense float64, and codes that are fitted in it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bslora_convert.coding.form import Aim, code_form, local_bits, recode_locals
-from bslora_convert.fit.calibrated import residual_terms
-from bslora_convert.fit.convert import Options, fit_by_hand, measure
+from bslora_convert.coding.form import Aim, code_form
+from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
 from bslora_convert.metric.metric import Moments, metric_of
 from bslora_convert.modules.factors import Factors, add
 from tests.planting import random_products
@@ -57,6 +58,12 @@ def test_it_agrees_on_the_factors_and_has_the_trace(
             assert float(completed.trace()) == pytest.approx(float(true.trace()), rel=1e-6)
 
 
+def in_metric(deltas: Any, x: Mapping[str, Tensor], g: Mapping[str, Tensor] | None = None) -> Source:
+    """The source measured in the metric of these samples."""
+    moments = {name: moments_of(delta.factors(), x[name], (g or {}).get(name)) for name, delta in deltas.items()}
+    return measure(deltas, metrics={name: metric_of(d.factors(), moments[name]) for name, d in deltas.items()})
+
+
 @pytest.mark.parametrize("transform", ["none", "ke"])
 @pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize("aim", [Aim(), Aim(width=4)])
@@ -69,12 +76,9 @@ def test_codes_of_as_many_bits_lose_less_in_the_metric(transform: str, two_sided
     plain = code_form(source, floats, replace(aim, bits=bits), torch.float32)
     x = {name: samples(delta.shape[1], 1) for name, delta in deltas.items()}
     g = {name: samples(delta.shape[0], 2) for name, delta in deltas.items()} if two_sided else {}
-    terms = residual_terms(deltas, plain.form)
-    moments = {name: moments_of(add(*parts), x[name], g.get(name)) for name, parts in terms.items()}
-    aim = replace(aim, bits=local_bits(plain.form, plain.tensors))
-    coded = recode_locals(deltas, plain.form, plain.tensors, moments, aim, torch.float32)
-    assert coded.bits <= plain.bits <= bits
-    assert list(coded.tensors) == list(plain.tensors)
+    coded = code_form(in_metric(deltas, x, g), floats, replace(aim, bits=bits), torch.float32)
+    assert coded.bits <= bits
+    assert set(coded.tensors) == set(plain.tensors)
 
     def lost(form: object) -> float:
         total = 0.0
@@ -94,15 +98,10 @@ def test_codes_of_as_many_bits_lose_less_in_the_metric(transform: str, two_sided
 
 def test_ranks_that_are_given_stay() -> None:
     deltas = random_products(layers=1, rank=8)
-    source = measure(deltas)
-    floats = fit_by_hand(source, Options(transform="none", uniform=True), (3, 0, 0)).form
+    floats = fit_by_hand(measure(deltas), Options(transform="none", uniform=True), (3, 0, 0)).form
     ranks = dict.fromkeys(deltas, 3)
-    plain = code_form(source, floats, Aim(width=4, ranks=ranks), torch.float32)
-    moments = {name: moments_of(delta.factors(), samples(delta.shape[1], 1)) for name, delta in deltas.items()}
-    coded = recode_locals(
-        deltas, plain.form, plain.tensors, moments, Aim(bits=plain.bits, width=4, ranks=ranks), torch.float32
-    )
-    assert coded.bits == plain.bits
+    source = in_metric(deltas, {name: samples(delta.shape[1], 1) for name, delta in deltas.items()})
+    coded = code_form(source, floats, Aim(width=4, ranks=ranks), torch.float32)
     assert {name: module.local.rank for name, module in coded.form.modules.items()} == ranks
 
 
@@ -111,23 +110,18 @@ def test_white_inputs_change_nothing_but_the_components_that_are_equally_good() 
     source = measure(deltas)
     floats = fit_by_hand(source, Options(transform="none", uniform=True), (6, 0, 0)).form
     plain = code_form(source, floats, Aim(bits=3 * floats.parameters), torch.float32)
-    white = {
-        name: moments_of(delta.factors(), torch.eye(delta.shape[1], dtype=torch.float64) * delta.shape[1] ** 0.5)
-        for name, delta in deltas.items()
-    }
-    coded = recode_locals(deltas, plain.form, plain.tensors, white, Aim(bits=plain.bits), torch.float32)
+    white = {n: torch.eye(delta.shape[1], dtype=torch.float64) * delta.shape[1] ** 0.5 for n, delta in deltas.items()}
+    coded = code_form(in_metric(deltas, white), floats, Aim(bits=plain.bits), torch.float32)
     assert coded.lost == pytest.approx(plain.lost, rel=0.01)
 
 
 def test_modules_that_are_never_fed_take_no_bits() -> None:
     deltas = random_products(layers=1, rank=6)
-    source = measure(deltas)
-    floats = fit_by_hand(source, Options(transform="none", uniform=True), (6, 0, 0)).form
-    plain = code_form(source, floats, Aim(bits=3 * floats.parameters), torch.float32)
     silent, *fed = deltas
-    moments = {name: moments_of(delta.factors(), samples(delta.shape[1], 1)) for name, delta in deltas.items()}
-    moments[silent] = Moments(torch.zeros(6, 6, dtype=torch.float64), 0.0)
-    coded = recode_locals(deltas, plain.form, plain.tensors, moments, Aim(bits=plain.bits), torch.float32)
+    x = {name: samples(delta.shape[1], 1) for name, delta in deltas.items()}
+    x[silent] = torch.zeros_like(x[silent])
+    floats = fit_by_hand(measure(deltas), Options(transform="none", uniform=True), (6, 0, 0)).form
+    coded = code_form(in_metric(deltas, x), floats, Aim(bits=3 * floats.parameters), torch.float32)
     assert coded.form.modules[silent].local.rank == 0
     assert all(coded.form.modules[name].local.rank for name in fed)
     assert all(tensor.isfinite().all() for tensor in coded.form.tensors())
