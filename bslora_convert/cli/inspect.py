@@ -89,6 +89,21 @@ def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
                 ),
             )
         console.print(kinds)
+    if result.get("sizes"):
+        sizes = Table()
+        for column, justify in (
+            ("asked for", "left"),
+            ("bytes", "right"),
+            ("share", "right"),
+            ("relative error", "right"),
+        ):
+            sizes.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for row in result["sizes"]:
+            sizes.add_row(f"{row['option']} {row['value']:g}", f"{row['bytes']:,}", f"{row['byte_ratio']:.1%}",
+                          f"{row['relative_error']:.3f}")  # fmt: skip
+        say("What a size would cost in codes, forecast from the spectra:")
+        console.print(sizes)
+        say(f"For instance: {result['sizes'][1]['command']}")
     if "integrity" in result:
         say(INTEGRITY[result["integrity"]], style="yellow" if result["integrity"] == "changed" else "")
     if result["slot_bytes"]:

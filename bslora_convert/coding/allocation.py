@@ -55,6 +55,12 @@ def within_bits(items: Items, budget: int) -> np.ndarray | None:
     return _filled(items, above, budget)
 
 
+def least_loss(items: Items, budget: int) -> np.ndarray:
+    """Options of about the least loss within `budget` bits: those of one price for all, what is left over not spent."""
+    best = items.at(0.0)
+    return best if items.bits_at(best) <= budget else _around(items, lambda chosen: items.bits_at(chosen) > budget)[1]
+
+
 def within_loss(items: Items, allowed: float) -> np.ndarray:
     """The fewest bits that lose at most `allowed`; the most precise options where none does."""
     return _around(items, lambda chosen: items.lost_at(chosen) <= allowed)[0]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.file import SCALES_NAME, WIDTHS_NAME, to_file
+from bslora_convert.bslora.coding.file import EMPTY_CODES, to_file
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import coded_bytes
+from bslora_convert.coding.forecast import Forecast
 from bslora_convert.coding.form import Aim, CodedForm, code_form
 from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.groups import candidates
@@ -25,7 +26,6 @@ from bslora_convert.fit.convert import (
     Source,
     fit_by_hand,
     fit_to_budget,
-    fit_to_error,
 )
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
@@ -33,7 +33,9 @@ from bslora_convert.recipe.recipe import Recipe
 
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
-ERROR_ATTEMPTS = 4  # refits that leave room for the storage dtype's rounding
+ERROR_ATTEMPTS = 4
+HEAD_START = 1.04  # of the energy that may be lost: what refits gain, as a rule, on what the widths promise
+LEAST_BUDGET = 0.02  # of the parameters, for a float fit that only seeks shared parts
 ROOM_ATTEMPTS = 6
 ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may stay unused
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
@@ -76,7 +78,8 @@ def fit_stored(
     refused: RecipeError | None = None
     for candidate in _by_name(recipe):
         try:
-            fit = _float_for_codes(source, candidate, _named(f"fitting {candidate.form.transform}", progress))
+            said = _named(f"fitting {candidate.form.transform}", progress)
+            fit = _float_for_codes(source, candidate, adapter.weights.stat().st_size, adapter.dtype, said)
             make = partial(_coded, source, fit.form, candidate, dtype=dtype, progress=progress)
             found.append((fit, make(None, "") if room is None else room.filled(make)))
         except RecipeError as error:
@@ -111,9 +114,7 @@ class Room:
     @property
     def most(self) -> int:
         """Bytes of codes that fit where all of them are of one width."""
-        nothing = torch.zeros(0, dtype=torch.uint8)
-        names = (WIDTHS_NAME, SCALES_NAME, f"bslora_codes_{TYPICAL_WIDTH}")
-        return self.allowed - coded_bytes(dict.fromkeys(names, nothing), self.carried)
+        return self.allowed - coded_bytes(EMPTY_CODES, self.carried)
 
     def filled(self, coded: Callable[[int, str], CodedForm]) -> CodedForm:
         """The codes that lose least of those whose file fits. coded: makes codes of at most so many bytes, and names the attempt.
@@ -161,10 +162,22 @@ def _by_name(recipe: Recipe) -> list[Recipe]:
     return [recipe.but(transform=name, **fields) for name, fields in apart.items()]
 
 
-def _float_for_codes(source: Source, recipe: Recipe, progress: Callable[[str], None]) -> Fit:
-    """A fit in float32 whose shared parts suit the codes; with `bytes` one of as many numbers as a few bits each allow."""
-    if recipe.aim.bytes is not None:
-        recipe = recipe.but(bytes=None, max_error=None, budget=min(1.0, recipe.aim.bytes * 16 / TYPICAL_WIDTH))
+def _float_for_codes(
+    source: Source, recipe: Recipe, size: int, dtype: torch.dtype, progress: Callable[[str], None]
+) -> Fit:
+    """A fit in float32 whose shared parts suit the codes; where precision is chosen too, of as many numbers as few bits each allow.
+
+    size: of the source's file, in bytes. dtype: of its numbers.
+    """
+    aim = recipe.aim
+    if aim.chooses_precision:
+        share = aim.bytes
+        if aim.max_error is not None:
+            expected = Forecast.of(source.plain.spectra, source.shapes).bits_for(aim.max_error**2 * source.energy)
+            share = expected / 8 / size
+        assert share is not None  # one of the two is given
+        budget = share * 8 * dtype.itemsize / TYPICAL_WIDTH
+        recipe = recipe.but(bytes=None, max_error=None, budget=min(1.0, max(budget, LEAST_BUDGET)))
     return _fit_grouped(source, recipe, torch.float32, progress)
 
 
@@ -187,7 +200,7 @@ def _coded(
             source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
         )
     allowed = recipe.aim.max_error**2 * source.energy
-    lost, best, before = recipe.aim.max_error**2 * source.weight, None, -1
+    lost, best, before = HEAD_START * recipe.aim.max_error**2 * source.weight, None, -1
     for attempt in range(1, ERROR_ATTEMPTS + 1):
 
         def tried(_: str, done: int, total: int, attempt: int = attempt) -> None:
@@ -213,8 +226,6 @@ def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: C
     if len(fits) == 1:
         return next(iter(fits.values()))
     allowed = max(min(fit.lost for fit in fits.values()), SAME_ERROR**2 * source.weight)
-    if recipe.aim.max_error is not None:
-        allowed = math.inf  # all of them reach it
     best = min((name for name in fits if fits[name].lost <= allowed), key=lambda name: fits[name].form.parameters)
     error = {name: math.sqrt(fit.lost / source.weight) if source.weight else 0.0 for name, fit in fits.items()}
     found = ", ".join(f"{name} {fits[name].form.parameters:,} numbers at {error[name]:.4f}" for name in fits)
@@ -235,28 +246,8 @@ def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[
     )
     if recipe.aim.ranks is not None:
         return fit_by_hand(source, options, recipe.aim.ranks, progress)
-    if recipe.aim.max_error is not None:
-        return _fit_to_written_error(source, options, recipe.aim.max_error, dtype, progress)
     assert recipe.aim.budget is not None  # Recipe sees to it
     return fit_to_budget(source, options, math.floor(recipe.aim.budget * source.parameters), progress)
-
-
-def _fit_to_written_error(
-    source: Source, options: Options, error: float, dtype: torch.dtype, progress: Callable[[str], None]
-) -> Fit:
-    """A fit whose error after rounding to the storage dtype is still at most `error`."""
-    aim = error
-    fit = fit_to_error(source, options, aim, progress)
-    for _ in range(ERROR_ATTEMPTS):
-        reached = fidelity.compare(source, cast(fit.form, dtype)).relative_error
-        if reached <= error:
-            break
-        room = aim**2 - 1.1 * (reached**2 - error**2)
-        if room <= 0:
-            break
-        aim = math.sqrt(room)
-        fit = fit_to_error(source, options, aim, progress)
-    return fit
 
 
 def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
@@ -270,12 +261,12 @@ def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
     return cast
 
 
-def missed(recipe: Recipe, dtype: torch.dtype, error: float) -> str:
+def missed(recipe: Recipe, error: float) -> str:
     """Why an error was not reached, and what to do."""
-    if recipe.is_coded:
-        size = f"--bytes {recipe.aim.bytes:g}" if recipe.aim.bytes is not None else f"--bits {recipe.storage.bits}"
-        return f"--max-error {recipe.aim.max_error:g} can't be reached with {size} (reached {error:.4g}); raise one of them"
+    wanted = f"--max-error {recipe.aim.max_error:g}"
+    if recipe.storage.bits is not None:
+        return f"{wanted} can't be reached with --bits {recipe.storage.bits} (reached {error:.4g}); raise one of them"
     return (
-        f"--max-error {recipe.aim.max_error:g} is finer than {recipe.storage.dtype if recipe.storage.dtype != 'auto' else dtype} "
-        f"can hold (reached {error:.4g}); use --dtype float32"
+        f"{wanted} is finer than codes can hold, whose widest are bfloat16 (reached {error:.4g}); for floats give "
+        "--budget 1 --dtype float32"
     )

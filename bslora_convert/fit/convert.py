@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
-from bslora_convert.errors import RecipeError, ThresholdMissed
+from bslora_convert.errors import RecipeError
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
@@ -23,9 +23,7 @@ from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import finish, fit_at, problem_of, search
 from bslora_convert.fit.source import Fit, Options, Progress, Source, measure, quiet, within
 
-BISECTIONS = 12
-
-__all__ = ["Fit", "Options", "Source", "fit_by_hand", "fit_to_budget", "fit_to_error", "measure"]
+__all__ = ["Fit", "Options", "Source", "fit_by_hand", "fit_to_budget", "measure"]
 
 
 def fit_to_budget(source: Source, options: Options, budget: int, progress: Progress = quiet) -> Fit:
@@ -63,63 +61,6 @@ def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], p
     problem = problem_of(source.plain, options)
     found = finish(problem, source, options, *fit_at(problem, levels, allocation, options.seed, progress))
     return _in_metrics(source, options, found)
-
-
-def fit_to_error(source: Source, options: Options, error: float, progress: Progress = quiet) -> Fit:
-    """The smallest form found whose relative error is at most `error`.
-
-    Without sharing the greedy order gives it directly; with sharing, bisection over budgets.
-
-    :raises ThresholdMissed: when the transform can't reach the error at the size of the LoRA itself.
-    """
-    allowed = error**2 * source.weight
-
-    def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
-        return allocate.within_energy(spectra, source.costs, allowed)
-
-    plain = _plain(source, options, allocation)
-    if options.transform == "none" or not source.sharing or _may_drop_gates(options):
-        return plain
-    low, high = 0, plain.form.parameters
-    best = plain
-    if options.transform == "auto":
-        if fit_to_budget(source, options, high, progress).form.transform is None:
-            return plain  # sharing does not pay at this size
-    else:
-        high = source.parameters
-        best = fit_to_budget(source, options, high, progress)
-        if best.lost > allowed:
-            raise ThresholdMissed(
-                f"--max-error {error:g} can't be reached with --transform {options.transform} at the size of the "
-                "LoRA itself; use --transform none or auto, or a larger error"
-            )
-        # Sharing gains little on most adapters, so the answer is near the plain one: bracket it from there.
-        for factor in (0.5, 0.9, 1.02, 1.1):
-            budget = int(plain.form.parameters * factor)
-            if budget >= high:
-                break
-            trial = _try(source, options, budget, progress)
-            if trial is not None and trial.lost <= allowed:
-                best, high = trial, budget
-                break
-            low = budget
-    for _ in range(BISECTIONS):
-        if high - low <= max(min(source.costs.values()), high // 500):
-            break
-        middle = (low + high) // 2
-        trial = _try(source, options, middle, progress)
-        if trial is not None and trial.lost <= allowed:
-            best, high = trial, middle
-        else:
-            low = middle
-    return best
-
-
-def _try(source: Source, options: Options, budget: int, progress: Progress) -> Fit | None:
-    try:
-        return fit_to_budget(source, options, budget, progress)
-    except RecipeError:
-        return None
 
 
 def _may_drop_gates(options: Options) -> bool:

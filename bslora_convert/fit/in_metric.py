@@ -2,9 +2,9 @@
 
     objective    Σ_m ‖G_m^½ (ΔW_m − shared parts − L_m) Σ_m^½‖²
 
-With what sharing leaves of a module held as factors, ΔW − T = B A with B (out, q), A (q, in), the best L of rank k is the truncated
-SVD of `lowrank` with the Gram matrices of the weighed factors, (G^½ B)ᵀ(G^½ B) and (A Σ^½)(A Σ^½)ᵀ, both q×q. Its factors are
-combinations of B and A themselves, so that the metric is only ever asked about their span.
+With what sharing leaves of a module held as factors, ΔW − T = B A with B (out, q), A (q, in), the best L of rank k is the
+truncated SVD of `lowrank` with the Gram matrices of the weighed factors, (G^½ B)ᵀ(G^½ B) and (A Σ^½)(A Σ^½)ᵀ, both q×q. Its
+factors are combinations of B and A themselves, so that the metric is only ever asked about their span.
 
 Ranks are given to the modules by the same greedy order on the spectra of this metric. Shared parts stay as they were fitted.
 """

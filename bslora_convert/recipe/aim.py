@@ -11,10 +11,11 @@ DEFAULT_BUDGET = 0.4459  # the paper's share of LoRA's parameters, the mean over
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """One of these, though `bytes` may stand beside `max_error`; `budget` is 0.4459 where none is given.
+    """One of these; `budget` is 0.4459 where none is given.
 
-    budget: share of the LoRA's parameters. ranks: local, intra and inter rank by hand. max_error: relative error of the smallest
-    result. bytes: share of the source's file, for which rank and precision are chosen together.
+    budget: share of the LoRA's parameters. ranks: local, intra and inter rank by hand. Both in floats, unless bits are given.
+    max_error: relative error of the smallest result. bytes: share of the source's file. For both, rank and precision are chosen
+    together.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -24,10 +25,13 @@ class Aim:
     max_error: float | None = None
     bytes: float | None = None
 
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether rank and precision are chosen together, so that numbers are in codes."""
+        return self.bytes is not None or self.max_error is not None
+
     def __post_init__(self) -> None:
         given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
-        if self.bytes is not None:
-            given = ["bytes", *(name for name in given if name not in ("bytes", "max_error"))]
         if len(given) > 1:
             raise RecipeError(f"{given[0]} and {given[1]} exclude each other: give one of them", *given[:2])
         if not given:

@@ -66,17 +66,18 @@ class Recipe:
             raise RecipeError(
                 f"ranks is {aim.ranks!r}: with transform none only L,0,0 is allowed", "ranks", "transform"
             )
-        if aim.bytes is not None and form.local_ranks == "uniform":
+        if aim.chooses_precision and form.local_ranks == "uniform":
+            name = "bytes" if aim.bytes is not None else "max_error"
             raise RecipeError(
-                "local_ranks is 'uniform': with bytes every module's rank is chosen; adaptive is allowed",
+                f"local_ranks is 'uniform': with {name} every module's rank is chosen; adaptive is allowed",
                 "local_ranks",
-                "bytes",
+                name,
             )
 
     @property
     def is_coded(self) -> bool:
         """Whether numbers are stored in codes."""
-        return self.aim.bytes is not None or self.storage.bits is not None
+        return self.aim.chooses_precision or self.storage.bits is not None
 
     @property
     def is_uniform(self) -> bool:

@@ -74,14 +74,25 @@ def test_one_width(tmp_path: Path) -> None:
     assert errors[-1] == pytest.approx(sixteen["weight"]["relative_error"], rel=0.01)
 
 
-def test_an_error_and_a_size_together(tmp_path: Path) -> None:
-    recipe = Recipe(transform="none", bytes=0.5, max_error=0.3)
-    record = compress(TINY, tmp_path / "out", recipe)
+def test_an_error_that_one_width_can_not_reach_is_said(tmp_path: Path) -> None:
+    record = compress(TINY, tmp_path / "out", Recipe(transform="none", max_error=0.3, bits=3))
     assert record["weight"]["relative_error"] <= 0.3
-    smaller = Recipe(transform="none", bytes=0.9 * record["compact"]["byte_ratio"], max_error=0.3)
-    with pytest.raises(ThresholdMissed, match="can't be reached with --bytes"):
-        compress(TINY, tmp_path / "none", smaller)
+    assert set(record["coding"]["widths"]) == {"3"}
+    with pytest.raises(ThresholdMissed, match="can't be reached with --bits 2"):
+        compress(TINY, tmp_path / "none", Recipe(transform="none", max_error=0.05, bits=2))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2])
+def test_what_a_size_costs_is_forecast(tmp_path: Path, error: float) -> None:
+    sizes = {(row["option"], row["value"]): row for row in inspect(TINY)["sizes"]}
+    row = sizes["--max-error", error]
+    record = compress(TINY, tmp_path / "error", Recipe(transform="none", max_error=error), report_html=False)
+    assert record["compact"]["bytes"] == pytest.approx(row["bytes"], rel=0.06)
+    row = sizes["--bytes", 0.125]
+    record = compress(TINY, tmp_path / "bytes", Recipe(transform="none", bytes=0.125), report_html=False)
+    assert record["weight"]["relative_error"] == pytest.approx(row["relative_error"], rel=0.06)
+    assert row["command"] == f"bslora-convert compress {TINY} OUT --transform none --bytes 0.125"
 
 
 def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
@@ -178,7 +189,7 @@ def test_auto_takes_what_its_transforms_take(tmp_path: Path, fields: dict[str, A
 def test_auto_is_as_small_as_the_best_transform_for_an_error(tmp_path: Path) -> None:
     bits = {}
     for name in ("none", "ke", "ss", "auto"):
-        recipe = Recipe(transform=name, bytes=0.5, max_error=0.2)
+        recipe = Recipe(transform=name, max_error=0.2)
         record = compress(TINY, tmp_path / name, recipe, report_html=False)
         assert record["weight"]["relative_error"] <= 0.2
         bits[name] = record["coding"]["bits"]
@@ -186,7 +197,7 @@ def test_auto_is_as_small_as_the_best_transform_for_an_error(tmp_path: Path) -> 
 
 
 def test_an_error_is_used_up(tmp_path: Path) -> None:
-    recipe = Recipe(transform="none", bytes=0.9, max_error=0.1)
+    recipe = Recipe(transform="none", max_error=0.1)
     record = compress(TINY, tmp_path / "out", recipe, report_html=False)
     assert 0.097 < record["weight"]["relative_error"] <= 0.1
 
@@ -206,7 +217,7 @@ def test_a_module_of_zeros_costs_the_others_nothing(tmp_path: Path) -> None:
     name = next(iter(products))
     products[name] = Product(Factors(torch.zeros_like(products[name].held.b), products[name].held.a))
     lora = write_lora(tmp_path / "lora", products)
-    recipe = Recipe(transform="ke", ranks=None, bytes=0.9, max_error=0.4, shared_size=32)
+    recipe = Recipe(transform="ke", max_error=0.4, shared_size=32)
     record = compress(lora, tmp_path / "out", recipe, report_html=False)
     assert record["weight"]["relative_error"] > 0.35
 

@@ -15,7 +15,6 @@ from bslora_convert.fit.convert import (
     Source,
     fit_by_hand,
     fit_to_budget,
-    fit_to_error,
     measure,
 )
 from bslora_convert.modules.factors import Factors
@@ -175,22 +174,6 @@ def test_a_budget_below_the_least_form_says_what_is_needed() -> None:
     for name in ("ke", "ss", "gt"):
         with pytest.raises(RecipeError, match="raise --budget"):
             fit_to_budget(source, Options(name), 100)
-
-
-@pytest.mark.parametrize(
-    ("transform", "error"),
-    [("none", 0.5), ("none", 0.2), ("none", 0.05), ("ke", 0.2), ("auto", 0.5), ("auto", 0.05)],
-)
-def test_max_error_is_met_by_a_small_form(transform: str, error: float) -> None:
-    source = measure(random_products(rank=8, layers=3))
-    fit = fit_to_error(source, Options(transform, min_shared=0 if transform == "auto" else 1), error)
-    assert dense_error(source, fit.form) <= error + 1e-6
-    plain = fit_to_error(source, Options("none"), error)
-    if transform == "auto":
-        assert fit.form.parameters <= plain.form.parameters
-    if transform == "none":
-        smaller = fit_to_budget(source, Options("none"), int(fit.form.parameters * 0.97))
-        assert dense_error(source, smaller.form) > error
 
 
 def test_modules_outside_of_layers_stay_local() -> None:

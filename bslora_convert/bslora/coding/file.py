@@ -25,6 +25,8 @@ from bslora_convert.modules.factors import Shape
 VERSION = 1
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
 CODED_WIDTHS = [width for width in WIDTHS if width < 16]
+# A file's tensors where nothing is coded and all of it would be of one width: the least header.
+EMPTY_CODES = dict.fromkeys((WIDTHS_NAME, SCALES_NAME, "bslora_codes_4"), torch.zeros(0, dtype=torch.uint8))
 NAMES = (WIDTHS_NAME, SCALES_NAME, FLOATS_NAME, *(f"bslora_codes_{width}" for width in CODED_WIDTHS))
 
 
