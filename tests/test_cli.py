@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bslora_convert.cli import main
+from bslora_convert.cli.sections import SECTIONS
 from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
 from tests.official import official
@@ -62,6 +63,21 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     assert lines[example + 1].startswith(f"bslora-convert {verb} ")  # on a line of its own, to be copied
     for option in ("--json", "--quiet", "--verbose"):
         assert option in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["compress", "batch"])
+def test_options_stand_under_what_they_are_for(verb: str) -> None:
+    shown = run(verb, "--help").stdout
+    titles = (
+        [*SECTIONS, "Running"]
+        if verb == "batch"
+        else [title for title in SECTIONS if title != "The library"] + ["Running"]
+    )
+    places = [shown.index(f"\n{title}:") for title in titles]
+    assert places == sorted(places)
+    named = {name for names in SECTIONS.values() for name in names}
+    assert named <= {param.name for param in main.commands["batch"].params}  # no section speaks of what is not there
+    assert "Options:" not in shown
 
 
 def test_json_stands_alone_on_stdout(lora: Path, tmp_path: Path) -> None:

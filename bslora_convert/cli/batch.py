@@ -12,6 +12,7 @@ from bslora_convert.cli.chosen import chosen, given
 from bslora_convert.cli.compress import recipe_options
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import training_options
+from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
 
 SHOWN = 5  # bad adapters whose reasons are printed
@@ -33,7 +34,7 @@ class Shard(click.ParamType[tuple[int, int]]):
         return index, count
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("library")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @recipe_options

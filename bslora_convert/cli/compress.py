@@ -10,6 +10,7 @@ from bslora_convert.cli.chosen import chosen
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options
 from bslora_convert.cli.scaling import SCALING
+from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe.evidence import METRICS
@@ -47,21 +48,23 @@ def recipe_options(function: Any) -> Any:
                 help="How shared factors take a module's shape; none = plain SVD, auto = the best at this size.",
             ),
             click.option(
-                "--budget", type=float, help="Share of the LoRA's parameters to use, 0 < F <= 1.  [default: 0.4459]"
+                "--budget",
+                type=float,
+                help="Share of the LoRA's parameters to use, 0 < F <= 1, in floats.  [default: 0.4459]",
             ),
-            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, instead of --budget."),
+            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, in floats."),
             click.option(
                 "--bytes",
                 type=float,
-                help="Share of the source's file that the result may use: rank and precision chosen together.",
+                help="Share of the source's file that the result may use: rank and precision chosen together, in codes.",
             ),
             click.option(
                 "--bits",
                 type=click.Choice([str(width) for width in WIDTHS]),
                 callback=lambda _, __, value: value and int(value),
-                help="One width for every coded number.",
+                help="One width for every coded number; with --budget or --ranks it codes what they give.",
             ),
-            click.option("--max-error", type=float, help="Smallest result of at most this relative error."),
+            click.option("--max-error", type=float, help="Smallest result of at most this relative error, in codes."),
             click.option(
                 "--min-shared",
                 type=int,
@@ -127,7 +130,7 @@ def recipe_options(function: Any) -> Any:
     return function
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("lora_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @recipe_options

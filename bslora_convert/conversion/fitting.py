@@ -165,7 +165,7 @@ def _by_name(recipe: Recipe) -> list[Recipe]:
 def _float_for_codes(
     source: Source, recipe: Recipe, size: int, dtype: torch.dtype, progress: Callable[[str], None]
 ) -> Fit:
-    """A fit in float32 whose shared parts suit the codes; where precision is chosen too, of as many numbers as few bits each allow.
+    """A fit in float32 whose shared parts suit codes; where precision is chosen too, of as many numbers as few bits each allow.
 
     size: of the source's file, in bytes. dtype: of its numbers.
     """
