@@ -89,7 +89,7 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
     from rich.table import Table
 
     from bslora_convert.behaviour.intervals import too_few
-    from bslora_convert.report.verdict import behaviour
+    from bslora_convert.report.verdict import behaviour, intervals
 
     if record["kl"] is not None:
         console.print(f"{record['prompts']['rows']} prompts, {record['prompts']['tokens']:,} tokens", style="italic")
@@ -108,6 +108,7 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
             say += f", {generation['rows']} greedy texts: {generation['exact_match']:.0%} equal"
             say += f", ROUGE-L {generation['rouge_l']:.3f}"
         console.print(say)
+        console.print(intervals(record))
     if record["tasks"]:
         table = Table("task", "metric", title_justify="left")
         for column in ("items", "base", "reference", "compact", "compact − reference, 95 %"):

@@ -11,7 +11,7 @@ from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge
 from bslora_convert.behaviour.generation import generate, rouge_l
-from bslora_convert.behaviour.intervals import LEAST_ITEMS, too_few
+from bslora_convert.behaviour.intervals import few_words, too_few
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import MEASURES, Saving
@@ -161,7 +161,7 @@ def verify(
     if another:
         record["notes"].append("the reference is not what the adapter was made from")
     if rows is not None:
-        measured, notes = _on_prompts(workshop, attached, rows)
+        measured, notes = _on_prompts(workshop, attached, rows, seed)
         record |= measured
         record["notes"] += notes
     if tasks:
@@ -181,7 +181,7 @@ def verify(
         )
         record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
         record["notes"] += [
-            f"{task}: {found['items']} items are too few for its interval to be trusted; {LEAST_ITEMS} or more are needed"
+            few_words(task, found["items"], "items")
             for task, found in record["tasks"].items()
             if too_few(found["items"])
         ]
@@ -228,13 +228,17 @@ def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
     return notes
 
 
-def _on_prompts(workshop: Workshop, compact: Attached, prompts: Prompts) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _on_prompts(
+    workshop: Workshop, compact: Attached, prompts: Prompts, seed: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Every measure that needs prompts, and notes."""
     rows = workshop.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
     found = diverge(
         workshop.base, workshop.reference, compact, rows.examples, prompts.batch_size,
         _counted(workshop.progress, "measuring", len(rows.examples)),
     )  # fmt: skip
+    count = len(found.rows)
+    few = (few_words(prompts.path.name, count, "rows"),) if too_few(count) else ()
     return {
         "prompts": {
             "rows": len(rows.rows),
@@ -243,19 +247,19 @@ def _on_prompts(workshop: Workshop, compact: Attached, prompts: Prompts) -> tupl
             "cut": rows.cut,
             "completions_written": rows.written,
         },
-        **found.to_dict(),
+        **found.to_dict(seed),
         **_generations(workshop, compact, found, replace(prompts, rows=rows.rows)),
-    }, rows.notes
+    }, (*rows.notes, *few)
 
 
 def _generations(workshop: Workshop, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
     """Generations of an even sample compared, and the worst rows with both texts."""
-    measured = sorted(found.rows, key=lambda row: (-row[1], row[0].row.line))[:WORST]
+    measured = sorted(found.rows, key=lambda row: (-row.mean_kl, row.example.row.line))[:WORST]
     prompted = [row for row in prompts.rows if row.messages] if prompts.max_new_tokens else []
     sample = prompted[:: max(1, len(prompted) // GENERATED)][:GENERATED]
     shown = {row.line: row for row in sample}
     if prompts.max_new_tokens:
-        shown |= {example.row.line: example.row for example, _, _ in measured if example.row.messages}
+        shown |= {worst.example.row.line: worst.example.row for worst in measured if worst.example.row.messages}
     texts: dict[str, dict[int, str]] = {}
     for name, state in (("reference", workshop.reference), ("compact", compact)):
         said = _counted(workshop.progress, f"generating with {name}", len(shown))
@@ -280,15 +284,16 @@ def _generations(workshop: Workshop, compact: Attached, found: Divergence, promp
         else None,
         "worst": [
             {
-                "line": example.row.line,
-                "kl": kl,
-                "tokens": tokens,
-                "prompt": example.row.prompt,
-                "completion": example.row.completion,
-                "reference": texts["reference"].get(example.row.line),
-                "compact": texts["compact"].get(example.row.line),
+                "line": row.line,
+                "kl": sums.mean_kl,
+                "tokens": sums.tokens,
+                "prompt": row.prompt,
+                "completion": row.completion,
+                "reference": texts["reference"].get(row.line),
+                "compact": texts["compact"].get(row.line),
             }
-            for example, kl, tokens in measured
+            for sums in measured
+            for row in (sums.example.row,)
         ],
     }
 
