@@ -295,24 +295,6 @@ def _make(out: Path) -> None:
         raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
 
 
-def read_manifest(out: str | Path) -> list[dict[str, Any]]:
-    """The rows of a finished batch.
-
-    :raises InputError: when there is none.
-    """
-    path = Path(out) / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{out}: no {MANIFEST}; the output of `batch` is expected")
-    rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
-    return list(rows.values())
-
-
 def is_failed(summary: Mapping[str, Any]) -> bool:
     """Whether a batch ends with exit code 1."""
     return bool(summary["run"]["bad"] or summary["run"]["gave_up"])
