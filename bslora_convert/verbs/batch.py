@@ -44,6 +44,10 @@ from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.verbs.compress import compress
 
+FITTED = (
+    "share_across with {}: bases keep the error of the weights, not what was fitted to behaviour; leave one of them out"
+)
+
 
 def batch(
     library: str | Path,
@@ -87,6 +91,8 @@ def batch(
     settings = settle(out, Settings.of(str(library), *chosen, report_html, share_across), overwrite)
     items = discover(str(library))
     _check_place(items, out)
+    if share_across and any(item.prompts for item in items):
+        raise RecipeError(FITTED.format("prompts in the manifest"), "share_across")
     own = shard_of(items, shard)
     options = options_key(*chosen, report_html, settings.files)
     found = plan(
@@ -166,7 +172,8 @@ def _run(
 
 def _copy(first: Job, job: Job, result: Result) -> Result:
     """The same source under another id: the same result, copied."""
-    same = replace(result, id=job.item.id, uri=job.item.uri, duplicate_of=first.item.id, seconds=None)
+    item = job.item
+    same = replace(result, id=item.id, uri=item.uri, duplicate_of=first.item.id, prompts=item.prompts, seconds=None)
     if result.status == "ok":
         try:
             ours = is_ours(job, first.item.uri)
@@ -253,12 +260,7 @@ def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
         )
     for name in ("calibration", "finetune"):
         if getattr(recipe, name) is not None:
-            raise RecipeError(
-                f"share_across with {name}: bases keep the error of the weights, not what was fitted to behaviour; "
-                "leave one of them out",
-                "share_across",
-                name,
-            )
+            raise RecipeError(FITTED.format(name), "share_across", name)
     if recipe.is_coded:
         raise RecipeError(
             "share_across with bytes or bits: bases hold floats; leave one of them out", "share_across", "bytes", "bits"

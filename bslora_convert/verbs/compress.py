@@ -8,6 +8,7 @@ Where the source is in the authors' BSLoRA layout there is nothing to fit: see `
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,8 @@ def compress(
         notes = (*adapter.notes, *fit.notes)
         del fit  # the float32 form is let go
     if workshop is not None:
-        form, extras = _improve(form, extras, workshop, out, measured, recipe, prompts, training, began)
+        with closing(workshop):
+            form, extras = _improve(form, extras, workshop, out, measured, recipe, prompts, training, began)
     if recipe.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
