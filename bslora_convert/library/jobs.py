@@ -13,6 +13,7 @@ from bslora_convert.behaviour.loaded import drop_base
 from bslora_convert.bslora.bases import DIRECTORY as BASES
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
+from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME
@@ -20,7 +21,6 @@ from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
 
-STATE = ".batch"  # directory of the output that holds a marker for each adapter
 COPYING = "copying"  # status of a duplicate whose copy has not landed yet
 
 

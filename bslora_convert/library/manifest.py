@@ -6,14 +6,8 @@ from typing import Any
 
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import MANIFEST
-from bslora_convert.library.jobs import STATE
 
 DONE = ("ok", "skipped")  # statuses of adapters that are there
-
-
-def is_library(place: str | Path) -> bool:
-    """Whether a place is an output of `batch`."""
-    return (Path(place) / MANIFEST).is_file() and (Path(place) / STATE).is_dir()
 
 
 def read_manifest(out: str | Path) -> list[dict[str, Any]]:

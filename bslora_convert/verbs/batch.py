@@ -18,14 +18,13 @@ from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.errors import InputError, OutputError, RecipeError
-from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
 from bslora_convert.library.jobs import (
     COPYING,
-    STATE,
     Job,
     Result,
     convert_one,
