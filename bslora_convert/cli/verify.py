@@ -107,9 +107,8 @@ def _library(output: Output, library: Path, options: dict[str, Any]) -> None:
     output.notes(result["notes"])
     output.result(result, lambda console: _show_library(console, result))
     if result["missed"]:
-        raise ThresholdMissed(
-            f"missed by {len(result['missed'])} of {result['adapters']}: {', '.join(result['missed'])}"
-        )
+        names = ", ".join(result["missed"])
+        raise ThresholdMissed(f"missed: {len(result['missed'])} of {result['adapters']} adapters, {names}")
     if result["bad"]:
         sys.exit(1)
 
