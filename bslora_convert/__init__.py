@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from bslora_convert.verbs.compare import compare
     from bslora_convert.verbs.compress import compress
     from bslora_convert.verbs.expand import expand
+    from bslora_convert.verbs.expand_library import expand_library
     from bslora_convert.verbs.finetune import finetune
     from bslora_convert.verbs.inspect import inspect
     from bslora_convert.verbs.verify import verify
+    from bslora_convert.verbs.verify_library import verify_library
 
 _HOMES = {
     "Recipe": "bslora_convert.recipe.recipe",
@@ -33,6 +35,7 @@ _HOMES = {
     "compress": "bslora_convert.verbs.compress",
     "Training": "bslora_convert.recipe.training",
     "expand": "bslora_convert.verbs.expand",
+    "expand_library": "bslora_convert.verbs.expand_library",
     "finetune": "bslora_convert.verbs.finetune",
     "inspect": "bslora_convert.verbs.inspect",
     "load_compact": "bslora_convert.bslora.storage",
@@ -40,6 +43,7 @@ _HOMES = {
     "load_lora": "bslora_convert.lora",
     "save_compact": "bslora_convert.bslora.storage",
     "verify": "bslora_convert.verbs.verify",
+    "verify_library": "bslora_convert.verbs.verify_library",
 }
 
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "compare",
     "compress",
     "expand",
+    "expand_library",
     "finetune",
     "inspect",
     "load_compact",
@@ -58,6 +63,7 @@ __all__ = [
     "load_lora",
     "save_compact",
     "verify",
+    "verify_library",
 ]
 
 

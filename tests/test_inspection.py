@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from bslora_convert.errors import InputError
+from bslora_convert.layers.slots import slot_bytes
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.verbs.compress import compress
-from bslora_convert.verbs.inspect import inspect, slot_bytes
+from bslora_convert.verbs.inspect import inspect
 from tests.planting import KINDS, random_products, write_lora
 
 CONTRACT = {

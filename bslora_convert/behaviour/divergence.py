@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 
 from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.intervals import two_sided
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches, shared_prefix
+from bslora_convert.behaviour.rows import RowSums, means, resampled_means
 
 TOKENS_AT_ONCE = 256  # rows of logits that are turned into probabilities together
 
 
 @dataclass(slots=True)
 class Divergence:
-    """Sums over the measured tokens, and each row's own divergence."""
+    """Sums over the measured tokens, and those of each row."""
 
     kl: list[Tensor] = field(default_factory=list)
-    base_kl: float = 0.0
-    agreed: int = 0
     nll: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("base", "reference", "compact"), 0.0))
     hidden_lost: float = 0.0
     hidden_effect: float = 0.0
-    rows: list[tuple[Example, float, int]] = field(default_factory=list)
+    rows: list[RowSums] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -46,37 +46,40 @@ class Divergence:
 
         hidden, logits: (n, d) and (n, vocabulary) of `reference`, `base` and `compact` at the measured positions.
         """
-        kl = torch.empty(len(batch.targets), dtype=torch.float64)
-        for start in range(0, len(kl), TOKENS_AT_ONCE):
+        found = torch.empty((len(batch.targets), 3), dtype=torch.float64)  # KL, the base's KL, agreed: of each token
+        for start in range(0, len(found), TOKENS_AT_ONCE):
             here = slice(start, start + TOKENS_AT_ONCE)
             logs = {name: values[here].float().log_softmax(-1) for name, values in logits.items()}
             targets = batch.targets[here].to(logs["base"].device)
             for name, values in logs.items():
                 self.nll[name] -= float(values.gather(1, targets[:, None]).double().sum())
             p = logs["reference"].exp()
-            kl[here] = (p * (logs["reference"] - logs["compact"])).sum(-1).cpu()
-            self.base_kl += float((p * (logs["reference"] - logs["base"])).sum(-1).double().sum())
-            self.agreed += int((p.argmax(-1) == logs["compact"].argmax(-1)).sum())
-        self.kl.append(kl)
+            found[here, 0] = (p * (logs["reference"] - logs["compact"])).sum(-1).double().cpu()
+            found[here, 1] = (p * (logs["reference"] - logs["base"])).sum(-1).double().cpu()
+            found[here, 2] = (p.argmax(-1) == logs["compact"].argmax(-1)).double().cpu()
+        self.kl.append(found[:, 0])
         self.hidden_lost += _energy(hidden["compact"] - hidden["reference"])
         self.hidden_effect += _energy(hidden["reference"] - hidden["base"])
         for index, example in enumerate(batch.examples):
-            own = kl[batch.rows == index]
-            self.rows.append((example, float(own.mean()), len(own)))
+            own = found[batch.rows == index]
+            kl, base_kl, agreed = own.sum(0).tolist()
+            self.rows.append(RowSums(example, len(own), kl, base_kl, int(agreed)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields of `verify.json`."""
-        values = torch.cat(self.kl).numpy()
-        kl, base_kl = max(0.0, float(values.mean())), self.base_kl / self.tokens
+    def to_dict(self, seed: int = 0) -> dict[str, Any]:
+        """The fields of `verify.json`. seed: of the intervals, which are over rows."""
+        whole, resampled = means(self.rows), resampled_means(self.rows, seed)
         nll = {name: value / self.tokens for name, value in self.nll.items()}
         return {
-            "kl": kl,
-            "kl_p99": max(0.0, float(np.quantile(values, 0.99))),
-            "agreement": self.agreed / self.tokens,
+            "kl": float(whole.kl),
+            "kl_ci95": list(two_sided(resampled.kl)),
+            "kl_p99": max(0.0, float(np.quantile(torch.cat(self.kl).numpy(), 0.99))),
+            "agreement": float(whole.agreement),
+            "agreement_ci95": list(two_sided(resampled.agreement)),
             "nll": nll,
             "perplexity": {name: math.exp(min(value, 700.0)) for name, value in nll.items()},
-            "base_kl": base_kl,
-            "retention": 1 - kl / base_kl if base_kl > 0 else float(kl == 0),
+            "base_kl": float(whole.base_kl),
+            "retention": float(whole.retention),
+            "retention_ci95": list(two_sided(resampled.retention)),
             "hidden_error": _ratio(self.hidden_lost, self.hidden_effect),
         }
 

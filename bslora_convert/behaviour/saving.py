@@ -20,7 +20,8 @@ from bslora_convert.files.record import FIDELITY_NAME, text_of
 
 VERIFY_NAME = "verify.json"
 MEASURES = (
-    "prompts", "kl", "kl_p99", "agreement", "nll", "perplexity", "base_kl", "retention", "hidden_error", "generation", "worst",
+    "prompts", "kl", "kl_ci95", "kl_p99", "agreement", "agreement_ci95", "nll", "perplexity", "base_kl", "retention",
+    "retention_ci95", "hidden_error", "generation", "worst",
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
-from bslora_convert.behaviour.model import BaseModel, load_base
+from bslora_convert.behaviour.loaded import take_base
+from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode, with_completion
 from bslora_convert.behaviour.writing import Writing, complete
 from bslora_convert.bslora.layout import Layout
@@ -49,8 +50,13 @@ class Workshop:
         def fits(model: nn.Module) -> None:
             check_fits(modules, model, reference.path)
 
-        self.base: BaseModel = load_base(base_model, device, dtype, fits)
+        self.base: BaseModel = take_base(base_model, device, dtype, fits)
         self.reference = Attached(self.base.model, reference.form, reference.carried, reference.path, enabled=False)
+
+    def close(self) -> None:
+        """Leaves the base model as it was, for whoever comes next."""
+        self.reference.remove()
+        self.base.model.eval()  # where activations were recomputed, its layers were in training mode
 
     def encode(self, prompts: Prompts, writing: Writing | None = None) -> Rows:
         """Rows as tokens; the reference writes missing completions, greedily, each once where they are kept.

@@ -127,7 +127,7 @@ def _new(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
-    from bslora_convert.verbs.batch import read_manifest
+    from bslora_convert.library.manifest import read_manifest
 
     def say(text: str, **style: Any) -> None:
         console.print(text, **style)
@@ -156,6 +156,10 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
             f"{summary['bytes_before'] / 1e6:,.1f} MB to {summary['bytes_after'] / 1e6:,.1f} MB ({summary['byte_ratio']:.2%}), "
             f"relative error {error['p50']:.4f} in the median, {error['max']:.4f} at most"
         )
+    if "serving" in summary:
+        say(summary["serving"]["words"])
+        if summary["serving"]["warning"] is not None:
+            say(summary["serving"]["warning"], style="yellow")
     if "sharing" in summary:
         for group in summary["sharing"]["groups"]:
             say(group["words"])
@@ -180,7 +184,7 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
     Example:
       bslora-convert capacity ./compact --gpu-gib 80 --base-gib 20
     """
-    from bslora_convert.verbs.batch import read_manifest
+    from bslora_convert.library.manifest import read_manifest
     from bslora_convert.verbs.capacity import capacity as run
 
     result = run(read_manifest(out), gpu_gib, base_gib)

@@ -1,5 +1,6 @@
 """`verify`: behaviour on prompts and benchmark tasks, against the adapter that a compact one came from."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,20 @@ import click
 from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
+from bslora_convert.files.address import is_library
 
 
 @click.command()
-@click.argument("compact_dir", type=click.Path(path_type=Path))
+@click.argument("compact_dir", metavar="COMPACT", type=click.Path(path_type=Path))
 @click.option(
     "--reference",
     type=click.Path(path_type=Path),
-    help="The LoRA that it came from.  [default: what COMPACT_DIR was made from]",
+    help="The LoRA that it came from.  [default: what COMPACT was made from]",
 )
 @click.option(
-    "--base-model", help="Directory of the base model, or its name on the hub.  [default: what COMPACT_DIR names]"
+    "--base-model", help="Directory of the base model, or its name on the hub.  [default: what COMPACT names]"
 )
-@click.option("--any-reference", is_flag=True, help="Allow a reference that COMPACT_DIR was not made from.")
+@click.option("--any-reference", is_flag=True, help="Allow a reference that COMPACT was not made from.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")
 @click.option("--tasks", help="Names of lm-evaluation-harness, by commas (extra eval); local_* read --task-data.")
 @click.option("--include-path", type=click.Path(path_type=Path), help="Directory of more task files (YAML).")
@@ -36,8 +38,8 @@ from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
 @click.option("--min-agreement", type=float, help="Threshold: share of tokens with the same first choice.")
 @click.option("--min-retention", type=float, help="Threshold: share of the adapter's effect that survived.")
 @click.option("--max-accuracy-drop", type=float, help="Threshold: largest drop of a task's score.")
-@click.option("--out", type=click.Path(path_type=Path), help="File for the result, outside of COMPACT_DIR.")
-@click.option("--save", is_flag=True, help="Write verify.json into COMPACT_DIR, and its record and page.")
+@click.option("--out", type=click.Path(path_type=Path), help="File for the result, outside of COMPACT.")
+@click.option("--save", is_flag=True, help="Write verify.json into COMPACT, and its record and page.")
 @click.option("--overwrite", is_flag=True, help="Let the result replace one of more rows or items.")
 @accept_changed_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -49,22 +51,28 @@ from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
 def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any) -> None:
     """Measures how a compact adapter behaves against the LoRA that it came from.
 
-    Exit code 1 when a threshold is missed. COMPACT_DIR may be a plain LoRA, so that any two adapters can be compared.
+    Exit code 1 when a threshold is missed. COMPACT may be a plain LoRA, so that any two adapters can be compared,
+    or a library that batch made: then every adapter is measured, on --prompts or on those that its manifest names, and
+    thresholds hold for each.
 
     \b
     Example:
       bslora-convert verify ./my-lora-compact --base-model ./base --prompts held-out.jsonl --save
       bslora-convert verify ./my-lora-compact --reference ./my-lora --base-model ./base --prompts held-out.jsonl \\
         --max-kl 0.01 --min-retention 0.98
+      bslora-convert verify ./compact-library --prompts held-out.jsonl --limit 50 --min-retention 0.95
     """
     look(
         [path for path in (compact_dir, options["reference"]) if path is not None],
         files=[options["prompts"]],
         base_model=options["base_model"],
     )
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if is_library(compact_dir):
+        _library(output, compact_dir, {**options, "tasks": names})
+        return
     from bslora_convert.verbs.verify import verify as run
 
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     unsaved = None
     try:
         with output.bar("verify") as progress:
@@ -85,11 +93,69 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         raise ThresholdMissed(f"missed: {', '.join(missed)}")
 
 
+def _library(output: Output, library: Path, options: dict[str, Any]) -> None:
+    """Every adapter of a library; exit code 1 where one misses a threshold or can't be measured."""
+    from bslora_convert.verbs.verify_library import verify_library
+
+    try:
+        with output.bar("verify") as progress:
+            result = verify_library(library, progress=progress, **options)
+    except KeyboardInterrupt:
+        if options["save"]:
+            raise KeyboardInterrupt(f"interrupted; what was measured before is kept in {library}") from None
+        raise
+    output.notes(result["notes"])
+    output.result(result, lambda console: _show_library(console, result))
+    if result["missed"]:
+        names = ", ".join(result["missed"])
+        raise ThresholdMissed(f"missed: {len(result['missed'])} of {result['adapters']} adapters, {names}")
+    if result["bad"]:
+        sys.exit(1)
+
+
+def _show_library(console: Any, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from bslora_convert.behaviour.intervals import too_few
+
+    measured = [row for row in result["rows"] if "kl" in row]
+    tasks = list(dict.fromkeys(name for row in measured for name in row["tasks"]))
+    table = Table()
+    table.add_column("adapter", no_wrap=True)
+    for column in ("prompts", "KL", "survived", "95 %", "same next token", *(f"{name}, change" for name in tasks), ""):
+        table.add_column(column, justify="right")
+    for row in measured:
+        cells = [""] * 5
+        if row["kl"] is not None:
+            low, high = row["retention_ci95"]
+            few = " (too few rows)" if too_few(row["prompts"]["rows"]) else ""
+            cells = [
+                f"{row['prompts']['rows']}", f"{row['kl']:.5f}", f"{row['retention']:.2%}",
+                f"{low:.2%} to {high:.2%}{few}", f"{row['agreement']:.1%}",
+            ]  # fmt: skip
+        found = [row["tasks"].get(name) for name in tasks]
+        changes = [f"{task['compact'] - task['reference']:+.4f}" if task else "" for task in found]
+        table.add_row(row["id"], *cells, *changes, "" if row["passed"] else "missed")
+    if measured:
+        console.print(table)
+    for row in result["rows"]:
+        if row["status"] != "ok":
+            console.print(f"{row['id']}: {row['message']}", style="yellow", soft_wrap=True)
+    words = f"{len(measured)} of {result['adapters']} adapters measured"
+    if result["retention"]:
+        kept, kl = result["retention"], result["kl"]
+        words += (
+            f": at least {kept['min']:.2%} of an adapter's effect survived, {kept['p50']:.2%} in the median; "
+            f"KL {kl['p50']:.5f} in the median, {kl['max']:.5f} at most"
+        )
+    console.print(f"{words}.", style="bold")
+
+
 def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
     from rich.table import Table
 
     from bslora_convert.behaviour.intervals import too_few
-    from bslora_convert.report.verdict import behaviour
+    from bslora_convert.report.verdict import behaviour, intervals
 
     if record["kl"] is not None:
         console.print(f"{record['prompts']['rows']} prompts, {record['prompts']['tokens']:,} tokens", style="italic")
@@ -108,6 +174,7 @@ def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
             say += f", {generation['rows']} greedy texts: {generation['exact_match']:.0%} equal"
             say += f", ROUGE-L {generation['rouge_l']:.3f}"
         console.print(say)
+        console.print(intervals(record))
     if record["tasks"]:
         table = Table("task", "metric", title_justify="left")
         for column in ("items", "base", "reference", "compact", "compact − reference, 95 %"):

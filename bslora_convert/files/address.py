@@ -8,6 +8,7 @@ from bslora_convert.errors import InputError
 MARK = "::"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 LONGEST_ID = 200
+STATE = ".batch"  # directory of a library made by `batch` that holds a marker for each adapter
 MANIFEST, SUMMARY, PAGE = OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # beside the adapters
 
 
@@ -23,6 +24,11 @@ def resolve(path: str | Path) -> Path:
     if not Path(library).is_dir():
         raise InputError(f"{path}: {library or 'the library'} is no directory; LIBRARY{MARK}ID is expected")
     return Path(library) / name
+
+
+def is_library(path: str | Path) -> bool:
+    """Whether a directory is an output of `batch`."""
+    return (Path(path) / MANIFEST).is_file() and (Path(path) / STATE).is_dir()
 
 
 def _is_there(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a base model can be had, told before anything heavy is imported or computed."""
+"""Whether a base model can be had, and how large it is, told before anything heavy is imported or computed."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from bslora_convert.errors import InputError
 
 CONFIG_NAME = "config.json"
+WEIGHTS = (".safetensors", ".bin")
 SECONDS = 5.0  # that the hub has to answer
 
 
@@ -22,6 +23,26 @@ def check_base(name: str | Path) -> None:
     if place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or place.exists():
         raise InputError(f"base model {name}: no such directory")
     _check_hub(str(name))
+
+
+def base_bytes(name: str | Path | None) -> int:
+    """Bytes of a base model's weight files, as far as they are here: in a directory or in the hub's cache."""
+    if name is None:
+        return 0
+    place = Path(name)
+    if not place.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            config = try_to_load_from_cache(str(name), CONFIG_NAME)
+        except HFValidationError:
+            return 0
+        if not isinstance(config, str):
+            return 0
+        place = Path(config).parent
+    sizes = {suffix: sum(file.stat().st_size for file in place.glob(f"*{suffix}")) for suffix in WEIGHTS}
+    return sizes[".safetensors"] or sizes[".bin"]  # one of both is read
 
 
 def _check_hub(name: str) -> None:

@@ -12,6 +12,7 @@ from bslora_convert.library.items import Item, check_ids, safe_ids
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
 MANIFESTS = (".jsonl", ".csv")
+COLUMNS = ("id", "uri", "revision", "prompts", "base_model")
 LARGEST_MANIFEST = 256 << 20
 
 
@@ -19,7 +20,7 @@ def discover(library: str) -> list[Item]:
     """Every adapter of a library, by id.
 
     A directory is searched at any depth for PEFT directories. A manifest (`.jsonl`, `.csv`) names `id`, `uri` and optionally
-    `revision`; its relative paths start from its own directory.
+    `revision`, `prompts` and `base_model`; its relative paths start from its own directory.
 
     :raises InputError: when there is nothing, or a manifest is damaged. :raises RecipeError: when a URL needs a missing package.
     """
@@ -76,16 +77,37 @@ def _manifest(path: Path) -> list[Item]:
     items = []
     for line, row in _rows(path):
         where = f"{path}: line {line}"
-        values = {key: row.get(key) for key in ("id", "uri", "revision")}
-        if not all(isinstance(values[key], str) and values[key] for key in ("id", "uri")):
+        values = {key: _text(row.get(key), key, where) for key in COLUMNS}
+        name, uri = values["id"], values["uri"]
+        if name is None or uri is None:
             raise InputError(f"{where}: id and uri are needed, both text")
-        if values["revision"] is not None and not isinstance(values["revision"], str):
-            raise InputError(f"{where}: revision is {type(values['revision']).__name__}, text is expected")
-        uri = _plain(str(values["uri"]))
-        if "://" not in uri and not Path(uri).is_absolute():
-            uri = str((path.parent / uri).absolute())
-        items.append(Item(str(values["id"]), uri, values["revision"] or None))
+        uri = _plain(uri)
+        if "://" not in uri:
+            uri = _from(path, uri)
+        prompts, base = values["prompts"], values["base_model"]
+        if prompts is not None:
+            if "://" in prompts:
+                raise InputError(f"{where}: prompts is {prompts!r}: a file here is expected, not a URL")
+            prompts = _from(path, prompts)
+        if base is not None and (base.startswith(".") or (path.parent / base).is_dir()):  # else a name on the hub
+            base = _from(path, base)
+        items.append(Item(name, uri, values["revision"], prompts, base))
     return items
+
+
+def _text(value: object, column: str, where: str) -> str | None:
+    """A column's text, None where it is empty or not there.
+
+    :raises InputError: for anything but text.
+    """
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{where}: {column} is {type(value).__name__}, text is expected")
+    return value or None
+
+
+def _from(manifest: Path, path: str) -> str:
+    """A path that starts from the manifest's directory."""
+    return str((manifest.parent / path).absolute())
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -12,11 +12,16 @@ from bslora_convert.files.address import check_id
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One adapter: `id` names its output directory, `uri` is a path or an fsspec URL, `revision` a hub's."""
+    """One adapter: `id` names its output directory, `uri` is a path or an fsspec URL, `revision` a hub's.
+
+    prompts, base_model: its own prompt file and base model, in the place of those that the whole library has.
+    """
 
     id: str
     uri: str
     revision: str | None = None
+    prompts: str | None = None
+    base_model: str | None = None
 
     @property
     def is_remote(self) -> bool:

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.behaviour.loaded import drop_base
 from bslora_convert.bslora.bases import DIRECTORY as BASES
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
+from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME
@@ -19,7 +21,6 @@ from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
 
-STATE = ".batch"  # directory of the output that holds a marker for each adapter
 COPYING = "copying"  # status of a duplicate whose copy has not landed yet
 
 
@@ -29,7 +30,11 @@ Work = Callable[["Job"], "Result"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to convert, where to and how. recipe, training: options by name; key: hash of all that the result depends on."""
+    """What to convert, where to and how.
+
+    recipe: the adapter's own (`library/options.py`), training: options by name; key: hash of all that the result depends on.
+    bytes, base_bytes: of the weight files of the adapter and of the base model that its conversion runs.
+    """
 
     item: Item
     out: str
@@ -38,6 +43,7 @@ class Job:
     key: str
     options: str
     bytes: int = 0
+    base_bytes: int = 0
     html: bool = True
 
     @property
@@ -57,6 +63,7 @@ class Result:
 
     status: `ok`, `skipped` (done before), `failed` or `refused`. error, message: class and words of what went wrong.
     final: whether the same source would end in the same way again. options: hash of the options alone.
+    prompts, base_model: the adapter's own, where its row of the library's manifest names them.
     """
 
     id: str
@@ -75,6 +82,8 @@ class Result:
     final: bool = False
     options: str = ""
     duplicate_of: str | None = None
+    prompts: str | None = None
+    base_model: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +140,8 @@ def convert_one(job: Job, compress: Compress) -> Result:
         result = failure(job, "failed", "MemoryError", "out of memory; fewer workers need less")
     except Exception as error:  # whatever it was, it is this item's and not the library's
         result = failure(job, "failed", type(error).__name__, str(error) or type(error).__name__)
+    if result.status != "ok":
+        drop_base()  # nobody knows what the attempt left on it
     mark(Path(job.out), result)
     return replace(result, seconds=time.perf_counter() - began)
 
@@ -147,7 +158,7 @@ def _discard_damaged(job: Job) -> None:
 
 def done(job: Job, record: Mapping[str, Any]) -> Result:
     """The row of a conversion that worked."""
-    return Result(job.item.id, job.item.uri, "ok", job.key, final=True, options=job.options, **figures(record))
+    return replace(_row(job, "ok"), final=True, **figures(record))
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,8 +185,13 @@ def figures(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def failure(job: Job, status: str, error: str, message: str, final: bool = False) -> Result:
     """The row of one that did not."""
+    return replace(_row(job, status), error=error, message=message, final=final)
+
+
+def _row(job: Job, status: str) -> Result:
+    item = job.item
     return Result(
-        job.item.id, job.item.uri, status, job.key, error=error, message=message, final=final, options=job.options
+        item.id, item.uri, status, job.key, options=job.options, prompts=item.prompts, base_model=item.base_model
     )
 
 

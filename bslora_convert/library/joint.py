@@ -22,6 +22,7 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME, load_compact
 from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import BsloraConvertError, InputError, OutputError, Refused
+from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import landing
@@ -32,7 +33,7 @@ from bslora_convert.fit.source import measure
 from bslora_convert.library.clustering import Member, clustered, fit_cluster, join
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
-from bslora_convert.library.jobs import STATE, Result, figures, mark
+from bslora_convert.library.jobs import Result, figures, mark
 from bslora_convert.library.journal import Entry, read_journal, write_journal
 from bslora_convert.lora import load_lora
 from bslora_convert.process.progress import Progress, silent

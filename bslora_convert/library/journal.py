@@ -12,9 +12,9 @@ from pathlib import Path
 
 from bslora_convert.bslora.bases import HASH
 from bslora_convert.errors import InputError
+from bslora_convert.files.address import STATE
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
-from bslora_convert.library.jobs import STATE
 
 NAME = "sharing.json"
 SCHEMA_VERSION = 1

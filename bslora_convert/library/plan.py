@@ -1,19 +1,22 @@
 """What is to be done: every item's headers checked, duplicates found, and what is done already set aside."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
+from bslora_convert.files.base import base_bytes
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.travel import travelling
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.fetch import at_revision
 from bslora_convert.library.items import Item
 from bslora_convert.library.jobs import Job, Result, failure, job_key, marked
+from bslora_convert.library.options import BASE, own_options, prompts_hash, recipe_of
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
 from bslora_convert.process.progress import Progress, silent
 
@@ -45,6 +48,7 @@ def plan(
     progress: Progress = silent,
 ) -> Plan:
     """Looks at every item: its headers, and a hash of its files."""
+    hash_of = cache(prompts_hash)  # many adapters may name one file
     jobs: list[Job] = []
     known: list[Result] = []
     first: dict[str, Job] = {}
@@ -53,7 +57,9 @@ def plan(
         progress("checking headers", done, len(items))
         job = Job(item, str(out), recipe, training, job_key(options, f"unread {item.uri}"), options, html=html)
         try:
-            source, size = _look(item, recipe)
+            own = recipe_of(item, recipe)
+            source, size = _look(item, own, hash_of)
+            job = replace(job, recipe=own, base_bytes=base_bytes(own.get(BASE)))
         except BsloraConvertError as error:
             status = "refused" if isinstance(error, Refused) else "failed"
             known.append(failure(job, status, type(error).__name__, str(error)))
@@ -66,30 +72,34 @@ def plan(
         job = replace(job, key=job_key(options, source), bytes=size)
         before = marked(job) if resume else None
         if before is not None and (before.status == "ok" or not retry_failed):
-            known.append(replace(before, status="skipped") if before.status == "ok" else before)
+            row = replace(before, prompts=item.prompts, base_model=item.base_model)
+            known.append(replace(row, status="skipped") if row.status == "ok" else row)
         elif job.key in first:
             duplicates.setdefault(first[job.key].item.id, []).append(job)
         else:
             first[job.key] = job
             jobs.append(job)
+    jobs.sort(key=lambda job: job.recipe.get(BASE) or "")  # those of one base in a row: it is read once
     return Plan(tuple(jobs), tuple(known), {name: tuple(same) for name, same in duplicates.items()})
 
 
-def _look(item: Item, recipe: Mapping[str, Any]) -> tuple[str, int]:
-    """(Hash of the source, bytes of its weights), its headers checked where it is local.
+def _look(item: Item, recipe: Mapping[str, Any], hash_of: Callable[[str], str]) -> tuple[str, int]:
+    """(Hash of the source and of the adapter's own options, bytes of its weights), its headers checked where it is local.
 
     A remote one is known by what its file system says of its files, and checked when it is fetched.
 
     :raises InputError: when it is damaged. :raises Refused: when it can't be converted.
     """
+    own = own_options(item, hash_of)
     if item.is_remote:
-        return _look_remote(item)
+        source, size = _look_remote(item)
+        return f"{source} {own}".rstrip(), size
     directory, weights = locate(Path(item.uri))
     if not is_official(item.uri):
         load_lora(item.uri, headers_only=True, alpha=recipe.get("lora_alpha"), rslora=recipe.get("use_rslora"))
     names = (CONFIG_NAME, *travelling(directory))
-    said = " ".join((sha256(weights), *(f"{name} {sha256(directory / name)}" for name in names)))
-    return said, weights.stat().st_size
+    said = " ".join((sha256(weights), *(f"{name} {sha256(directory / name)}" for name in names), own))
+    return said.rstrip(), weights.stat().st_size
 
 
 def _look_remote(item: Item) -> tuple[str, int]:

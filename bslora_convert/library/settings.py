@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.errors import InputError, OutputError
+from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
-from bslora_convert.library.jobs import STATE
 
 NAME = "recipe.json"
 SCHEMA_VERSION = 1

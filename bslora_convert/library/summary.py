@@ -1,4 +1,4 @@
-"""A library in numbers: how many ended how, bytes before and after, errors, throughput."""
+"""A library in numbers: how many ended how, bytes before and after, slots on a server, errors, throughput."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bslora_convert.library.jobs import Result
+from bslora_convert.library.serving import serving
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")
@@ -44,6 +45,7 @@ def summarise(
         "source_bytes_per_second": sum(r.source_bytes or 0 for r in converted) / seconds
         if seconds and converted
         else None,
+        **({"serving": served} if (served := serving([row.to_dict() for row in good])) else {}),
         **({"sharing": dict(sharing)} if sharing else {}),
     }
 

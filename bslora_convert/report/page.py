@@ -102,7 +102,8 @@ def with_functional(page: str, functional: Mapping[str, Any]) -> str:
     _, end, after = rest.partition(FUNCTIONAL_END)
     if not begin or not end:
         return page
-    shown = environment().get_template("functional.html").render(f=functional, verdict=verdict.behaviour(functional))
+    words = {"verdict": verdict.behaviour(functional), "intervals": verdict.intervals(functional)}
+    shown = environment().get_template("functional.html").render(f=functional, **words)
     return f"{before}{begin}\n{shown}\n{end}{after}"
 
 

@@ -140,6 +140,19 @@ def behaviour(functional: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def intervals(functional: Mapping[str, Any]) -> str | None:
+    """Between what the measures on prompts lie with 95 % certainty; None where there are none."""
+    if functional.get("kl_ci95") is None:
+        return None
+    rows = functional["prompts"]["rows"]
+    kl, kept, same = (functional[f"{name}_ci95"] for name in ("kl", "retention", "agreement"))
+    few = " (too few rows)" if too_few(rows) else ""
+    return (
+        f"95 % intervals over {rows} rows{few}: KL {kl[0]:.5f} to {kl[1]:.5f}, survived {kept[0]:.2%} to {kept[1]:.2%}, "
+        f"same next token {same[0]:.1%} to {same[1]:.1%}."
+    )
+
+
 def evidence(found: Mapping[str, Any]) -> list[str]:
     """In which metric the fit was made, and what it does on rows that nothing before has seen."""
     said = []

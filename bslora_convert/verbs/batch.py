@@ -18,14 +18,13 @@ from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.errors import InputError, OutputError, RecipeError
-from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
 from bslora_convert.library.jobs import (
     COPYING,
-    STATE,
     Job,
     Result,
     convert_one,
@@ -43,6 +42,10 @@ from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.verbs.compress import compress
+
+FITTED = (
+    "share_across with {}: bases keep the error of the weights, not what was fitted to behaviour; leave one of them out"
+)
 
 
 def batch(
@@ -86,6 +89,8 @@ def batch(
     settings = settle(out, Settings.of(str(library), *chosen, report_html, share_across), overwrite)
     items = discover(str(library))
     _check_place(items, out)
+    if share_across and any(item.prompts for item in items):
+        raise RecipeError(FITTED.format("prompts in the manifest"), "share_across")
     own = shard_of(items, shard)
     options = options_key(*chosen, report_html, settings.files)
     found = plan(
@@ -165,7 +170,8 @@ def _run(
 
 def _copy(first: Job, job: Job, result: Result) -> Result:
     """The same source under another id: the same result, copied."""
-    same = replace(result, id=job.item.id, uri=job.item.uri, duplicate_of=first.item.id, seconds=None)
+    item = job.item
+    same = replace(result, id=item.id, uri=item.uri, duplicate_of=first.item.id, prompts=item.prompts, seconds=None)
     if result.status == "ok":
         try:
             ours = is_ours(job, first.item.uri)
@@ -252,12 +258,7 @@ def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
         )
     for name in ("prompts", "finetune"):
         if recipe.options()[name] is not None:
-            raise RecipeError(
-                f"share_across with {name}: bases keep the error of the weights, not what was fitted to behaviour; "
-                "leave one of them out",
-                "share_across",
-                name,
-            )
+            raise RecipeError(FITTED.format(name), "share_across", name)
     if recipe.is_coded:
         raise RecipeError(
             "share_across with bytes or bits: bases hold floats; leave one of them out", "share_across", "bytes", "bits"
@@ -292,24 +293,6 @@ def _make(out: Path) -> None:
         (out / STATE).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
-
-
-def read_manifest(out: str | Path) -> list[dict[str, Any]]:
-    """The rows of a finished batch.
-
-    :raises InputError: when there is none.
-    """
-    path = Path(out) / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{out}: no {MANIFEST}; the output of `batch` is expected")
-    rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
-    return list(rows.values())
 
 
 def is_failed(summary: Mapping[str, Any]) -> bool:

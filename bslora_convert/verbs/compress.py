@@ -8,6 +8,7 @@ Where the source is in the authors' BSLoRA layout there is nothing to fit: see `
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,8 +103,9 @@ def compress(
     form = fit.form
     extras = replace(extras, codes=fit.codes)
     if workshop is not None:
-        form, extras = _distilled(form, extras, workshop, evidence, out, recipe, prompts, training, began)
-        extras = _proved(form, extras, workshop, evidence)
+        with closing(workshop):
+            form, extras = _distilled(form, extras, workshop, evidence, out, recipe, prompts, training, began)
+            extras = _proved(form, extras, workshop, evidence)
     if recipe.evidence.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:

@@ -55,7 +55,7 @@ def expand(
     :raises OutputError: when the output place can't be used.
     """
     out = Path(out)
-    _check_options(rank, dtype, format)
+    check_options(rank, dtype, format)
     source = resolve(compact)
     check_apart(source, out)
     check_output(out, overwrite)
@@ -87,7 +87,8 @@ def expand(
         )
 
 
-def _check_options(rank: int | str | None, dtype: str, format: str) -> None:
+def check_options(rank: int | str | None, dtype: str, format: str) -> None:
+    """:raises RecipeError: for a rank, dtype or format that is not allowed, or two that exclude each other."""
     if rank is not None and rank != "uniform" and not (isinstance(rank, int) and rank > 0):
         raise RecipeError(f"rank is {rank!r}: a positive whole number or uniform is allowed", "rank")
     if dtype not in DTYPES:

@@ -1,8 +1,4 @@
-"""What an adapter holds, where its bytes are, and whether it can be converted.
-
-A serving engine reserves slots of one rank for every adapter, so what counts on its GPU is the expanded rank against the steps
-that it allows, not the file's size: a slot takes step · Σ (out + in) numbers of two bytes.
-"""
+"""What an adapter holds, where its bytes are, whether it can be converted, and what its slots on a server take."""
 
 import math
 import shlex
@@ -24,14 +20,13 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.tensorfile import dtype_name, read_tensors
 from bslora_convert.fit.source import Source, check_magnitude, measure
+from bslora_convert.layers.slots import slot_bytes
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
 
-SLOT_STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
-SLOT_BYTES = 2  # bf16 and fp16 slots
 SIZE_ERRORS, SIZE_SHARES = (0.05, 0.1, 0.2, 0.3), (1 / 4, 1 / 8, 1 / 16)  # that are forecast
 
 
@@ -82,12 +77,6 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
         "sizes": _sizes(source, adapter, weights, path),
         "notes": list(adapter.notes),
     }
-
-
-def slot_bytes(shapes: Mapping[str, Shape], rank: int) -> dict[str, int]:
-    """Bytes of one server slot for each allowed slot rank that holds `rank`."""
-    width = sum(out + across for out, across in shapes.values())
-    return {str(step): step * width * SLOT_BYTES for step in SLOT_STEPS if step >= rank}
 
 
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:

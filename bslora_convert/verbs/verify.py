@@ -1,9 +1,8 @@
 """`verify`: does the compact adapter behave like the LoRA that it came from, on these prompts and this base model?"""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge
 from bslora_convert.behaviour.generation import generate, rouge_l
-from bslora_convert.behaviour.intervals import LEAST_ITEMS, too_few
+from bslora_convert.behaviour.intervals import few_words, too_few
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import MEASURES, Saving
+from bslora_convert.behaviour.thresholds import Thresholds
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
@@ -26,51 +26,6 @@ SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file
 WORST = 6  # rows that a reader sees side by side
 WRITTEN_TOKENS = 64  # of a completion that the reference writes where no generations are asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """What must hold; a measure without a threshold is only reported."""
-
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    min_retention: float | None = None
-    max_accuracy_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        """:raises RecipeError: for a limit that nothing can meet."""
-        for field in fields(self):
-            limit = getattr(self, field.name)
-            most = 1.0 if field.name.startswith("min") else math.inf
-            if limit is not None and not (math.isfinite(limit) and limit <= most):
-                allowed = "at most 1" if field.name.startswith("min") else "finite"
-                raise RecipeError(f"{field.name} is {limit!r}: a number, {allowed}, is allowed", field.name)
-
-    def check_measured(self, prompts: bool, tasks: bool) -> None:
-        """:raises RecipeError: when a threshold needs what is not going to be measured."""
-        for field in fields(self):
-            needs, given = ("tasks", tasks) if "accuracy" in field.name else ("prompts", prompts)
-            if getattr(self, field.name) is not None and not given:
-                raise RecipeError(f"{field.name} needs {needs}, which were not given", field.name, needs)
-
-    def check(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Each threshold that was set with the value that it met or missed."""
-        drops = [task["reference"] - task["compact"] for task in record["tasks"].values()]
-        values = {
-            "max_kl": record["kl"],
-            "min_agreement": record["agreement"],
-            "min_retention": record["retention"],
-            "max_accuracy_drop": max(drops, default=None),
-        }
-        checked = {}
-        for name, value in values.items():
-            limit = getattr(self, name)
-            if limit is None:
-                continue
-            assert value is not None  # check_measured sees to it
-            passed = value >= limit if name.startswith("min") else value <= limit
-            checked[name] = {"limit": limit, "value": value, "passed": passed}
-        return checked
 
 
 def verify(
@@ -115,7 +70,7 @@ def verify(
     """
     if prompts is None and not tasks:
         raise RecipeError("nothing to measure: give prompts, tasks or both", "prompts", "tasks")
-    _check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
+    check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
     thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
     thresholds.check_measured(prompts is not None, bool(tasks))
     progress("reading", 0, 0)
@@ -143,48 +98,51 @@ def verify(
     saving = Saving.plan(first, Path(out) if out is not None else None, save, overwrite, another)
     if saving is not None:
         saving.check(second, name, len(rows.rows) if rows is not None else None, tasks, limit)
-    workshop = Workshop(second, name, device, dtype, progress)
-    base = workshop.base
-    attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "base_model": name,
-        "compact": {"path": str(compact), "kind": first.kind, "sha256": first.sha256},
-        "reference": {"path": str(reference), "kind": second.kind, "sha256": second.sha256},
-        "dtype": str(base.model.dtype).removeprefix("torch."),
-        "device": base.device.type,
-        **dict.fromkeys(MEASURES),
-        "worst": [],
-        "tasks": {},
-        "notes": [*first.notes, *_notes(base, first, second)],
-    }
-    if another:
-        record["notes"].append("the reference is not what the adapter was made from")
-    if rows is not None:
-        measured, notes = _on_prompts(workshop, attached, rows)
-        record |= measured
-        record["notes"] += notes
-    if tasks:
-        from bslora_convert.behaviour.harness import evaluate
+    with ExitStack() as stack:  # whoever takes the base next finds nothing on it
+        workshop = Workshop(second, name, device, dtype, progress)
+        stack.callback(workshop.close)
+        base = workshop.base
+        attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
+        stack.callback(attached.remove)
+        record: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "base_model": name,
+            "compact": {"path": str(compact), "kind": first.kind, "sha256": first.sha256},
+            "reference": {"path": str(reference), "kind": second.kind, "sha256": second.sha256},
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "device": base.device.type,
+            **dict.fromkeys(MEASURES),
+            "worst": [],
+            "tasks": {},
+            "notes": [*first.notes, *_notes(base, first, second)],
+        }
+        if another:
+            record["notes"].append("the reference is not what the adapter was made from")
+        if rows is not None:
+            measured, notes = _on_prompts(workshop, attached, rows, seed)
+            record |= measured
+            record["notes"] += notes
+        if tasks:
+            from bslora_convert.behaviour.harness import evaluate
 
-        scores = evaluate(
-            base,
-            {"base": nullcontext(), "reference": workshop.reference, "compact": attached},
-            tuple(tasks),
-            limit=limit,
-            batch_size=batch_size,
-            include_path=Path(include_path) if include_path else None,
-            task_data=Path(task_data) if task_data else None,
-            chat_template=chat_template,
-            seed=seed,
-            progress=lambda step: progress(step, 0, 0),
-        )
-        record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
-        record["notes"] += [
-            f"{task}: {found['items']} items are too few for its interval to be trusted; {LEAST_ITEMS} or more are needed"
-            for task, found in record["tasks"].items()
-            if too_few(found["items"])
-        ]
+            scores = evaluate(
+                base,
+                {"base": nullcontext(), "reference": workshop.reference, "compact": attached},
+                tuple(tasks),
+                limit=limit,
+                batch_size=batch_size,
+                include_path=Path(include_path) if include_path else None,
+                task_data=Path(task_data) if task_data else None,
+                chat_template=chat_template,
+                seed=seed,
+                progress=lambda step: progress(step, 0, 0),
+            )
+            record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
+            record["notes"] += [
+                few_words(task, found["items"], "items")
+                for task, found in record["tasks"].items()
+                if too_few(found["items"])
+            ]
     record["thresholds"] = thresholds.check(record)
     record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
     if saving is not None:
@@ -207,7 +165,8 @@ def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
     return path
 
 
-def _check_counts(counts: dict[str, int | None], max_new_tokens: int) -> None:
+def check_counts(counts: Mapping[str, int | None], max_new_tokens: int) -> None:
+    """:raises RecipeError: for a count that means nothing."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise RecipeError(f"{name} is {value}: a positive whole number is allowed", name)
@@ -228,13 +187,17 @@ def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
     return notes
 
 
-def _on_prompts(workshop: Workshop, compact: Attached, prompts: Prompts) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _on_prompts(
+    workshop: Workshop, compact: Attached, prompts: Prompts, seed: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Every measure that needs prompts, and notes."""
     rows = workshop.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
     found = diverge(
         workshop.base, workshop.reference, compact, rows.examples, prompts.batch_size,
         _counted(workshop.progress, "measuring", len(rows.examples)),
     )  # fmt: skip
+    count = len(found.rows)
+    few = (few_words(prompts.path.name, count, "rows"),) if too_few(count) else ()
     return {
         "prompts": {
             "rows": len(rows.rows),
@@ -243,19 +206,19 @@ def _on_prompts(workshop: Workshop, compact: Attached, prompts: Prompts) -> tupl
             "cut": rows.cut,
             "completions_written": rows.written,
         },
-        **found.to_dict(),
+        **found.to_dict(seed),
         **_generations(workshop, compact, found, replace(prompts, rows=rows.rows)),
-    }, rows.notes
+    }, (*rows.notes, *few)
 
 
 def _generations(workshop: Workshop, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
     """Generations of an even sample compared, and the worst rows with both texts."""
-    measured = sorted(found.rows, key=lambda row: (-row[1], row[0].row.line))[:WORST]
+    measured = sorted(found.rows, key=lambda row: (-row.mean_kl, row.example.row.line))[:WORST]
     prompted = [row for row in prompts.rows if row.messages] if prompts.max_new_tokens else []
     sample = prompted[:: max(1, len(prompted) // GENERATED)][:GENERATED]
     shown = {row.line: row for row in sample}
     if prompts.max_new_tokens:
-        shown |= {example.row.line: example.row for example, _, _ in measured if example.row.messages}
+        shown |= {worst.example.row.line: worst.example.row for worst in measured if worst.example.row.messages}
     texts: dict[str, dict[int, str]] = {}
     for name, state in (("reference", workshop.reference), ("compact", compact)):
         said = _counted(workshop.progress, f"generating with {name}", len(shown))
@@ -280,15 +243,16 @@ def _generations(workshop: Workshop, compact: Attached, found: Divergence, promp
         else None,
         "worst": [
             {
-                "line": example.row.line,
-                "kl": kl,
-                "tokens": tokens,
-                "prompt": example.row.prompt,
-                "completion": example.row.completion,
-                "reference": texts["reference"].get(example.row.line),
-                "compact": texts["compact"].get(example.row.line),
+                "line": row.line,
+                "kl": sums.mean_kl,
+                "tokens": sums.tokens,
+                "prompt": row.prompt,
+                "completion": row.completion,
+                "reference": texts["reference"].get(row.line),
+                "compact": texts["compact"].get(row.line),
             }
-            for example, kl, tokens in measured
+            for sums in measured
+            for row in (sums.example.row,)
         ],
     }
 

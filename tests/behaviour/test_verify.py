@@ -90,6 +90,23 @@ def test_every_measure_is_what_a_dense_computation_says(compact: Path) -> None:
         assert record["nll"][name] == pytest.approx(value / n, rel=1e-5)
 
 
+def test_intervals_are_kept_printed_and_on_the_page(compact: Path) -> None:
+    record = verify(compact, LORA, BASE, prompts=PROMPTS, limit=24, max_new_tokens=0, save=True)
+    for name in ("kl", "retention", "agreement"):
+        low, high = record[f"{name}_ci95"]
+        assert low < record[name] < high, name
+    again = verify(compact, LORA, BASE, prompts=PROMPTS, limit=24, batch_size=3, max_new_tokens=0)
+    assert again["kl_ci95"] == pytest.approx(record["kl_ci95"], rel=1e-4)
+    words = f"survived {record['retention_ci95'][0]:.2%} to {record['retention_ci95'][1]:.2%}"
+    page = (compact / "report.html").read_text()
+    assert words in page
+    assert "too few" not in page
+    said = ["verify", str(compact), "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS)]
+    shown = CliRunner().invoke(main, [*said, "--limit", "3", "--max-new-tokens", "0"])
+    assert "95 % intervals over 3 rows (too few rows): KL" in shown.stdout
+    assert "3 rows are too few" in shown.stderr
+
+
 def test_an_adapter_against_itself_and_against_its_expansion(compact: Path, tmp_path: Path) -> None:
     same = verify(LORA, LORA, BASE, prompts=PROMPTS, limit=8, max_new_tokens=8)
     assert same["kl"] < 1e-6

@@ -22,7 +22,9 @@ from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
 from bslora_convert.library.jobs import marker_of
-from bslora_convert.verbs.batch import is_failed, read_manifest, resume
+from bslora_convert.library.manifest import read_manifest
+from bslora_convert.library.serving import serving
+from bslora_convert.verbs.batch import is_failed, resume
 from bslora_convert.verbs.capacity import capacity
 from tests.conftest import FIXTURES
 from tests.library.making import make_library, tree
@@ -424,6 +426,42 @@ def test_capacity_follows_each_engines_rule(tmp_path: Path) -> None:
     for wrong in ((1.0, 2.0), (float("nan"), 0.0), (80.0, -1.0)):
         with pytest.raises(RecipeError, match="must leave room"):
             capacity(rows, *wrong)
+
+
+def row_of(name: str, source_rank: int, expanded_rank: int, width: int = 1 << 20) -> dict[str, Any]:
+    return {"id": name, "settings": {"source_rank": source_rank, "expanded_rank": expanded_rank, "width": width}}
+
+
+def test_what_a_library_costs_by_slot() -> None:
+    rows = [row_of("a", 16, 8), row_of("b", 8, 5)]
+    found = serving(rows)
+    assert found is not None
+    assert found["lora"] == {"rank": 16, "slot_rank": 16, "bytes": 32 << 20, "adapters_per_gib": 32}
+    assert found["compact"] == {"rank": 8, "slot_rank": 8, "bytes": 16 << 20, "adapters_per_gib": 64}
+    assert found["warning"] is None
+    outgrown = serving([*rows, row_of("c", 12, 20)])
+    assert outgrown is not None
+    assert (outgrown["outgrown"], outgrown["compact"]["adapters_per_gib"]) == (["c"], 16)
+    assert "rank 20 exceeds the slot of 16 that the sources need (c)" in outgrown["warning"]
+    none = serving([row_of("d", 16, 600)])
+    assert none is not None
+    assert none["compact"] == {"rank": 600, "slot_rank": None, "bytes": None, "adapters_per_gib": 0}
+    assert "no slot for rank 600 after" in none["words"]
+    assert serving([]) is None
+
+
+def test_summary_print_and_page_say_what_the_slots_cost(tmp_path: Path) -> None:
+    write_lora(tmp_path / "in" / "good", random_products(layers=1, rank=8), dtype=torch.bfloat16)
+    words = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0", "--no-report-html"]
+    done = CliRunner().invoke(main, [*words, "--transform", "ke", "--ranks", "2,4,16", "--shared-size", "16"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["serving"]
+    assert (summary["lora"]["slot_rank"], summary["compact"]["slot_rank"]) == (8, 32)
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (summary["words"], summary["warning"]):
+        assert text in done.stdout
+        assert text in page
+    assert summary["compact"]["bytes"] == 4 * summary["lora"]["bytes"]
 
 
 def test_identities_are_safe_directories() -> None:

@@ -25,10 +25,10 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.joint import ROUNDINGS, rounding
 from bslora_convert.library import joint
 from bslora_convert.library.journal import NAME, read_journal
+from bslora_convert.library.manifest import read_manifest
 from bslora_convert.library.settings import NAME as SETTINGS
 from bslora_convert.lora.adapter import CONFIG_NAME as LORA_CONFIG
 from bslora_convert.modules.factors import Factors, Shape
-from bslora_convert.verbs.batch import read_manifest
 from tests.conftest import FIXTURES
 from tests.library.making import tree
 from tests.planting import write_lora

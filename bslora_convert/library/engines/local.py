@@ -1,6 +1,7 @@
 """Processes on this machine, one thread each; a worker that dies takes its own item with it and nothing else.
 
-Jobs in flight are bounded by memory: each is taken to need `MEMORY_FACTOR` times its file and what a process itself needs.
+Jobs in flight are bounded by memory: each is taken to need `MEMORY_FACTOR` times its file, its base model, and what a process
+itself needs. A worker keeps its base model for the next job of the same one, so an idle worker's counts as well.
 """
 
 import multiprocessing
@@ -11,27 +12,44 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from bslora_convert.behaviour.loaded import base_kept, keep_base
 from bslora_convert.library.jobs import Job, Result, Work, failure
+from bslora_convert.library.options import BASE
 from bslora_convert.process.quiet import quiet_as_the_parent
 
 MEMORY_FACTOR = 8  # of the weights file: float32 copies, the form, what is read back
+BASE_FACTOR = 2  # of the base's files: half precision is read as float32 on a CPU
 PROCESS_BYTES = 500_000_000  # Python, torch and matplotlib
 GRACE = 20.0  # seconds in which workers may clean up after an interrupt
 
 
 @dataclass(slots=True)
 class Worker:
-    """A process and the job that it has."""
+    """A process, the job that it has, and the base model that it keeps: its name and its bytes in memory."""
 
     process: Any
     pipe: Connection
     job: Job | None = None
+    base: str | None = None
+    kept: int = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes that it is taken to hold."""
+        return self.kept + (_need(self.job) if self.job else 0)
+
+    def give(self, job: Job) -> None:
+        """Has it do a job, whose base model it keeps from then on."""
+        self.job = job
+        if job.base_bytes:
+            self.base, self.kept = _base(job), BASE_FACTOR * job.base_bytes
 
 
 def run_local(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
     """Runs jobs in `workers` processes; 0 runs them in this one."""
     if workers == 0:
-        yield from map(work, jobs)
+        with base_kept():
+            yield from map(work, jobs)
         return
     waiting = deque(jobs)
     running: list[Worker] = []
@@ -57,15 +75,18 @@ def run_local(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Result
 def _hand_out(work: Work, waiting: deque[Job], running: list[Worker], workers: int, room: int) -> None:
     """Gives jobs to idle workers for as long as memory lasts; one job is always in flight."""
     while waiting:
+        job = waiting[0]
         busy = [worker for worker in running if worker.job]
-        used = sum(_need(worker.job) for worker in busy if worker.job)
-        if len(busy) >= workers or (busy and used + _need(waiting[0]) > room):
+        free = [worker for worker in running if not worker.job]
+        idle = next((worker for worker in free if worker.base == _base(job)), next(iter(free), None))
+        base = BASE_FACTOR * job.base_bytes or (idle.kept if idle else 0)
+        used = sum(worker.used for worker in running if worker is not idle) + _need(job) + base
+        if len(busy) >= workers or (busy and used > room):
             return
-        idle = next((worker for worker in running if worker.job is None), None)
         if idle is None:
             idle = _start(work)
             running.append(idle)
-        idle.job = waiting.popleft()
+        idle.give(waiting.popleft())
         try:
             idle.pipe.send(idle.job)
         except OSError:  # it died while idle: its pipe says so when it is waited for
@@ -90,6 +111,7 @@ def _work(work: Work, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     torch.set_num_threads(1)
     quiet_as_the_parent()
+    keep_base()
     while True:
         try:
             job = pipe.recv()
@@ -120,6 +142,10 @@ def _stop(running: Sequence[Worker]) -> None:
 
 def _need(job: Job) -> int:
     return MEMORY_FACTOR * job.bytes + PROCESS_BYTES
+
+
+def _base(job: Job) -> str | None:
+    return job.recipe.get(BASE)
 
 
 def _memory() -> int:

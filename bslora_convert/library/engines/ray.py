@@ -5,8 +5,10 @@ import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from bslora_convert.behaviour.loaded import keep_base
 from bslora_convert.errors import RecipeError
 from bslora_convert.library.jobs import Job, Result, Work, failure
+from bslora_convert.library.options import BASE
 
 RETRIES = 2  # of a task whose worker or node died
 AHEAD = 2  # tasks submitted for each worker
@@ -62,6 +64,7 @@ def _task(work: Work, job: Job) -> Result:
     import torch
 
     torch.set_num_threads(1)
+    keep_base()  # Ray's workers do one task after another
     return work(job)
 
 
@@ -69,5 +72,5 @@ def _wants_gpu(job: Job, ray: Any) -> bool:
     """Whether the job runs the base model (or was told to fit) on a GPU: without a share of one, Ray hides them all."""
     device = str(job.recipe.get("device", "auto"))
     if device == "auto":
-        return job.recipe.get("base_model") is not None and ray.cluster_resources().get("GPU", 0) > 0
+        return job.recipe.get(BASE) is not None and ray.cluster_resources().get("GPU", 0) > 0
     return device.startswith("cuda")

@@ -1,0 +1,41 @@
+"""One thing done to every adapter of a converted library; a broken one stops no other."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bslora_convert.errors import BsloraConvertError, Refused
+from bslora_convert.process.progress import Progress
+
+OK, FAILED, REFUSED = "ok", "failed", "refused"
+Row = Mapping[str, Any]
+
+
+def for_each(
+    rows: Sequence[Row], title: str, do: Callable[[Row, Progress], Mapping[str, Any]], progress: Progress
+) -> list[dict[str, Any]]:
+    """What was done to each adapter: `id`, `status` (`ok`, `failed`, `refused`), `error`, `message`, and what `do` returns.
+
+    rows: of the manifest. do: takes a row, and says its own steps.
+    """
+    found = []
+    for done, row in enumerate(rows):
+
+        def tell(step: str, *_: int, done: int = done, name: str = row["id"]) -> None:
+            progress(f"{title}: {name}, {step}", done, len(rows))
+
+        tell("reading")
+        said: dict[str, Any] = {"id": row["id"], "status": OK, "error": None, "message": None}
+        try:
+            found.append({**said, **do(row, tell)})
+        except BsloraConvertError as error:
+            status = REFUSED if isinstance(error, Refused) else FAILED
+            found.append(said | {"status": status, "error": type(error).__name__, "message": str(error)})
+        except Exception as error:  # whatever it was, it is this adapter's and not the library's
+            words = str(error) or type(error).__name__
+            found.append(said | {"status": FAILED, "error": type(error).__name__, "message": words})
+    return found
+
+
+def bad(rows: Sequence[Row]) -> list[Row]:
+    """Rows of those with which something went wrong."""
+    return [row for row in rows if row["status"] != OK]

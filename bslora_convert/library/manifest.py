@@ -1,0 +1,40 @@
+"""The manifest of a converted library: which adapters it holds, by what `batch` wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.errors import InputError
+from bslora_convert.files.address import MANIFEST
+
+DONE = ("ok", "skipped")  # statuses of adapters that are there
+
+
+def read_manifest(out: str | Path) -> list[dict[str, Any]]:
+    """The rows of a finished batch.
+
+    :raises InputError: when there is none.
+    """
+    path = Path(out) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{out}: no {MANIFEST}; the output of `batch` is expected")
+    rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["id"]] = row
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
+    return list(rows.values())
+
+
+def held(out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(Rows of the adapters that a library holds, identities of those that were converted and taken away since).
+
+    :raises InputError: when it holds none, or its manifest is damaged.
+    """
+    done = [row for row in read_manifest(out) if row["status"] in DONE]
+    there = [row for row in done if (out / row["id"]).is_dir()]
+    if not there:
+        raise InputError(f"{out}: holds no converted adapter")
+    return there, [row["id"] for row in done if row not in there]

@@ -1,0 +1,60 @@
+"""What a converted library costs on a server that reserves slots: before, as LoRAs, and after, as compact adapters expanded.
+
+Every adapter gets a slot of the same size, so the widest adapter and the largest rank of the library decide.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bslora_convert.layers.slots import bytes_of, step_of
+
+GIB = 1 << 30
+RANKS = {"lora": "source_rank", "compact": "expanded_rank"}  # fields of a row's settings
+NAMED = 3  # adapters that a warning names
+
+
+def slots(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`{"lora": {"rank", "slot_rank", "bytes"}, "compact": …}`: the largest rank, the slot that holds it, bytes of one slot.
+
+    rows: of the manifest, converted ones, one at least. slot_rank and bytes are None where no slot holds the rank.
+    """
+    width = max(int(row["settings"]["width"]) for row in rows)
+    ranks = {kind: max(int(row["settings"][field]) for row in rows) for kind, field in RANKS.items()}
+    steps = {kind: step_of(rank) for kind, rank in ranks.items()}
+    return {
+        kind: {"rank": ranks[kind], "slot_rank": step, "bytes": bytes_of(step, width) if step else None}
+        for kind, step in steps.items()
+    }
+
+
+def serving(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """`serving` of summary.json: `slots` with adapters a GiB, and who makes the slot larger; None where nothing was converted.
+
+    outgrown: adapters whose expanded rank exceeds the library's slot before, so that fewer fit than before. words, warning: both
+    for a reader; the warning is None where nothing outgrew its slot.
+    """
+    if not rows:
+        return None
+    found = slots(rows)
+    for slot in found.values():
+        slot["adapters_per_gib"] = GIB // slot["bytes"] if slot["bytes"] else 0
+    before = found["lora"]["slot_rank"]
+    outgrown = [row["id"] for row in rows if before and int(row["settings"]["expanded_rank"]) > before]
+    words = f"On a server with slots: {_slot(found['lora'])} before, {_slot(found['compact'])} after."
+    return {**found, "outgrown": outgrown, "words": words, "warning": _warning(found, outgrown)}
+
+
+def _warning(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    if not names:
+        return None
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (
+        f"A server holds fewer adapters than before: the expanded rank {found['compact']['rank']} exceeds the slot of "
+        f"{found['lora']['slot_rank']} that the sources need ({', '.join(names[:NAMED])}{more})."
+    )
+
+
+def _slot(slot: Mapping[str, Any]) -> str:
+    if slot["slot_rank"] is None:
+        return f"no slot for rank {slot['rank']}"
+    return f"{slot['bytes'] / 1e6:,.2f} MB an adapter (rank {slot['slot_rank']}), {slot['adapters_per_gib']:,} adapters a GiB"

@@ -1,0 +1,55 @@
+"""`expand` of a library: every adapter of an output of `batch` as `expand` writes it, each into its own directory."""
+
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.files.landing import check_apart, check_output, check_outside
+from bslora_convert.library.each import bad, for_each
+from bslora_convert.library.manifest import held
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.verbs.expand import check_options, expand
+
+
+def expand_library(
+    library: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **options: Any
+) -> dict[str, Any]:
+    """Writes every adapter of a library to `out/<id>` and returns a row for each, with what `expand` says of it.
+
+    options: as of `expand`. overwrite: replaces adapters that `expand` wrote to `out` before; what else is there stays.
+
+    :raises InputError: when the library holds no adapter. :raises RecipeError: for an option that is not allowed.
+    :raises OutputError: when the output place can't be used. What is wrong with one adapter is said in its row.
+    """
+    library, out = Path(library), Path(out)
+    check_options(options.get("rank"), options.get("dtype", "auto"), options.get("format", "lora"))
+    check_place(library, out, overwrite)
+    there, gone = held(library)
+
+    def one(row: Any, _: Progress) -> dict[str, Any]:
+        return expand(library / row["id"], out / row["id"], overwrite=overwrite, **options)
+
+    rows = for_each(there, "expanding", one, progress)
+    good = [row for row in rows if row not in bad(rows)]
+    return {
+        "library": str(library),
+        "rows": rows,
+        "adapters": len(rows),
+        "bad": len(rows) - len(good),
+        "bytes": sum(row["bytes"] for row in good),
+        "rank": max((row["ranks"]["max"] for row in good if "max" in row["ranks"]), default=None),
+        "notes": [f"{len(gone)} adapters of the manifest are not there any more"] if gone else [],
+    }
+
+
+def check_place(library: Path, out: Path, overwrite: bool) -> None:
+    """Refuses an output place for a library, before any work is done.
+
+    With `overwrite` it may hold anything: each adapter's own directory is what is looked at, and replaced.
+
+    :raises InputError: when it lies in the library or holds it. :raises OutputError: when it can't be used.
+    """
+    check_apart(library, out)
+    if overwrite and out.is_dir():
+        check_outside(out)
+    else:
+        check_output(out, overwrite)

@@ -1,0 +1,123 @@
+"""`verify` of a library: every adapter of an output of `batch` against what it came from, each base model read once."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bslora_convert.behaviour.loaded import base_kept
+from bslora_convert.behaviour.thresholds import Thresholds
+from bslora_convert.bslora.storage import CONFIG_NAME
+from bslora_convert.errors import InputError, RecipeError, Unsaved
+from bslora_convert.files.jsonfile import read_json
+from bslora_convert.library.each import FAILED, OK, for_each
+from bslora_convert.library.manifest import held
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.verbs.verify import check_counts, verify
+
+SCHEMA_VERSION = 1
+SINGLE = ("reference", "any_reference", "out")  # options that speak of one adapter
+TEXTS = (
+    "schema_version",
+    "worst",
+)  # of an adapter's record, left out of its row: long, and with --save beside the adapter
+LIMITS = ("max_kl", "min_agreement", "min_retention", "max_accuracy_drop")
+
+
+def verify_library(
+    library: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    prompts: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    progress: Progress = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measures every adapter of a library and returns a row for each, worst retention first, and what they say together.
+
+    base_model, prompts: of all adapters; without them each has those of its row of the manifest, and the base model that it names
+    itself. options: as of `verify`; thresholds hold for each, `save` keeps each result in its adapter's directory.
+
+    :raises InputError: when the library holds no adapter. :raises RecipeError: for an option that is not allowed.
+    What is wrong with one adapter is said in its row; a missed threshold is no error: see `passed`.
+    """
+    library = Path(library)
+    there, gone = held(library)
+    _check(options, prompts is not None or any(row.get("prompts") for row in there), bool(tasks))
+
+    def base_of(row: Mapping[str, Any]) -> str | None:
+        return str(base_model or row.get("base_model") or "") or None
+
+    def one(row: Mapping[str, Any], tell: Progress) -> dict[str, Any]:
+        rows = prompts or row.get("prompts")
+        try:
+            return _told(
+                verify(
+                    library / row["id"], base_model=base_of(row), prompts=rows, tasks=tasks, progress=tell, **options
+                )
+            )
+        except Unsaved as error:  # what was measured is told all the same
+            return _told(error.record) | {"status": FAILED, "error": "Unsaved", "message": str(error)}
+
+    ordered = sorted(there, key=lambda row: base_of(row) or _named_base(library / row["id"]))
+    with base_kept():
+        rows = sorted(for_each(ordered, "measuring", one, progress), key=_worst_first)
+    bad = [row["id"] for row in rows if row["status"] != OK]
+    missed = [row["id"] for row in rows if not row.get("passed", True)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "library": str(library),
+        "rows": rows,
+        "adapters": len(rows),
+        "bad": bad,
+        "missed": missed,
+        **{name: _spread(rows, name) for name in ("retention", "kl", "agreement")},
+        "passed": not bad and not missed,
+        "notes": [f"{len(gone)} adapters of the manifest are not there any more"] if gone else [],
+    }
+
+
+def _check(options: Mapping[str, Any], prompts: bool, tasks: bool) -> None:
+    """What `verify` would refuse of every adapter alike.
+
+    :raises RecipeError: naming the option.
+    """
+    for name in SINGLE:
+        if options.get(name):
+            raise RecipeError(f"{name} is of one adapter, and this is a library: leave it out", name)
+    if not prompts and not tasks:
+        raise RecipeError(
+            "nothing to measure: give prompts, tasks or both; the library's manifest names no prompts",
+            "prompts",
+            "tasks",
+        )
+    check_counts(
+        {name: options.get(name) for name in ("limit", "batch_size", "max_length")}, options.get("max_new_tokens", 0)
+    )
+    Thresholds(**{name: options.get(name) for name in LIMITS}).check_measured(prompts, tasks)
+
+
+def _named_base(directory: Path) -> str:
+    """The base model that an adapter names; nothing where its configuration can't be read, which is said when it is its turn."""
+    try:
+        return str(read_json(directory / CONFIG_NAME).get("base_model_name_or_path"))
+    except InputError:
+        return ""
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TEXTS}
+
+
+def _worst_first(row: Mapping[str, Any]) -> tuple[bool, float, str]:
+    """By retention, those without one last."""
+    kept = row.get("retention")
+    return kept is None, kept if kept is not None else 0.0, row["id"]
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return None
+    return {"min": min(values), "p50": float(np.quantile(values, 0.5)), "max": max(values)}
