@@ -24,7 +24,7 @@ def recipe_of(item: Item, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """
     own = dict(recipe)
     if item.prompts is not None:
-        named = [name for name in PROMPTS if recipe.get(name) is not None]
+        named = [name for name in PROMPTS if isinstance(recipe.get(name), str)]
         own |= dict.fromkeys(named or [FIT], item.prompts)
     if item.base_model is not None and any(own.get(name) is not None for name in PROMPTS):
         own[BASE] = item.base_model

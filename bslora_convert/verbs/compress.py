@@ -8,7 +8,7 @@ Where the source is in the authors' BSLoRA layout there is nothing to fit: see `
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,27 +83,27 @@ def compress(
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     workshop = _open(source, recipe, progress)
-    evidence = _evidence(workshop, recipe, prompts, training, out, began)
-    # Hashing runs beside the fit: both leave the interpreter lock.
-    with ThreadPoolExecutor(1) as pool, modules_over_cores():
-        digest = pool.submit(sha256, adapter.weights)
-        device = pick_device(recipe.device)
-        adapter = adapter.to("cpu" if recipe.is_coded else device)  # codes are searched on the CPU
-        read = time.perf_counter()
-        measured = measure(adapter.modules, adapter.kinds)
-        check_magnitude(measured, adapter.weights)
-        dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
-        if isinstance(adapter, OfficialSource):
-            found, used, extras = as_found(adapter, recipe)
-            fit = Stored.of(found, dtype)
-        else:
-            fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, progress)
-            used = recipe
-        notes = (*adapter.notes, *fit.notes)
-    form = fit.form
-    extras = replace(extras, codes=fit.codes)
-    if workshop is not None:
-        with closing(workshop):
+    with closing(workshop) if workshop is not None else nullcontext():
+        evidence = _evidence(workshop, recipe, prompts, training, out, began)
+        # Hashing runs beside the fit: both leave the interpreter lock.
+        with ThreadPoolExecutor(1) as pool, modules_over_cores():
+            digest = pool.submit(sha256, adapter.weights)
+            device = pick_device(recipe.device)
+            adapter = adapter.to("cpu" if recipe.is_coded else device)  # codes are searched on the CPU
+            read = time.perf_counter()
+            measured = measure(adapter.modules, adapter.kinds)
+            check_magnitude(measured, adapter.weights)
+            dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
+            if isinstance(adapter, OfficialSource):
+                found, used, extras = as_found(adapter, recipe)
+                fit = Stored.of(found, dtype)
+            else:
+                fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, progress)
+                used = recipe
+            notes = (*adapter.notes, *fit.notes)
+        form = fit.form
+        extras = replace(extras, codes=fit.codes)
+        if workshop is not None:
             form, extras = _distilled(form, extras, workshop, evidence, out, recipe, prompts, training, began)
             extras = _proved(form, extras, workshop, evidence)
     if recipe.evidence.finetune is not None and not is_writer():
