@@ -1,4 +1,4 @@
-"""Where conversions run. An engine does some work for each job and gives a result for each as it ends, whatever happens to a worker."""
+"""Where conversions run. An engine takes jobs and gives results as they end, one for each job, whatever happens to a worker."""
 
 from collections.abc import Callable, Generator, Sequence
 
