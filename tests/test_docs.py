@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,25 @@ def test_every_command_within_a_sentence_is_one(place: Path) -> None:
                 parsed(words)
                 seen += 1
     assert seen > 5
+
+
+def test_the_calls_of_the_first_table_run_one_after_another(place: Path) -> None:
+    calls = [span for span in spans(ROOT / "README.md", "bslora-convert ") if " build/" in span]
+    assert len(calls) == 4
+    for call in calls:
+        words = call.replace("fixtures/smollm2-135m-math-r16", "my-lora").split()[1:]
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+
+
+def test_what_is_installed_can_be() -> None:
+    """The project is on no index: its extras are named behind a directory or a file."""
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    texts = {path: path.read_text(encoding="utf-8") for path in (*PAGES, *(ROOT / "bslora_convert").rglob("*.py"))}
+    for path, text in texts.items():
+        assert not re.search(r"pip install\b[^`\n]*[\s'\"]bslora-convert\b", text), path
+        for named in re.findall(r"'[^'\s]*(?:\.|\.whl)\[([\w,]+)\]'", text):
+            assert set(named.split(",")) <= extras, f"{path}: {named}"
 
 
 def test_every_benchmark_that_is_named_takes_its_options() -> None:

@@ -55,14 +55,12 @@ def evaluate(
 
     states: what is active on the model, by name.
 
-    :raises RecipeError: when the extra is not installed or a task is unknown. :raises InputError: when a task can't be read.
+    :raises RecipeError: when a task is unknown. :raises InputError: when a task can't be read.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise RecipeError("tasks need lm-evaluation-harness: pip install 'bslora-convert[eval]'", "tasks") from None
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders = [str(TASKS), *([str(include_path)] if include_path else [])]
     metadata = {"data": str(task_data)} if task_data else None

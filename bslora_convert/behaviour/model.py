@@ -88,15 +88,15 @@ def load_base(
     fits: sees the model before its weights are read, and raises where it is not the one that is needed.
 
     :raises InputError: when there is no such model, or it is not a causal language model with a tokenizer.
-    :raises RecipeError: for a device or dtype that can't be had.
+    :raises RecipeError: for a device or dtype that can't be had, or without the packages that run a model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
     place = pick_device(device)
     check_base(name)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     wanted = ("float32" if place.type == "cpu" else "auto") if dtype == "auto" else dtype
     logging.disable_progress_bar()
     try:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from bslora_convert.errors import InputError
+from bslora_convert.extras import need
 
 CONFIG_NAME = "config.json"
 WEIGHTS = (".safetensors", ".bin")
@@ -13,8 +14,9 @@ SECONDS = 5.0  # that the hub has to answer
 def check_base(name: str | Path) -> None:
     """Refuses a base model that is no directory of one, not in the hub's cache, and not on the hub.
 
-    :raises InputError: naming it.
+    :raises InputError: naming it. :raises RecipeError: when the packages that run one are not installed.
     """
+    need("base", "base_model", "base_model")
     place = Path(name)
     if place.is_dir():
         if not (place / CONFIG_NAME).is_file():

@@ -7,6 +7,7 @@ from typing import Any
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
 from bslora_convert.analysis.clusters import clustered
 from bslora_convert.errors import RecipeError
+from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
@@ -54,6 +55,7 @@ def analyze(
         raise RecipeError(f"draws is {draws}: a whole number of at least {LEAST_DRAWS} is allowed", "draws")
     if (base_model is None) != (prompts is None):
         raise RecipeError("base_model and prompts are given together or not at all", "base_model", "prompts")
+    need("analysis", "analyze")
     if out is not None:
         check_apart(resolve(lora), Path(out))
         check_output(Path(out), overwrite)

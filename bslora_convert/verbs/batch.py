@@ -18,6 +18,7 @@ from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.errors import InputError, OutputError, RecipeError
+from bslora_convert.extras import need
 from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
 from bslora_convert.library.discovery import discover
@@ -81,6 +82,7 @@ def batch(
     _check(engine, workers, shard, max_failures)
     if share_across:
         _check_sharing(recipe, shard)
+    _check_extras(recipe, engine, share_across)
     out = Path(out).absolute()
     for file in recipe.evidence.files.values():
         read_prompts(file)
@@ -246,6 +248,18 @@ def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int 
         raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed", "shard")
     if max_failures is not None and max_failures < 1:
         raise RecipeError(f"max_failures is {max_failures}: a positive whole number is allowed", "max_failures")
+
+
+def _check_extras(recipe: Recipe, engine: str, share_across: bool) -> None:
+    """Once for the library, instead of once for each adapter."""
+    if engine == "ray":
+        need("ray", "engine ray", "engine")
+    if share_across:
+        need("analysis", "share_across", "share_across")
+    if recipe.form.groups == "auto":
+        need("analysis", "groups auto", "groups")
+    if recipe.evidence.base_model is not None:
+        need("base", "base_model", "base_model")
 
 
 def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:

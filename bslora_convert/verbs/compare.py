@@ -14,6 +14,7 @@ from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE
 from bslora_convert.errors import RecipeError
+from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
@@ -64,6 +65,8 @@ def compare(
     :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
     """
     _check(budgets, forms, base_model, prompts, dtype, save, out)
+    if not forms or "vb_lora" in forms:
+        need("analysis", "the form vb_lora")
     if out is not None:
         check_apart(resolve(lora), Path(out))
         check_output(Path(out), overwrite)

@@ -24,6 +24,7 @@ from bslora_convert.conversion.fitting import Stored, fit_stored, missed
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
 from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
+from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
@@ -75,6 +76,8 @@ def compress(
         raise RecipeError(
             "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
         )
+    if recipe.form.groups == "auto":
+        need("analysis", "groups auto", "groups")
     check_apart(resolve(source), out)
     check_output(out, overwrite)
     began = time.perf_counter()

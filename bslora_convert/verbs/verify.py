@@ -17,6 +17,7 @@ from bslora_convert.behaviour.saving import MEASURES, Saving
 from bslora_convert.behaviour.thresholds import Thresholds
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
@@ -73,6 +74,8 @@ def verify(
     check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
     thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
     thresholds.check_measured(prompts is not None, bool(tasks))
+    if tasks:
+        need("eval", "tasks", "tasks")
     progress("reading", 0, 0)
     rows = None
     if prompts is not None:

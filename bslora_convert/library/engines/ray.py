@@ -6,7 +6,6 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from bslora_convert.behaviour.loaded import keep_base
-from bslora_convert.errors import RecipeError
 from bslora_convert.library.jobs import Job, Result, Work, failure
 from bslora_convert.library.options import BASE
 
@@ -16,14 +15,9 @@ GPU_SHARE = 0.25  # of a GPU for one distillation
 
 
 def run_ray(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
-    """Runs jobs as Ray tasks of one core each, at most `AHEAD` times `workers` submitted at a time; 0 workers: every core.
+    """Runs jobs as Ray tasks of one core each, at most `AHEAD` times `workers` submitted at a time; 0 workers: every core."""
+    import ray
 
-    :raises RecipeError: when Ray is not installed.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise RecipeError("--engine ray needs Ray: pip install 'bslora-convert[ray]'") from None
     started = not ray.is_initialized()
     if started:
         address = os.environ.get("RAY_ADDRESS")
