@@ -54,7 +54,8 @@ class Output:
         """Things worth knowing, on stderr."""
         if not self.quiet:
             for note in notes:
-                click.secho(f"note: {note}", err=True, dim=True)
+                urgent = note.startswith("ATTENTION")
+                click.secho(f"note: {note}", err=True, fg="yellow" if urgent else None, dim=None if urgent else True)
 
 
 accept_changed_option = click.option(

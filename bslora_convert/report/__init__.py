@@ -31,5 +31,6 @@ def write(
     if log:
         (place / TRAINING_NAME).write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
     if html:
-        (place / REPORT_NAME).write_text(page.render(record, spectra, log), encoding="utf-8")
+        base_model = compact.config.get("base_model_name_or_path")
+        (place / REPORT_NAME).write_text(page.render(record, spectra, log, base_model), encoding="utf-8")
     (place / CARD_NAME).write_text(card.render(record, compact.config), encoding="utf-8")

@@ -17,6 +17,7 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     words += Recipe.from_dict(record["recipe"]).arguments()
     if "training" in record:
         words += Training(**record["training"]["options"]).arguments()
+    urgent, notes = verdict.attention(record["notes"])
     invocation = shlex.join(words)
     return (
         environment()
@@ -27,5 +28,7 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
             invocation=invocation,
             fence="`" * (1 + max(map(len, re.findall("`{2,}", invocation)), default=2)),  # longer than any within
             verdict=verdict.sentences(record),
+            urgent=urgent,
+            notes=notes,
         )
     )

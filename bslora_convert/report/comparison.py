@@ -1,6 +1,7 @@
 """comparison.html: error against size, a line a form, and the table behind it."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from bslora_convert.comparison.winners import winners
+from bslora_convert.report import commands
+from bslora_convert.report.labels import LETTER, LINE
 from bslora_convert.report.page import environment
-from bslora_convert.report.plots import STYLE, data_uri
+from bslora_convert.report.plots import NARROW, STYLE, WIDE, Picture, data_uri, log_ticks
 
 PAGE = "comparison.html"
 MARKS = "os^vD<>pPX*h"
@@ -19,26 +22,44 @@ MARKS = "os^vD<>pPX*h"
 
 def write(place: Path, record: Mapping[str, Any]) -> None:
     """The page, and its plots as SVG and PNG, into a directory."""
-    drawn = {
-        "error_by_size": (
-            "relative error of the weights against size",
-            _lines(record["rows"], _error, "relative error"),
-        )
-    }
-    if any(row["functional"] for row in record["rows"]):
-        drawn["kl_by_size"] = "KL to the original against size", _lines(record["rows"], _kl, "KL, nats a token")
+    behaviour = any(row["functional"] for row in record["rows"])
+    drawn = figures(record)
     for name, (_, figure) in drawn.items():
         with matplotlib.rc_context(STYLE):
             FigureCanvasSVG(figure).print_svg(place / f"{name}.svg", metadata={"Date": None})
             FigureCanvasAgg(figure).print_png(place / f"{name}.png", metadata={"Software": None})
+    narrow = figures(record, NARROW)
     page = environment().get_template(PAGE).render(
         record=record,
-        best=winners(record),
+        best=_best(record),
         rows=ordered(record["rows"]),
-        behaviour=any(row["functional"] for row in record["rows"]),
-        figures={title: data_uri(figure) for title, figure in drawn.values()},
+        behaviour=behaviour,
+        command=None if behaviour else commands.compare(record),
+        figures={
+            title: Picture(data_uri(figure), data_uri(narrow[name][1])) for name, (title, figure) in drawn.items()
+        },
     )  # fmt: skip
     (place / PAGE).write_text(page, encoding="utf-8")
+
+
+def figures(record: Mapping[str, Any], width: float = WIDE) -> dict[str, tuple[str, Figure]]:
+    """Every plot that the record has the numbers for, in a width in inches: file name -> (title, figure)."""
+    rows = record["rows"]
+    drawn = {
+        "error_by_size": (
+            "relative error of the weights against size",
+            _lines(rows, _error, "relative error", width),
+        )
+    }
+    if any(row["functional"] for row in rows):
+        drawn["kl_by_size"] = "KL to the original against size", _lines(rows, _kl, "KL, nats a token", width)
+    return drawn
+
+
+def _best(record: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
+    """The row of the lowest error at each size."""
+    rows = {(row["budget"], row["form"]): row for row in record["rows"]}
+    return {budget: rows[budget, form] for budget, form in winners(record).items()}
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -55,30 +76,46 @@ def _kl(row: Mapping[str, Any]) -> float | None:
     return max(float(row["functional"]["kl"]), 1e-7) if row["functional"] else None
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str) -> Figure:
-    """One line a form over the bytes that it takes, both axes logarithmic."""
+def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str, width: float) -> Figure:
+    """One line a form over the bytes that it takes, both axes logarithmic; the forms' names beside or below."""
     forms: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         value = measure(row)
         if value is not None:
             forms.setdefault(row["form"], []).append((row["byte_ratio"], value))
+    narrow = width < WIDE
+    high = 3.2 + LINE * math.ceil(len(forms) / 2) if narrow else 5.4
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 5.4), layout="constrained")
+        figure = Figure(figsize=(width, high), layout="constrained")
         axes = figure.add_subplot()
-        colours = matplotlib.colormaps["tab20"]
+        colours = matplotlib.colormaps["tab10"]
         for index, (form, points) in enumerate(forms.items()):
             sizes, values = zip(*sorted(points), strict=True)
             ours = form.startswith(("svd", "bslora"))
-            axes.plot(sizes, values, marker=MARKS[index % len(MARKS)], label=form, color=colours(index % 20),
+            axes.plot(sizes, values, marker=MARKS[index % len(MARKS)], label=form, color=colours(index % 10),
                       linewidth=1.6 if ours else 0.9, markersize=5, linestyle="-" if ours else "--")  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("share of the LoRA's bytes, %")
         axes.set_ylabel(title)
-        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
-        ticks = sorted({row["budget"] for row in rows})
+        log_ticks(axes.yaxis, *axes.get_ylim())
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        ticks = _apart({row["budget"] for row in rows}, 7 * LETTER / (width - (1.0 if narrow else 2.5)))
         axes.set_xticks(ticks, [f"{100 * share:.3g}" for share in ticks])
-        axes.grid(alpha=0.25, which="both")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+        axes.grid(alpha=0.25)
+        if forms:
+            place: dict[str, Any] = (
+                {"loc": "outside lower center", "ncols": 2} if narrow else {"loc": "outside right center"}
+            )
+            figure.legend(frameon=False, fontsize=8, **place)
     return figure
+
+
+def _apart(sizes: Collection[float], least: float) -> list[float]:
+    """Those sizes, from the largest, that stand apart by a share of a logarithmic axis over all of them."""
+    room = least * math.log(max(sizes) / min(sizes))
+    chosen: list[float] = []
+    for size in sorted(sizes, reverse=True):
+        if not chosen or math.log(chosen[-1] / size) >= room:
+            chosen.append(size)
+    return chosen

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from bslora_convert.behaviour.intervals import too_few
 from bslora_convert.modules.names import kind_of, layer_of
-from bslora_convert.report import plots, verdict
+from bslora_convert.report import commands, plots, verdict
+from bslora_convert.report.labels import short_layers
+from bslora_convert.report.plots import Picture
 
 FUNCTIONAL_BEGIN, FUNCTIONAL_END = "<!-- functional -->", "<!-- /functional -->"
-OUTSIDE = "–"  # column of modules that stand in no numbered layer
+MANY = 12  # kinds that have a line each in the plot of spectra
 
 
 def environment() -> jinja2.Environment:
@@ -30,6 +32,7 @@ def environment() -> jinja2.Environment:
     made.filters["plain"] = plain
     made.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     made.tests["few"] = too_few
+    made.filters["words"] = lambda name: name.replace("_", " ")
     made.filters["percent"] = lambda value: f"{value:.2%}"
     made.filters["count"] = lambda value: f"{value:,}"
     made.filters["size"] = size
@@ -55,18 +58,22 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], log: Sequence[Mapping[str, Any]] = ()) -> str:
+def render(
+    record: Mapping[str, Any],
+    spectra: Mapping[str, Tensor],
+    log: Sequence[Mapping[str, Any]] = (),
+    base_model: str | None = None,
+) -> str:
     """The page of one conversion.
 
-    spectra: σ² of every module of the source. log: the steps of a training.
+    spectra: σ² of every module of the source. log: the steps of a training. base_model: what the adapter is for, if it says.
     """
     modules = record["weight"]["modules"]
-    layers = {module["name"]: layer_of(module["name"]) for module in modules}
     kinds = {module["name"]: kind_of(module["name"]) for module in modules}
+    grid = _error_grid(modules, kinds)
     figures = {
-        "error by module": plots.error_map(*_error_grid(modules, layers, kinds)),
         "beside plain SVD of the same size": plots.baselines(_errors(record)),
-        "spectra of the source": plots.spectra(*_spectra(modules, spectra, kinds)),
+        "spectra of the source": plots.spectra(*_spectra(modules, spectra, _few(kinds))),
     }
     if record["compact"]["transform"] != "none":
         figures["where the numbers go"] = plots.budget_split(
@@ -83,40 +90,69 @@ def render(record: Mapping[str, Any], spectra: Mapping[str, Tensor], log: Sequen
         start = (0, record["training"]["heldout_kl_before"])
         heldout = [start, *((row["step"], row["heldout_kl"]) for row in log if "heldout_kl" in row)]
         figures["distillation"] = plots.training([row["step"] for row in log], [row["loss"] for row in log], heldout)
+    urgent, notes = verdict.attention(record["notes"])
     return (
         environment()
         .get_template("report.html")
         .render(
             record=record,
             verdict=verdict.sentences(record),
+            urgent=urgent,
+            notes=notes,
             improved=improved,
-            figures={title: plots.data_uri(figure) for title, figure in figures.items()},
+            command=commands.verify(
+                "THIS_DIR", record["recipe"].get("base_model") or base_model or commands.UNKNOWN_BASE
+            ),
+            figures={
+                "error by module: the redder, the more is lost": plots.picture(
+                    lambda width: plots.error_map(*grid, width)
+                ),
+                **{title: Picture(plots.data_uri(figure)) for title, figure in figures.items()},
+            },
             worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
         )
     )
 
 
 def with_functional(page: str, functional: Mapping[str, Any]) -> str:
-    """A page of this kind with what `verify` found, in the place of what an earlier run found; other pages stay as they are."""
+    """A page of this kind with what `verify` found, in place of the hint or of an earlier run; other pages stay as they are."""
     before, begin, rest = page.partition(FUNCTIONAL_BEGIN)
     _, end, after = rest.partition(FUNCTIONAL_END)
     if not begin or not end:
         return page
-    words = {"verdict": verdict.behaviour(functional), "intervals": verdict.intervals(functional)}
-    shown = environment().get_template("functional.html").render(f=functional, **words)
+    urgent, notes = verdict.attention(functional["notes"])
+    shown = (
+        environment()
+        .get_template("functional.html")
+        .render(
+            f=functional,
+            verdict=verdict.behaviour(functional),
+            intervals=verdict.intervals(functional),
+            thresholds=verdict.thresholds(functional),
+            urgent=urgent,
+            notes=notes,
+        )
+    )
     return f"{before}{begin}\n{shown}\n{end}{after}"
 
 
 def _error_grid(
-    modules: list[dict[str, Any]], layers: Mapping[str, str | None], kinds: Mapping[str, str]
+    modules: list[dict[str, Any]], kinds: Mapping[str, str]
 ) -> tuple[dict[tuple[str, str], float], list[str], list[str]]:
-    prefixes = {layer.rpartition(".")[0] for layer in layers.values() if layer}
-    short = {
-        name: (layer.rpartition(".")[2] if len(prefixes) <= 1 else layer) if layer else OUTSIDE
-        for name, layer in layers.items()
-    }
-    errors = {(short[m["name"]], kinds[m["name"]]): m["relative_error"] for m in modules}
-    return errors, list(dict.fromkeys(short.values())), list(dict.fromkeys(kinds.values()))
+    shown = short_layers([layer_of(module["name"]) for module in modules])
+    errors = {
+        (layer, kinds[module["name"]]): module["relative_error"]
+        for layer, module in zip(shown, modules, strict=True)
+    }  # fmt: skip
+    return errors, list(dict.fromkeys(shown)), list(dict.fromkeys(kinds.values()))
+
+
+def _few(kinds: Mapping[str, str]) -> dict[str, str]:
+    """Kinds without the numbers of experts; where many are left, their last parts."""
+    merged = {name: re.sub(r"\.\d+(?=\.|$)", ".*", kind) for name, kind in kinds.items()}
+    if len(set(merged.values())) <= MANY:
+        return merged
+    return {name: kind.rpartition(".")[2] for name, kind in merged.items()}
 
 
 def _errors(record: Mapping[str, Any]) -> dict[str, float]:

@@ -1,13 +1,30 @@
 """The result in plain words: what was kept, at what size, and whether sharing paid."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bslora_convert.behaviour.intervals import too_few
 
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
+URGENT = "ATTENTION"  # begins a note that is not to be overlooked
 TIE = 0.002  # relative difference of errors under which two results are called equal
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4g} nats a token"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.5g}%"
+
+
+MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
+    "max_kl": ("KL to the reference", _nats),
+    "min_agreement": ("share of tokens with the same first choice", _share),
+    "min_retention": ("share of the adapter's effect that survived", _share),
+    "max_accuracy_drop": ("largest drop of a task's score", _share),
+}
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
@@ -134,10 +151,28 @@ def behaviour(functional: Mapping[str, Any]) -> list[str]:
         if too_few(task["items"]):
             words = f"over {task['items']} items, too few to tell"
         said.append(f"{name}: {task['compact']:.1%} against {task['reference']:.1%}, {words}.")
-    missed = [name for name, checked in functional["thresholds"].items() if not checked["passed"]]
-    if missed:
-        said.append(f"Missed: {', '.join(missed)}.")
+    said += [
+        f"Missed: the {measure} is {value}; {bound} {limit} was asked for."
+        for measure, bound, limit, value, passed in thresholds(functional)
+        if not passed
+    ]
     return said
+
+
+def thresholds(functional: Mapping[str, Any]) -> list[tuple[str, str, str, str, bool]]:
+    """Each threshold in words: what was measured, at most or at least, the limit, the value, whether it was met."""
+    found = []
+    for name, checked in functional["thresholds"].items():
+        measure, shown = MEASURED[name]
+        bound = "at least" if name.startswith("min") else "at most"
+        found.append((measure, bound, shown(checked["limit"]), shown(checked["value"]), checked["passed"]))
+    return found
+
+
+def attention(notes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Notes that are not to be overlooked, without the word that marks them, and the others."""
+    urgent = [note.removeprefix(URGENT).lstrip(": ") for note in notes if note.startswith(URGENT)]
+    return urgent, [note for note in notes if not note.startswith(URGENT)]
 
 
 def intervals(functional: Mapping[str, Any]) -> str | None:
