@@ -81,8 +81,8 @@ def test_what_needs_an_extra_names_it_in_one_line_before_anything_is_written(lor
     cases: dict[tuple[Any, ...], tuple[str, str]] = {
         ("verify", lora, "--reference", lora, "--prompts", prompts, *on_base): ("base", "--base-model"),
         ("finetune", lora, out, "--reference", lora, "--prompts", prompts, *on_base): ("base", "--base-model"),
-        ("compress", lora, out, "--calibration", prompts, *on_base): ("base", "--base-model"),
-        ("batch", lora.parent, out, "--calibration", prompts, *on_base): ("base", "--base-model"),
+        ("compress", lora, out, "--prompts", prompts, *on_base): ("base", "--base-model"),
+        ("batch", lora.parent, out, "--prompts", prompts, *on_base): ("base", "--base-model"),
         ("analyze", lora, "--prompts", prompts, *on_base): ("base", "--base-model"),
         ("verify", lora, "--reference", lora, "--tasks", "local_svamp"): ("eval", "--tasks"),
         ("batch", lora.parent, out, "--engine", "ray"): ("ray", "--engine ray"),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.transforms import Kronecker
-from bslora_convert.fit.lowrank import gram
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
+from bslora_convert.modules.lowrank import gram
 from bslora_convert.modules.names import natural_order
 
 LEAST_SILHOUETTE = 0.25

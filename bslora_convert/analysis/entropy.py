@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bslora_convert.fit.lowrank import Delta, Grams
+from bslora_convert.modules.lowrank import Delta, Grams
 
 
 @dataclass(frozen=True, slots=True)

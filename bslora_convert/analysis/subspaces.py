@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bslora_convert.fit.lowrank import Grams, gram, product_svd
 from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.lowrank import Grams, gram, product_svd
 
 NULL = 1e-10  # squared singular values below this share of the largest belong to no subspace
 SIDES = ("columns", "rows")

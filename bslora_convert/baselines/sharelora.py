@@ -32,10 +32,10 @@ from dataclasses import dataclass
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach, kinds, largest, rounded
-from bslora_convert.fit.lowrank import Grams, ProductSvd, gram, product_svd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import Grams, ProductSvd, gram, product_svd
 
 QKV = ("q_proj", "k_proj", "v_proj", "query", "key", "value")
 

@@ -35,10 +35,10 @@ from torch import Tensor
 from bslora_convert.baselines.baseline import Fitted, Made, kinds, largest, rounded
 from bslora_convert.baselines.proximal import toward_optimum
 from bslora_convert.baselines.sharelora import mean_pair, mean_svd, sharelora_ab
-from bslora_convert.fit.lowrank import Grams, gram, product_svd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import Grams, gram, product_svd
 
 SWEEPS = 200
 TRIAL_SWEEPS = 5  # of each start

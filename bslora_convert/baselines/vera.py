@@ -30,11 +30,11 @@ from torch import Tensor
 from bslora_convert.baselines.baseline import Fitted, Made, largest, rounded
 from bslora_convert.baselines.peft_files import save_peft
 from bslora_convert.baselines.proximal import toward_optimum
-from bslora_convert.fit.lowrank import Grams
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.lora.keys import PREFIX
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import Grams
 
 LARGEST_RANK = 1024
 SWEEPS = 100

@@ -18,8 +18,8 @@ from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.behaviour.writing import Writing, order_of_need
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.errors import InputError
-from bslora_convert.fit.lowrank import Delta
 from bslora_convert.metric.metric import Metric, metric_of
+from bslora_convert.modules.lowrank import Delta
 
 CHOOSING = PROVING = 0.2  # shares of the rows
 PLAIN_NAME = "plain"

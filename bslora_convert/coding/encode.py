@@ -29,9 +29,9 @@ from torch.nn.functional import pad
 from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of
 from bslora_convert.bslora.coding.levels import EDGES, LEVELS
 from bslora_convert.bslora.coding.widths import WIDTHS
-from bslora_convert.fit.lowrank import Grams, residual_energy
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
 from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.lowrank import Grams, residual_energy
 
 CLIPS = (0.8, 0.9, 1.0, 1.1, 1.25)
 TURNS = 2

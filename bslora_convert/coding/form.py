@@ -24,11 +24,11 @@ from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.in_metric import residual_terms, svd_in
-from bslora_convert.fit.lowrank import Grams, ProductSvd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.metric.metric import Metric
 from bslora_convert.modules.factors import Factors, add
+from bslora_convert.modules.lowrank import Grams, ProductSvd
 from bslora_convert.process.progress import Progress, silent
 
 Found = TypeVar("Found")

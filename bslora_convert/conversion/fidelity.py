@@ -21,10 +21,10 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.coding import rate
 from bslora_convert.fit import allocate
-from bslora_convert.fit.lowrank import gram_beside
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import add
+from bslora_convert.modules.lowrank import gram_beside
 from bslora_convert.modules.names import kind_of
 
 SCHEMA_VERSION = 1

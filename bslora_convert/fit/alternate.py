@@ -22,10 +22,10 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.bslora.transforms.kronecker import split_rank
 from bslora_convert.fit import shared
 from bslora_convert.fit.allocate import Ranks, cost_of, lost_energy
-from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.shared import Member, Own, Sum
 from bslora_convert.modules.factors import Factors, add
+from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
 
 Allocation = Callable[[Mapping[str, Tensor]], Ranks]
 Pairs = Mapping[tuple[str, str], Factors]  # (level, group) -> shared pair

@@ -16,9 +16,9 @@ import torch
 
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.fit import allocate
-from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, combine, product_svd
 from bslora_convert.metric.metric import Metric
 from bslora_convert.modules.factors import Factors, add
+from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, combine, product_svd
 
 
 def residual_terms(deltas: Mapping[str, Delta], form: BsloraForm) -> dict[str, list[Factors]]:

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.bases import Basis
-from bslora_convert.fit.lowrank import Grams, gram, residual_energy
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import Grams, gram, residual_energy
 
 ROUNDINGS = 4  # (2 u)²: two bases, a core and its products with them, which are rarely off by as much as u each
 TURNS = 8  # most times that bases are turned

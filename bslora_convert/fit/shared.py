@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.transforms import Kronecker, Slice
-from bslora_convert.fit.lowrank import gram
 from bslora_convert.fit.parallel import each
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import gram
 
 Own = dict[str, Tensor]
 

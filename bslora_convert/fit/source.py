@@ -13,10 +13,10 @@ from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.in_metric import svd_in
-from bslora_convert.fit.lowrank import Delta, Grams, ProductSvd, product_svd
 from bslora_convert.fit.parallel import each
 from bslora_convert.metric.metric import PLAIN, Metric
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, product_svd
 from bslora_convert.modules.names import layer_of
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bslora_convert.fit.lowrank import NULL_FLOOR, gram
 from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.lowrank import NULL_FLOOR, gram
 
 Weigh = Callable[[Tensor], Tensor]
 

@@ -1,1 +1,1 @@
-"""An adapter's modules: their names and the order of these, and a matrix held as two thin factors."""
+"""An adapter's modules: their names and the order of these, a matrix held as two thin factors, its truncated SVD."""

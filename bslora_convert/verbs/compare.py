@@ -21,11 +21,11 @@ from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import COMPARISON_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.fit.device import pick_device
-from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
+from bslora_convert.modules.lowrank import residual_energy
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.storage import DTYPES
 from bslora_convert.version import __version__

@@ -20,10 +20,10 @@ from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
-from bslora_convert.fit.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.recipe.storage import DTYPES, FORMATS
 from bslora_convert.version import __version__
 

@@ -10,9 +10,9 @@ from bslora_convert.baselines.tied_lora import tl6_parameters
 from bslora_convert.baselines.vb_lora import Layout, vb_parameters
 from bslora_convert.baselines.vector_bank import Mixing
 from bslora_convert.baselines.vera import projections, vera_parameters
-from bslora_convert.fit.lowrank import residual_energy
 from bslora_convert.fit.source import Source, measure
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import residual_energy
 from tests.planting import Product
 
 KINDS: dict[str, Shape] = {"self_attn.q_proj": (24, 24), "self_attn.k_proj": (16, 24), "mlp.down_proj": (24, 40)}

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget, measure
-from bslora_convert.fit.lowrank import Delta
 from bslora_convert.metric.metric import Metric, Moments, metric_of
 from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.lowrank import Delta
 from tests.planting import Product, random_products
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from bslora_convert.fit.joint import ROUNDINGS, Target, core_of, rounding, shared_basis, take
-from bslora_convert.fit.lowrank import Grams, product_svd
 from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.lowrank import Grams, product_svd
 
 SHAPE: Shape = (60, 40)
 RANK = 5

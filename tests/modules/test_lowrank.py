@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bslora_convert.fit.lowrank import Grams, gram, inner, product_svd, residual_energy
 from bslora_convert.modules.factors import Factors, add
+from bslora_convert.modules.lowrank import Grams, gram, inner, product_svd, residual_energy
 
 
 def product(out: int, width: int, rank: int, seed: int, dtype: torch.dtype = torch.float64) -> Factors:
