@@ -104,7 +104,7 @@ def render(
                 "THIS_DIR", record["recipe"].get("base_model") or base_model or commands.UNKNOWN_BASE
             ),
             figures={
-                "error by module: the redder, the more is lost": plots.picture(
+                "error by module: the stronger the red, the more is lost": plots.picture(
                     lambda width: plots.error_map(*grid, width)
                 ),
                 **{title: Picture(plots.data_uri(figure)) for title, figure in figures.items()},

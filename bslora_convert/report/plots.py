@@ -73,9 +73,7 @@ def error_map(
     errors: Mapping[tuple[str, str], float], layers: Sequence[str], kinds: Sequence[str], width: float = WIDE
 ) -> Figure:
     """The relative error of each module, redder the larger: layers across, kinds down; grey where a layer has no such module."""
-    reds = matplotlib.colormaps["YlOrRd"](
-        np.linspace(0, 0.78, 256)
-    )  # ends in a red that is one with its inks turned around too
+    reds = matplotlib.colormaps["YlOrRd"](np.linspace(0, 0.7, 256))  # ends in a red that stays one on a dark page
     most = max([LEAST_RED, *errors.values()])
     return _map(errors, layers, kinds, "relative error", ListedColormap(reds).with_extremes(bad=GRID), most, width)
 
