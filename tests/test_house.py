@@ -12,8 +12,8 @@ ORDER = (
     "files", "modules", "process", "metric", "lora", "bslora", "layers", "recipe", "fit", "coding", "analysis", "baselines",
     "comparison", "conversion", "behaviour", "peft", "report", "library", "verbs", "cli",
 )  # fmt: skip
-PURE = ("modules", "metric", "fit", "coding", "analysis", "baselines", "comparison")
-SILENT = {"click", "rich", "safetensors", "json", "pathlib", "fsspec", "bslora_convert.files", "bslora_convert.lora"}
+PURE = ("modules", "metric", "fit", "coding", "analysis")
+SILENT = {"click", "rich", "safetensors", "json", "pathlib", "fsspec", "bslora_convert.files"}
 
 
 def imports(room: str) -> Iterator[tuple[Path, str]]:
