@@ -86,6 +86,7 @@ def compare(output: Output, lora_dir: Path, **options: Any) -> None:
 def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
     from rich.table import Table
 
+    from bslora_convert.report import commands
     from bslora_convert.report.comparison import ordered
 
     behaviour = any(row["functional"] for row in record["rows"])
@@ -116,5 +117,8 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
             ]  # fmt: skip
         table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)
     console.print(table)
+    for budget, (form, call) in commands.compress(record).items():
+        console.print(f"At {budget:.2%} the lowest error that compress makes is {form}'s:")
+        console.print(f"  {call}", soft_wrap=True, highlight=False, markup=False)
     if out is not None:
         console.print(f"Written to {out}", style="dim")

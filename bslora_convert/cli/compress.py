@@ -66,6 +66,11 @@ def recipe_options(function: Any) -> Any:
             ),
             click.option("--max-error", type=float, help="Smallest result of at most this relative error, in codes."),
             click.option(
+                "--max-rank",
+                help="Greatest expanded rank of a module: a number, none, or slot: the source's server slot.  "
+                "[default: slot; none with --ranks]",
+            ),
+            click.option(
                 "--min-shared",
                 type=int,
                 help="Least shared ranks of the search.  [default: 1 for ke, gt and ss, 0 for auto]",

@@ -4,7 +4,7 @@ import click
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "What the result must reach (one of these)": ("max_error", "bytes", "budget", "ranks"),
-    "The form": ("transform", "min_shared", "shared_size", "slice", "kernel", "local_ranks", "groups"),
+    "The form": ("transform", "min_shared", "shared_size", "slice", "kernel", "local_ranks", "groups", "max_rank"),
     "Evidence": ("base_model", "prompts", "metric"),
     "Distillation": (
         "finetune", "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",

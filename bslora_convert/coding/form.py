@@ -23,7 +23,7 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.in_metric import residual_terms, svd_in
+from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.metric.metric import Metric
@@ -41,12 +41,14 @@ class Aim:
     """What a coded form may take and lose. bits: of everything that is coded. lost: energy; the fewest bits that reach it.
 
     width: one width for everything. ranks: each module's local rank, given; the components are then not chosen.
+    most_rank: greatest rank of a module, its shared parts counted.
     """
 
     bits: int | None = None
     lost: float | None = None
     width: int | None = None
     ranks: Mapping[str, int] | None = None
+    most_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +153,16 @@ def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> di
     def local(name: str) -> _Local:
         target, metric = add(*terms[name]), source.metric(name)
         svd = source.svds[name] if len(terms[name]) == 1 else svd_in(metric, target)
-        return _local(target, svd, metric, aim, None if aim.ranks is None else aim.ranks[name])
+        most = math.inf if aim.most_rank is None else max(aim.most_rank - shared_rank(form, name), 0)
+        return _local(target, svd, metric, aim, None if aim.ranks is None else aim.ranks[name], most)
 
     return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))
 
 
-def _local(target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None) -> _Local:
-    count = min(int((svd.energies > 0).sum()), *target.shape) if rank is None else rank
+def _local(
+    target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None, most: float = math.inf
+) -> _Local:
+    count = int(min(int((svd.energies > 0).sum()), *target.shape, most)) if rank is None else rank
     start = svd.truncate([target], count)
     energies = svd.energies[: start.rank].double().cpu().numpy()
     left, right = lost_shares(start.b.T, metric.left).numpy(), lost_shares(start.a, metric.right).numpy()

@@ -27,6 +27,7 @@ from bslora_convert.fit.convert import (
     fit_by_hand,
     fit_to_budget,
 )
+from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
@@ -36,6 +37,9 @@ SAME_ERROR = 1e-3  # relative error under which two fits are equally good and th
 ERROR_ATTEMPTS = 4
 HEAD_START = 1.04  # of the energy that may be lost: what refits gain, as a rule, on what the widths promise
 LEAST_BUDGET = 0.02  # of the parameters, for a float fit that only seeks shared parts
+WORTH_CODING = (
+    0.02  # of the energy that plain components lose at the same numbers: what sharing must gain to be coded too
+)
 ROOM_ATTEMPTS = 6
 ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may stay unused
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
@@ -76,10 +80,14 @@ def fit_stored(
             )
     found: list[tuple[Fit, CodedForm]] = []
     refused: RecipeError | None = None
+    plain: Fit | None = None
     for candidate in _by_name(recipe):
         try:
             said = _named(f"fitting {candidate.form.transform}", progress)
             fit = _float_for_codes(source, candidate, adapter.weights.stat().st_size, adapter.dtype, said)
+            if plain is not None and (not fit.form.shared or fit.lost > (1 - WORTH_CODING) * plain.lost):
+                continue
+            plain = fit if candidate.form.transform == "none" else plain
             make = partial(_coded, source, fit.form, candidate, dtype=dtype, progress=progress)
             found.append((fit, make(None, "") if room is None else room.filled(make)))
         except RecipeError as error:
@@ -193,7 +201,7 @@ def _coded(
 ) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress."""
     phase = f"coding {recipe.form.transform}{words}"
-    aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits)
+    aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits, most_rank=_most_rank(source, recipe))
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(
@@ -215,6 +223,14 @@ def _coded(
         before = coded.bits
         lost *= 0.99 * allowed / reached  # refits gain on what the widths promise, rounding loses
     return best or coded
+
+
+def _most_rank(source: Source, recipe: Recipe) -> int | None:
+    """Greatest rank that a module may have: as asked for, or the slot that a server keeps for the source."""
+    most = recipe.form.max_rank
+    if most == "slot":
+        return step_of(max(delta.rank for delta in source.deltas.values()))
+    return most if isinstance(most, int) else None
 
 
 def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
@@ -241,6 +257,7 @@ def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[
         kernel=recipe.form.kernel,
         min_shared=recipe.form.min_shared or 0,
         uniform=recipe.is_uniform,
+        most_rank=_most_rank(source, recipe),
         seed=recipe.seed,
         storage=dtype,
     )
@@ -266,6 +283,12 @@ def missed(recipe: Recipe, error: float) -> str:
     wanted = f"--max-error {recipe.aim.max_error:g}"
     if recipe.storage.bits is not None:
         return f"{wanted} can't be reached with --bits {recipe.storage.bits} (reached {error:.4g}); raise one of them"
+    if recipe.form.transform in ("ke", "ss", "gt") and recipe.form.max_rank != "none":
+        return (
+            f"{wanted} can't be reached with --transform {recipe.form.transform} and --max-rank {recipe.form.max_rank} "
+            f"(reached {error:.4g}): shared parts take rank from what modules hold for themselves; give --transform auto or "
+            "--max-rank none"
+        )
     return (
         f"{wanted} is finer than codes can hold, whose widest are bfloat16 (reached {error:.4g}); for floats give "
         "--budget 1 --dtype float32"

@@ -20,8 +20,8 @@ from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.gated import gated_by_hand, gated_to_budget
 from bslora_convert.fit.in_metric import balanced, locals_in
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.search import finish, fit_at, problem_of, search
-from bslora_convert.fit.source import Fit, Options, Progress, Source, measure, quiet, within
+from bslora_convert.fit.search import finish, fit_at, local_most, problem_of, search
+from bslora_convert.fit.source import Fit, Options, Progress, Source, leading, measure, quiet, within
 
 __all__ = ["Fit", "Options", "Source", "fit_by_hand", "fit_to_budget", "measure"]
 
@@ -34,7 +34,7 @@ def fit_to_budget(source: Source, options: Options, budget: int, progress: Progr
     if options.transform == "auto":
         return _best(source, options, budget, progress)
     if options.transform == "none" or not source.sharing or _may_drop_gates(options):
-        return _plain(source, options, within(source, budget, options.uniform))
+        return _plain(source, options, within(source, budget, options.uniform, _most(source, options)))
     if options.transform == "gt":
         return gated_to_budget(source, options, budget)
     return _in_metrics(source, options, search(source.plain, options, budget, progress))
@@ -44,20 +44,21 @@ def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], p
     """The form of the ranks (local, intra, inter); adaptive local ranks spread the same number of local numbers."""
     local, *level_ranks = ranks
     levels = dict(zip(LEVELS, level_ranks, strict=True))
+    if options.transform == "gt" and any(level_ranks) and source.sharing:
+        return gated_by_hand(source, options, levels, local)
+    most = local_most(source, options, levels)
     if options.uniform:
 
         def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
-            return {name: min(local, len(values)) for name, values in spectra.items()}
+            return {name: min(local, len(values)) for name, values in leading(spectra, most).items()}
     else:
         numbers = local * sum(source.costs.values())
 
         def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
-            return allocate.within_budget(spectra, source.costs, numbers)
+            return allocate.within_budget(leading(spectra, most), source.costs, numbers)
 
     if options.transform == "none" or not any(level_ranks) or not source.sharing:
         return _plain(source, options, allocation)
-    if options.transform == "gt":
-        return gated_by_hand(source, options, levels, local)
     problem = problem_of(source.plain, options)
     found = finish(problem, source, options, *fit_at(problem, levels, allocation, options.seed, progress))
     return _in_metrics(source, options, found)
@@ -70,7 +71,7 @@ def _may_drop_gates(options: Options) -> bool:
 
 def _best(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
     """The lowest error over the transforms; the plain form where they tie. Gates never win (see `_may_drop_gates`)."""
-    best = _plain(source, options, within(source, budget, options.uniform))
+    best = _plain(source, options, within(source, budget, options.uniform, _most(source, options)))
     if not source.sharing:
         return best
     tried = ["none"]
@@ -92,8 +93,13 @@ def _in_metrics(source: Source, options: Options, fit: Fit) -> Fit:
     """A fit with shared parts, which are sought plainly, its local parts then in the metrics."""
     if not source.metrics:
         return fit
-    form, lost = locals_in(source.metrics, source.deltas, fit.form, options.uniform)
+    form, lost = locals_in(source.metrics, source.deltas, fit.form, options.uniform, options.most_rank)
     return replace(fit, form=form, lost=lost)
+
+
+def _most(source: Source, options: Options) -> dict[str, int] | None:
+    """Greatest local rank of each module where nothing is shared."""
+    return local_most(source, options, {})
 
 
 def _plain(source: Source, options: Options, allocation: Allocation) -> Fit:

@@ -30,17 +30,22 @@ def residual_terms(deltas: Mapping[str, Delta], form: BsloraForm) -> dict[str, l
     return terms
 
 
+def shared_rank(form: BsloraForm, name: str) -> int:
+    """Rank of a module's shared parts, once expanded."""
+    return form.expanded_rank(name) - form.modules[name].local.rank
+
+
 def svd_in(metric: Metric, target: Factors) -> ProductSvd:
     """SVD of a product in a metric, in terms of its factors."""
     return product_svd(Grams.of(metric.weighed(target)))
 
 
 def locals_in(
-    metrics: Mapping[str, Metric], deltas: Mapping[str, Delta], form: BsloraForm, uniform: bool
+    metrics: Mapping[str, Metric], deltas: Mapping[str, Delta], form: BsloraForm, uniform: bool, most: int | None = None
 ) -> tuple[BsloraForm, float]:
     """The form with local parts of the same numbers in all, best in these metrics, and what it loses there.
 
-    uniform: every module keeps its rank; otherwise ranks go where they gain most.
+    uniform: every module keeps its rank; otherwise ranks go where they gain most. most: greatest rank, shared parts counted.
     """
     terms = residual_terms(deltas, form)
     svds = {name: svd_in(metrics[name], add(*parts)) for name, parts in terms.items()}
@@ -48,7 +53,10 @@ def locals_in(
     spectra = {name: svd.energies for name, svd in svds.items()}
     if not uniform:
         costs = {name: sum(module.shape) for name, module in form.modules.items()}
-        ranks = allocate.within_budget(spectra, costs, allocate.cost_of(ranks, costs))
+        allowed = (
+            spectra if most is None else {n: values[: most - shared_rank(form, n)] for n, values in spectra.items()}
+        )
+        ranks = allocate.within_budget(allowed, costs, allocate.cost_of(ranks, costs))
     modules = {}
     for name, module in form.modules.items():
         left, right = svds[name].balanced(ranks[name])

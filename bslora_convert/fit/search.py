@@ -65,6 +65,24 @@ class Found:
     history: list[float]
 
 
+def local_most(source: Source, options: Options, levels: Mapping[str, int]) -> dict[str, int] | None:
+    """Greatest local rank of each module beside shared parts of these ranks.
+
+    :raises RecipeError: where the shared parts alone exceed the greatest rank.
+    """
+    most = options.most_rank
+    if most is None:
+        return None
+    shared = sum(levels.values())
+    if shared > most and source.sharing:
+        raise RecipeError(
+            f"max_rank is {most}: the shared parts alone are of rank {shared}; raise it, give none, or share less",
+            "max_rank",
+        )
+    sharing = set(source.sharing)
+    return {name: most - shared if name in sharing else most for name in source.deltas}
+
+
 def search(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
     """Shared ranks and local ranks of lowest error at `budget`."""
     problem = problem_of(source, options)
@@ -72,9 +90,13 @@ def search(source: Source, options: Options, budget: int, progress: Progress) ->
 
     def allocation_for(levels: Mapping[str, int]) -> Allocation | None:
         rest = budget - shared_parameters(problem, levels)
-        return within(source, rest, options.uniform) if rest >= 0 and max(levels.values()) <= limit else None
+        most = options.most_rank
+        if rest < 0 or max(levels.values()) > limit or (most is not None and sum(levels.values()) > most):
+            return None
+        return within(source, rest, options.uniform, local_most(source, options, levels))
 
     least = dict.fromkeys(LEVELS, options.min_shared)
+    local_most(source, options, least)
     allocation = allocation_for(least)
     if allocation is None:
         raise too_small(budget, source, shared_parameters(problem, least), options.transform)

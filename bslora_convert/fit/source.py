@@ -107,6 +107,8 @@ class Source:
 class Options:
     """How to share: the transform's name and its own settings, and the least rank of each shared part.
 
+    most_rank: greatest rank that a module may have, its shared parts counted; None for any.
+
     storage: dtype in which local parts are handed over, one by one, so that they never stand in memory together in the
     compute dtype; None keeps that.
     """
@@ -117,6 +119,7 @@ class Options:
     kernel: str = "r_1"
     min_shared: int = 1
     uniform: bool = False
+    most_rank: int | None = None
     seed: int = 0
     storage: torch.dtype | None = None
 
@@ -167,10 +170,16 @@ def quiet(_: str) -> None:
     """Progress that nobody watches."""
 
 
-def within(source: Source, budget: int, equal: bool) -> Allocation:
-    """Local ranks that store at most `budget` numbers."""
+def leading(spectra: Mapping[str, Tensor], most: Mapping[str, int] | None) -> Mapping[str, Tensor]:
+    """Of each module as many components as it may have."""
+    return spectra if most is None else {name: values[: most[name]] for name, values in spectra.items()}
+
+
+def within(source: Source, budget: int, equal: bool, most: Mapping[str, int] | None = None) -> Allocation:
+    """Local ranks that store at most `budget` numbers. most: greatest local rank of each module."""
 
     def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
+        spectra = leading(spectra, most)
         if equal:
             return allocate.uniform({name: len(v) for name, v in spectra.items()}, source.costs, budget)
         return allocate.within_budget(spectra, source.costs, budget)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.recipe.checks import check_choice, check_whole
+from bslora_convert.recipe.checks import check_choice, check_whole, is_whole
 
 TRANSFORM_NAMES = ("ke", "gt", "ss", "none", "auto")
 WINDOW_NAMES = ("center", "top-left", "bottom-right")
@@ -19,6 +19,8 @@ class Form:
     min_shared: least rank of each shared part that the search may choose; 1 for ke, gt and ss by name, else 0, unless it is set.
     local_ranks: one rank for all modules, or ranks where they buy most; None leaves it to the aim, which is uniform for ranks by
     hand and adaptive else.
+    max_rank: greatest expanded rank of a module: a number, `slot` for the slot that the source takes on a server, `none`. None is
+    slot, but none where ranks are given by hand.
     groups: `layer`, `auto` or a file of groups: who shares on the intra level.
 
     :raises RecipeError: naming the field, its value and what is allowed.
@@ -31,6 +33,7 @@ class Form:
     kernel: str = "r_1"
     local_ranks: str | None = None
     groups: str = "layer"
+    max_rank: int | str | None = None
 
     def __post_init__(self) -> None:
         check_choice("transform", self.transform, TRANSFORM_NAMES)
@@ -38,6 +41,18 @@ class Form:
         check_choice("kernel", self.kernel, KERNEL_NAMES)
         if self.local_ranks is not None:
             check_choice("local_ranks", self.local_ranks, LOCAL_RANKS)
+        if self.max_rank not in (None, "slot", "none"):
+            if isinstance(self.max_rank, str) and self.max_rank.isdigit():
+                object.__setattr__(self, "max_rank", int(self.max_rank))
+            if (
+                not isinstance(self.max_rank, int)
+                or not is_whole(self.max_rank)
+                or not 1 <= self.max_rank <= LARGEST_RANK
+            ):
+                raise RecipeError(
+                    f"max_rank is {self.max_rank!r}: slot, none or a whole number from 1 to {LARGEST_RANK} is allowed",
+                    "max_rank",
+                )
         check_whole("min_shared", self.min_shared, 0, LARGEST_RANK)
         check_whole("shared_size", self.shared_size, 1, 1 << 20)
         for field, value, plain, of, what in (

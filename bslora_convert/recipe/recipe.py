@@ -45,9 +45,11 @@ class Recipe:
             object.__setattr__(self, name, options.pop(name, default))
         if options:
             raise RecipeError(f"{sorted(options)[0]} is no option of a recipe")
+        by_hand = self.aim.ranks is not None
         if self.form.local_ranks is None:
-            by_hand = self.aim.ranks is not None
             object.__setattr__(self, "form", replace(self.form, local_ranks="uniform" if by_hand else "adaptive"))
+        if self.form.max_rank is None:
+            object.__setattr__(self, "form", replace(self.form, max_rank="none" if by_hand else "slot"))
         check_whole("seed", self.seed, 0, (1 << 63) - 1)
         self._check_device()
         self._check_together()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE
+from bslora_convert.comparison.winners import winners
 
 UNKNOWN_BASE = "BASE_MODEL"
 PROMPTS = ["--prompts", "HELD_OUT.jsonl"]
@@ -25,6 +26,27 @@ def compare(record: Mapping[str, Any]) -> str:
     if set(forms) != set(FORMS):
         words += ["--forms", ",".join(forms)]
     return _joined(*words, "--out", "OUT_DIR")
+
+
+CALLS = {  # how `compress` makes a form of the comparison; the rest it does not make
+    "svd_uniform": ("--transform", "none", "--local-ranks", "uniform", "--budget"),
+    "svd_adaptive": ("--transform", "none", "--budget"),
+    "svd_int8": ("--transform", "none", "--bits", "8", "--bytes"),
+    "svd_int4": ("--transform", "none", "--bits", "4", "--bytes"),
+    "svd_mixed": ("--transform", "none", "--bytes"),
+    "bslora_ss": ("--transform", "ss", "--max-rank", "none", "--budget"),
+    "bslora_gt": ("--transform", "gt", "--max-rank", "none", "--budget"),
+    "bslora_ke": ("--transform", "ke", "--max-rank", "none", "--budget"),
+}
+
+
+def compress(record: Mapping[str, Any]) -> dict[float, tuple[str, str]]:
+    """For each size of a comparison the form of the lowest error that `compress` makes, and the call that makes it."""
+    found = {}
+    made = {**record, "rows": [row for row in record["rows"] if row["form"] in CALLS]}
+    for budget, form in winners(made).items():
+        found[budget] = form, _joined("compress", record["source"]["path"], "OUT_DIR", *CALLS[form], f"{budget:g}")
+    return found
 
 
 def analyze(record: Mapping[str, Any]) -> str:

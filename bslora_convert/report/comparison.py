@@ -17,6 +17,7 @@ from bslora_convert.report.page import environment
 from bslora_convert.report.plots import NARROW, STYLE, WIDE, Picture, data_uri, log_ticks
 
 PAGE = "comparison.html"
+SLACK = 1.01  # of a size, for what a form stores beside its numbers
 MARKS = "os^vD<>pPX*h"
 
 
@@ -34,6 +35,7 @@ def write(place: Path, record: Mapping[str, Any]) -> None:
         best=_best(record),
         rows=ordered(record["rows"]),
         behaviour=behaviour,
+        calls=commands.compress(record),
         command=None if behaviour else commands.compare(record),
         figures={
             title: Picture(data_uri(figure), data_uri(narrow[name][1])) for name, (title, figure) in drawn.items()
@@ -63,8 +65,14 @@ def _best(record: Mapping[str, Any]) -> dict[float, Mapping[str, Any]]:
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """By size asked for, the largest first, then by error; what could not be fitted last."""
-    return sorted(rows, key=lambda row: (-row["budget"], row["relative_error"] is None, row["relative_error"] or 0.0))
+    """By size asked for, the largest first, then by error; what is larger than asked for after those, what has no fit last."""
+
+    def place(row: Mapping[str, Any]) -> tuple[float, bool, bool, float]:
+        error = row["relative_error"]
+        larger = error is not None and row["byte_ratio"] > SLACK * row["budget"]
+        return -row["budget"], error is None, larger, error or 0.0
+
+    return sorted(rows, key=place)
 
 
 def _error(row: Mapping[str, Any]) -> float | None:

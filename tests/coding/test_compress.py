@@ -189,7 +189,7 @@ def test_auto_takes_what_its_transforms_take(tmp_path: Path, fields: dict[str, A
 def test_auto_is_as_small_as_the_best_transform_for_an_error(tmp_path: Path) -> None:
     bits = {}
     for name in ("none", "ke", "ss", "auto"):
-        recipe = Recipe(transform=name, max_error=0.2)
+        recipe = Recipe(transform=name, max_error=0.2, max_rank="none")
         record = compress(TINY, tmp_path / name, recipe, report_html=False)
         assert record["weight"]["relative_error"] <= 0.2
         bits[name] = record["coding"]["bits"]
@@ -248,3 +248,29 @@ def test_codes_that_decode_to_nothing_sensible_are_refused(tmp_path: Path, name:
     save_file(tensors, path)
     with pytest.raises(InputError, match=words):
         load_compact(tmp_path / "out", accept_changed=True)
+
+
+@pytest.mark.parametrize("transform", ["ke", "ss", "gt", "none", "auto"])
+@pytest.mark.parametrize(
+    "size", [{"bytes": 0.5}, {"budget": 1.0}, {"max_error": 0.4}], ids=lambda size: next(iter(size))
+)
+def test_no_result_outgrows_the_slot_of_its_source(tmp_path: Path, transform: str, size: dict[str, float]) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=2, rank=8))
+    record = compress(lora, tmp_path / "out", Recipe(transform=transform, **size), report_html=False)
+    assert record["recipe"]["max_rank"] == "slot"
+    assert record["compact"]["expanded_rank"] <= 8
+
+
+def test_a_greatest_rank_is_kept_to_and_may_be_lifted(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=2, rank=8))
+    ranks = {}
+    for most in (3, "none"):
+        recipe = Recipe(transform="ke", budget=1.0, max_rank=most)
+        ranks[most] = compress(lora, tmp_path / str(most), recipe, report_html=False)["compact"]["expanded_rank"]
+    assert ranks[3] == 3 and ranks["none"] > 8
+    with pytest.raises(RecipeError, match="max_rank is 1: the shared parts alone are of rank 2"):
+        compress(lora, tmp_path / "never", Recipe(transform="ke", budget=1.0, max_rank=1), report_html=False)
+    with pytest.raises(ThresholdMissed, match="--transform ke and --max-rank slot"):
+        compress(lora, tmp_path / "never", Recipe(transform="ke", max_error=0.05), report_html=False)
+    by_hand = compress(lora, tmp_path / "hand", Recipe(transform="ke", ranks=(2, 4, 8)), report_html=False)
+    assert by_hand["compact"]["expanded_rank"] == 14

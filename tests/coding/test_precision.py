@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.coding import rate
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import code_pair
 from bslora_convert.coding.form import Aim, code_form
-from bslora_convert.fit import rate
 from bslora_convert.fit.convert import Options, fit_to_budget, measure
 from bslora_convert.modules.factors import Factors
 from tests.planting import random_products

@@ -1,6 +1,7 @@
 """`compare` as a user meets it: the form that an adapter was made in wins at its own size, and what is saved is what was said."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from bslora_convert.cli import main
 from bslora_convert.comparison.forms import CODED, FORMS, OWN_SIZE, WITHIN_BUDGET
 from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.report.commands import CALLS
+from bslora_convert.report.commands import compress as calls_for
 from bslora_convert.verbs.compare import handfuls
 from tests.baselines.planted import PLANTED
 from tests.conftest import FIXTURES
@@ -206,3 +209,15 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
         compare(tmp_path / "none")
     done = CliRunner().invoke(main, ["compare", str(TINY / "gsm8k"), "--budgets", "a,b"])
     assert done.exit_code == 2
+
+
+@pytest.mark.parametrize("form", [*CALLS])
+def test_the_call_that_is_printed_makes_the_form(form: str, tmp_path: Path) -> None:
+    record = compare(TINY / "gsm8k", budgets=[0.25], forms=[form])
+    name, call = calls_for(record)[0.25]
+    assert name == form
+    words = [str(tmp_path / "out") if word == "OUT_DIR" else word for word in shlex.split(call)[1:]]
+    done = CliRunner().invoke(main, [*words, "--no-report-html", "--json"])
+    assert done.exit_code in (0, 1), done.stderr  # 1: smaller than nothing gained
+    error = json.loads((tmp_path / "out" / "fidelity.json").read_text())["weight"]["relative_error"]
+    assert error == pytest.approx(row_of(record, form)["relative_error"], rel=0.1)  # of the file's bytes
