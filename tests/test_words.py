@@ -104,7 +104,7 @@ def test_piped_lines_stay_whole(lora: Path, tmp_path: Path) -> None:
     assert lines[0] == f"none of {lora}"
     compared = run("compare", lora, "--budgets", "0.5", "--forms", "vera,vb_lora,svd_adaptive")
     header = next(line for line in compared.stdout.splitlines() if "settings and notes" in line)
-    rows = [line for line in compared.stdout.splitlines() if "50.00%" in line]
+    rows = [line for line in compared.stdout.splitlines() if "50.00%" in line and line.startswith("│")]
     assert len(rows) == 3
     assert {len(row) for row in rows} == {len(header)}
 
@@ -136,7 +136,7 @@ def test_a_screen_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch) ->
         (("compress", "--shared-size", "8", "--transform", "none"), "--shared-size is 8: with --transform none"),
         (("compress", "--ranks", "0,0,0"), "--ranks is 0,0,0"),
         (("compress", "--prompts", "x"), "--prompts needs the base model: give --base-model"),
-        (("compress", "--metric", "two-sided"), "so give --prompts"),
+        (("compress", "--metric", "two-sided"), "--metric is 'two-sided': it needs --prompts"),
         (("compress", "--device", "tpu"), "--device is 'tpu'"),
         (("compress", "--bytes", "0.5", "--local-ranks", "uniform"), "--local-ranks is 'uniform': with --bytes"),
         (("compress", "--batch-size", "0"), "--batch-size is 0"),

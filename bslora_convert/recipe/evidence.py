@@ -28,9 +28,7 @@ class Evidence:
         if not self.finetune:
             object.__setattr__(self, "finetune", None)
         if self.metric != "auto" and self.prompts is None:
-            raise RecipeError(
-                f"metric is {self.metric!r}: it is taken on prompts, so give prompts", "metric", "prompts"
-            )
+            raise RecipeError(f"metric is {self.metric!r}: it needs prompts", "metric", "prompts")
         if self.finetune is True and self.prompts is None:
             raise RecipeError("finetune without a file is on the rows of prompts: give prompts", "finetune", "prompts")
         named = [name for name in ("prompts", "finetune") if getattr(self, name) is not None]
