@@ -137,17 +137,16 @@ def test_gate_by_hand_is_truncated_svd_of_rank_plus_two(real_adapter: Path, tmp_
     assert errors[0]["relative_error"] == pytest.approx(errors[1]["relative_error"], abs=1e-6)
 
 
-@pytest.mark.parametrize("error", [0.3, 0.05])
-def test_max_error_holds_for_what_was_written(real_adapter: Path, tmp_path: Path, error: float) -> None:
-    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none", max_error=error))
-    assert record["weight"]["relative_error"] <= error
-    assert record["weight"]["relative_error"] >= 0.97 * error
-    assert record["compact"]["byte_ratio"] < {0.3: 0.09, 0.05: 0.32}[error]
+def test_max_error_holds_for_what_was_written(real_adapter: Path, tmp_path: Path) -> None:
+    recipe = Recipe(transform="none", max_error=0.3)
+    record = compress(real_adapter, tmp_path / "out", recipe, report_html=False)
+    assert 0.97 * 0.3 <= record["weight"]["relative_error"] <= 0.3
+    assert record["compact"]["byte_ratio"] < 0.09
 
 
-def test_an_error_finer_than_the_dtype_is_said_and_nothing_written(real_adapter: Path, tmp_path: Path) -> None:
+def test_an_error_finer_than_the_dtype_is_said_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(ThresholdMissed, match="--dtype float32") as caught:
-        compress(real_adapter, tmp_path / "out", Recipe(transform="none", max_error=1e-5))
+        compress(FIXTURES / "tiny" / "gsm8k", tmp_path / "out", Recipe(transform="none", max_error=1e-5))
     assert caught.value.exit_code == 1
     assert names(tmp_path) == []
 

@@ -42,7 +42,7 @@ from tests.planting import random_products, write_lora
         ({"shared_size": 64, "transform": "ss"}, "no meaning"),
         ({"slice": "top-left"}, "no windows"),
         ({"kernel": "2_r", "transform": "ss"}, "no kernels"),
-        ({"metric": "two-sided"}, "give prompts"),
+        ({"metric": "two-sided"}, "needs prompts"),
     ],
 )
 def test_wrong_values_are_named(options: dict[str, Any], words: str) -> None:

@@ -278,12 +278,12 @@ def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:
     return cast
 
 
-def missed(recipe: Recipe, error: float) -> str:
-    """Why an error was not reached, and what to do."""
+def missed(recipe: Recipe, error: float, fitted: bool) -> str:
+    """Why an error was not reached, and what to do. fitted: whether the form was sought, not found in the source."""
     wanted = f"--max-error {recipe.aim.max_error:g}"
     if recipe.storage.bits is not None:
         return f"{wanted} can't be reached with --bits {recipe.storage.bits} (reached {error:.4g}); raise one of them"
-    if recipe.form.transform in ("ke", "ss", "gt") and recipe.form.max_rank != "none":
+    if fitted and recipe.form.transform in ("ke", "ss", "gt") and recipe.form.max_rank != "none":
         return (
             f"{wanted} can't be reached with --transform {recipe.form.transform} and --max-rank {recipe.form.max_rank} "
             f"(reached {error:.4g}): shared parts take rank from what modules hold for themselves; give --transform auto or "

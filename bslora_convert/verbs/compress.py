@@ -120,7 +120,7 @@ def compress(
         )  # fmt: skip
         error = record["weight"]["relative_error"]
         if recipe.aim.max_error is not None and recipe.evidence.base_model is None and error > recipe.aim.max_error:
-            raise ThresholdMissed(missed(recipe, error))
+            raise ThresholdMissed(missed(recipe, error, fitted=used is recipe))
     if recipe.evidence.base_model is not None:
         forget_completions(out)
     if recipe.evidence.finetune is not None:
