@@ -17,6 +17,7 @@ from bslora_convert.errors import InputError, OutputError, RecipeError, Threshol
 from bslora_convert.lora import load_lora
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.verbs.compress import compress
+from tests.conftest import FIXTURES
 from tests.planting import KINDS, Product, plant, random_products, write_lora
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "fidelity.json", "report.html"]
