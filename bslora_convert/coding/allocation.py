@@ -8,7 +8,7 @@ component is left out), or a vector of a shared part (a width). Option o of item
 λ is bisected; what is left of the budget then goes, step by step, to the upgrade that fits and gains most a bit. With λ → 0 the
 loss is the least that the widths allow, and a wanted loss instead of a budget is bisected in the same way.
 
-d of a local component is σ² (1 − (1 − D_u)(1 − D_v)) (`quantize`); of a shared vector D times the energy of its component over
+d of a local component is σ² (1 − (1 − D_u)(1 − D_v)) (`encode`); of a shared vector D times the energy of its component over
 all modules that use it, which is why shared vectors end up in more bits than local ones.
 """
 

@@ -1,9 +1,9 @@
 """A form in codes: widths for all of it within a number of bits, shared parts first, local parts fitted to what those leave.
 
 1. items: components of every module's T = ΔW − shared parts (SVD), and vectors of the shared pairs, kernels and gates
-2. widths for all of them at one price a bit (`precision`)
+2. widths for all of them at one price a bit (`allocation`)
 3. shared parts are coded; T is taken again, against them as decoded; the bits that are left buy local components anew
-4. each module's local part is coded and refitted (`quantize.code_pair`)
+4. each module's local part is coded and refitted (`encode.code_pair`)
 """
 
 import math

@@ -2,7 +2,7 @@
 
 read -> metric (plain, or of prompts) -> fit -> code -> [distil] -> write beside -> read back -> measure -> tell -> rename
 
-Where the source is in the authors' BSLoRA layout there is nothing to fit: see `deduplication`.
+Where the source is in the authors' BSLoRA layout there is nothing to fit: see `conversion.found`.
 """
 
 import time
