@@ -12,8 +12,9 @@ import torch
 
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
-from bslora_convert.behaviour.divergence import Divergence, diverge
+from bslora_convert.behaviour.divergence import diverge
 from bslora_convert.behaviour.prompts import Example, Prompts, Row
+from bslora_convert.behaviour.rows import Means, means
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.behaviour.writing import Writing, order_of_need
 from bslora_convert.bslora.form import BsloraForm
@@ -88,13 +89,14 @@ def metrics_of(
     return found
 
 
-def behaviour_of(workshop: Workshop, form: BsloraForm, examples: Sequence[Example], batch_size: int) -> Divergence:
-    """How a form predicts on some rows, against the original adapter."""
+def behaviour_of(workshop: Workshop, form: BsloraForm, examples: Sequence[Example], batch_size: int) -> Means:
+    """How a form predicts on some rows together, against the original adapter."""
     attached = Attached(workshop.base.model, form, workshop.adapter.carried, "the result", enabled=False)
     try:
-        return diverge(
+        found = diverge(
             workshop.base, workshop.reference, attached, examples, batch_size,
             lambda done: workshop.progress("measuring behaviour", done, len(examples)),
         )  # fmt: skip
+        return means(found.rows)
     finally:
         attached.remove()

@@ -153,16 +153,17 @@ def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> di
     def local(name: str) -> _Local:
         target, metric = add(*terms[name]), source.metric(name)
         svd = source.svds[name] if len(terms[name]) == 1 else svd_in(metric, target)
-        most = math.inf if aim.most_rank is None else max(aim.most_rank - shared_rank(form, name), 0)
-        return _local(target, svd, metric, aim, None if aim.ranks is None else aim.ranks[name], most)
+        rank = None if aim.ranks is None else aim.ranks[name]
+        most = min(target.shape)
+        if aim.most_rank is not None:
+            most = min(most, max(aim.most_rank - shared_rank(form, name), 0))
+        return _local(target, svd, metric, aim, rank, most)
 
     return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))
 
 
-def _local(
-    target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None, most: float = math.inf
-) -> _Local:
-    count = int(min(int((svd.energies > 0).sum()), *target.shape, most)) if rank is None else rank
+def _local(target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None, most: int) -> _Local:
+    count = min(int((svd.energies > 0).sum()), most) if rank is None else rank
     start = svd.truncate([target], count)
     energies = svd.energies[: start.rank].double().cpu().numpy()
     left, right = lost_shares(start.b.T, metric.left).numpy(), lost_shares(start.a, metric.right).numpy()

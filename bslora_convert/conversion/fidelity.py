@@ -111,7 +111,7 @@ def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, fl
 
 
 def coding(source: Source, compact: CompactAdapter, relative_error: float) -> dict[str, Any]:
-    """What codes achieve beside the rate–distortion bound (`fit.rate`) for the same spectra.
+    """What codes achieve beside the rate–distortion bound (`coding.rate`) for the same spectra.
 
     bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. widths_by_part: the same for the
     local parts of each kind of module, 0 where the source's vectors are left out, and for each level's shared parts. bound: the

@@ -20,13 +20,7 @@ from bslora_convert.coding.form import Aim, CodedForm, code_form
 from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.groups import candidates
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.convert import (
-    Fit,
-    Options,
-    Source,
-    fit_by_hand,
-    fit_to_budget,
-)
+from bslora_convert.fit.convert import Fit, Options, Source, fit_by_hand, fit_to_budget
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
@@ -37,9 +31,7 @@ SAME_ERROR = 1e-3  # relative error under which two fits are equally good and th
 ERROR_ATTEMPTS = 4
 HEAD_START = 1.04  # of the energy that may be lost: what refits gain, as a rule, on what the widths promise
 LEAST_BUDGET = 0.02  # of the parameters, for a float fit that only seeks shared parts
-WORTH_CODING = (
-    0.02  # of the energy that plain components lose at the same numbers: what sharing must gain to be coded too
-)
+WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
 ROOM_ATTEMPTS = 6
 ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may stay unused
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt

@@ -28,13 +28,16 @@ def check_outside(out: Path) -> None:
         )
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Refuses an output place that can't be used, before any work is done.
+def check_output(out: Path, overwrite: bool, *sources: Path) -> None:
+    """Refuses an output place that can't be used, before any work is done. sources: what it must stay apart from.
 
+    :raises InputError: as `check_apart`.
     :raises OutputError: when it is a file, a directory with content without `overwrite`, with `overwrite` one in which anything
         was not written by this tool or was changed since, one that holds the current directory or the user's own, an address
         in a library or a place inside of an adapter, or can't be made.
     """
+    for source in sources:
+        check_apart(source, out)
     check_outside(out)
     if any(out.resolve() in (place, *place.parents) for place in (Path.cwd(), Path.home())):
         raise OutputError(f"{out}: holds the current directory or your own; it is not replaced")

@@ -20,8 +20,8 @@ from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.gated import gated_by_hand, gated_to_budget
 from bslora_convert.fit.in_metric import balanced, locals_in
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.search import finish, fit_at, local_most, problem_of, search
-from bslora_convert.fit.source import Fit, Options, Progress, Source, leading, measure, quiet, within
+from bslora_convert.fit.search import finish, fit_at, problem_of, search
+from bslora_convert.fit.source import Fit, Options, Progress, Source, leading, local_most, measure, quiet, within
 
 __all__ = ["Fit", "Options", "Source", "fit_by_hand", "fit_to_budget", "measure"]
 
@@ -34,7 +34,7 @@ def fit_to_budget(source: Source, options: Options, budget: int, progress: Progr
     if options.transform == "auto":
         return _best(source, options, budget, progress)
     if options.transform == "none" or not source.sharing or _may_drop_gates(options):
-        return _plain(source, options, within(source, budget, options.uniform, _most(source, options)))
+        return _plain(source, options, within(source, budget, options.uniform, local_most(source, options, 0)))
     if options.transform == "gt":
         return gated_to_budget(source, options, budget)
     return _in_metrics(source, options, search(source.plain, options, budget, progress))
@@ -46,7 +46,7 @@ def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], p
     levels = dict(zip(LEVELS, level_ranks, strict=True))
     if options.transform == "gt" and any(level_ranks) and source.sharing:
         return gated_by_hand(source, options, levels, local)
-    most = local_most(source, options, levels)
+    most = local_most(source, options, sum(level_ranks))
     if options.uniform:
 
         def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
@@ -71,7 +71,7 @@ def _may_drop_gates(options: Options) -> bool:
 
 def _best(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
     """The lowest error over the transforms; the plain form where they tie. Gates never win (see `_may_drop_gates`)."""
-    best = _plain(source, options, within(source, budget, options.uniform, _most(source, options)))
+    best = _plain(source, options, within(source, budget, options.uniform, local_most(source, options, 0)))
     if not source.sharing:
         return best
     tried = ["none"]
@@ -95,11 +95,6 @@ def _in_metrics(source: Source, options: Options, fit: Fit) -> Fit:
         return fit
     form, lost = locals_in(source.metrics, source.deltas, fit.form, options.uniform, options.most_rank)
     return replace(fit, form=form, lost=lost)
-
-
-def _most(source: Source, options: Options) -> dict[str, int] | None:
-    """Greatest local rank of each module where nothing is shared."""
-    return local_most(source, options, {})
 
 
 def _plain(source: Source, options: Options, allocation: Allocation) -> Fit:

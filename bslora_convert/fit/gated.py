@@ -17,7 +17,7 @@ from bslora_convert.bslora.transforms import Gate
 from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
-from bslora_convert.fit.source import Fit, Options, Source, leading, too_small
+from bslora_convert.fit.source import Fit, Options, Source, leading, local_most, too_small
 from bslora_convert.modules.factors import Factors
 
 SIZE_SHARE = 0.05  # share of a budget that may go into the shared size of gates
@@ -28,8 +28,9 @@ def gated_by_hand(source: Source, options: Options, levels: Mapping[str, int], l
     transform = Gate(options.shared_size or DEFAULT_SIZE)
     grouped = {name for members in source.groups["intra"].values() for name in members}
     gates = {name: sum(rank > 0 for rank in levels.values()) if name in grouped else 0 for name in source.deltas}
+    most = local_most(source, options, max(gates.values(), default=0))
     if options.uniform:
-        ranks = {name: min(local, limit) for name, limit in _limits(source, options, gates).items()}
+        ranks = {name: min(local, len(values)) for name, values in leading(source.spectra, most).items()}
     else:
         numbers = local * sum(source.costs.values())
         ranks = allocate.within_budget(_allowed(source, options), source.costs, numbers, first=gates)
@@ -58,19 +59,21 @@ def gated_to_budget(source: Source, options: Options, budget: int) -> Fit:
     rest = budget - pairs * 2 * size
     if rest < min(costs.values()):
         raise too_small(budget, source, pairs * 2 * size + min(costs.values()), "gt")
-    leading = {name: source.spectra[name][: len(LEVELS)] for name in members}
-    gates = dict.fromkeys(source.deltas, 0) | allocate.within_budget(leading, costs, rest)
+    allowed = _allowed(source, options)
+    first = {name: allowed[name][: len(LEVELS)] for name in members}
+    gates = dict.fromkeys(source.deltas, 0) | allocate.within_budget(first, costs, rest)
     rest -= allocate.cost_of({name: gates[name] for name in members}, costs)
     if options.uniform:
-        limits = {name: len(values) - gates[name] for name, values in _allowed(source, options).items()}
+        limits = {name: len(values) - gates[name] for name, values in allowed.items()}
         ranks = allocate.uniform(limits, source.costs, rest)
     else:
-        ranks = allocate.within_budget(_allowed(source, options), source.costs, rest, first=gates)
+        ranks = allocate.within_budget(allowed, source.costs, rest, first=gates)
     notes = []
     if size != (options.shared_size or DEFAULT_SIZE):
         notes.append(f"the shared size was cut from {DEFAULT_SIZE} to {size} to fit the budget")
     if any(gates[name] < len(LEVELS) for name in members):
-        notes.append("not every module has both gated paths: the budget ends before")
+        end = "the budget" if options.most_rank is None or options.most_rank >= len(LEVELS) else "the greatest rank"
+        notes.append(f"not every module has both gated paths: {end} ends before")
     return replace(_gated(source, options, transform, levels, gates, ranks), notes=tuple(notes))
 
 
@@ -78,15 +81,6 @@ def _allowed(source: Source, options: Options) -> Mapping[str, Tensor]:
     """Of each module the components that it may have, gated ones counted."""
     most = options.most_rank
     return leading(source.spectra, None if most is None else dict.fromkeys(source.spectra, most))
-
-
-def _limits(source: Source, options: Options, gates: Ranks) -> Ranks:
-    """Greatest local rank of each module where gates are given by hand: they may repeat nothing of a small module."""
-    most = options.most_rank
-    return {
-        name: len(values) if most is None else max(min(len(values), most - gates[name]), 0)
-        for name, values in source.spectra.items()
-    }
 
 
 def _gated(

@@ -19,7 +19,7 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.source import Fit, Options, Progress, Source, quiet, too_small, within
+from bslora_convert.fit.source import Fit, Options, Progress, Source, local_most, quiet, too_small, within
 from bslora_convert.modules.factors import Factors
 
 TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
@@ -65,38 +65,20 @@ class Found:
     history: list[float]
 
 
-def local_most(source: Source, options: Options, levels: Mapping[str, int]) -> dict[str, int] | None:
-    """Greatest local rank of each module beside shared parts of these ranks.
-
-    :raises RecipeError: where the shared parts alone exceed the greatest rank.
-    """
-    most = options.most_rank
-    if most is None:
-        return None
-    shared = sum(levels.values())
-    if shared > most and source.sharing:
-        raise RecipeError(
-            f"max_rank is {most}: the shared parts alone are of rank {shared}; raise it, give none, or share less",
-            "max_rank",
-        )
-    sharing = set(source.sharing)
-    return {name: most - shared if name in sharing else most for name in source.deltas}
-
-
 def search(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
     """Shared ranks and local ranks of lowest error at `budget`."""
     problem = problem_of(source, options)
     limit = min(LARGEST_SHARED_RANK, *problem.transform.pair_sizes)
+    most = math.inf if options.most_rank is None else options.most_rank
 
     def allocation_for(levels: Mapping[str, int]) -> Allocation | None:
-        rest = budget - shared_parameters(problem, levels)
-        most = options.most_rank
-        if rest < 0 or max(levels.values()) > limit or (most is not None and sum(levels.values()) > most):
+        rest, shared = budget - shared_parameters(problem, levels), sum(levels.values())
+        if rest < 0 or max(levels.values()) > limit or shared > most:
             return None
-        return within(source, rest, options.uniform, local_most(source, options, levels))
+        return within(source, rest, options.uniform, local_most(source, options, shared))
 
     least = dict.fromkeys(LEVELS, options.min_shared)
-    local_most(source, options, least)
+    local_most(source, options, sum(least.values()))  # says so where not even these fit
     allocation = allocation_for(least)
     if allocation is None:
         raise too_small(budget, source, shared_parameters(problem, least), options.transform)

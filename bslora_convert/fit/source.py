@@ -52,7 +52,13 @@ class Source:
     @property
     def plain(self) -> "Source":
         """The same, measured plainly."""
-        return replace(measure(self.deltas, self.kinds), partition=self.partition) if self.metrics else self
+        return self.measured_in({})
+
+    def measured_in(self, metrics: Mapping[str, Metric]) -> "Source":
+        """The same in other metrics, its Gram matrices kept; plainly where there are none."""
+        if not metrics and not self.metrics:
+            return self
+        return replace(self, svds=_svds(self.deltas, self.grams, metrics), metrics=metrics)
 
     def metric(self, name: str) -> Metric:
         """What a module is measured by."""
@@ -108,7 +114,6 @@ class Options:
     """How to share: the transform's name and its own settings, and the least rank of each shared part.
 
     most_rank: greatest rank that a module may have, its shared parts counted; None for any.
-
     storage: dtype in which local parts are handed over, one by one, so that they never stand in memory together in the
     compute dtype; None keeps that.
     """
@@ -145,12 +150,16 @@ def measure(
 ) -> Source:
     """Gram matrices of every module, and SVDs in its metric."""
     grams = dict(zip(deltas, each(Grams.of_delta, deltas.values()), strict=True))
+    return Source(deltas, kinds or {}, grams, _svds(deltas, grams, metrics or {}), metrics or {})
 
+
+def _svds(
+    deltas: Mapping[str, Delta], grams: Mapping[str, Grams], metrics: Mapping[str, Metric]
+) -> dict[str, ProductSvd]:
     def svd(name: str) -> ProductSvd:
         return svd_in(metrics[name], deltas[name].factors()) if metrics else product_svd(grams[name])
 
-    svds = dict(zip(grams, each(svd, grams), strict=True))
-    return Source(deltas, kinds or {}, grams, svds, metrics or {})
+    return dict(zip(grams, each(svd, grams), strict=True))
 
 
 def check_magnitude(source: Source, where: object) -> None:
@@ -173,6 +182,23 @@ def quiet(_: str) -> None:
 def leading(spectra: Mapping[str, Tensor], most: Mapping[str, int] | None) -> Mapping[str, Tensor]:
     """Of each module as many components as it may have."""
     return spectra if most is None else {name: values[: most[name]] for name, values in spectra.items()}
+
+
+def local_most(source: Source, options: Options, shared: int) -> dict[str, int] | None:
+    """Greatest local rank of each module beside shared parts of this rank in all; None for any.
+
+    :raises RecipeError: where the shared parts alone exceed the greatest rank.
+    """
+    most = options.most_rank
+    if most is None:
+        return None
+    sharing = set(source.sharing) if shared else set()
+    if shared > most and sharing:
+        raise RecipeError(
+            f"max_rank is {most}: the shared parts alone are of rank {shared}; raise it, give none, or share less",
+            "max_rank",
+        )
+    return {name: most - shared if name in sharing else most for name in source.deltas}
 
 
 def within(source: Source, budget: int, equal: bool, most: Mapping[str, int] | None = None) -> Allocation:

@@ -28,10 +28,7 @@ from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
-from bslora_convert.fit.convert import (
-    Source,
-    measure,
-)
+from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
@@ -78,8 +75,7 @@ def compress(
         )
     if recipe.form.groups == "auto":
         need("analysis", "groups auto", "groups")
-    check_apart(resolve(source), out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, resolve(source))
     began = time.perf_counter()
     progress("reading", 0, 0)
     prompts = _prompts(recipe, training)
@@ -179,12 +175,11 @@ def _fitted(
         return fit_stored(measured, recipe, dtype, adapter, progress), Extras()
     from bslora_convert.behaviour.evidence import PLAIN_NAME, behaviour_of, metrics_of
 
-    best, kl = None, {}
+    best, kept, kl = None, PLAIN_NAME, {}
     for name, metrics in metrics_of(workshop, measured.deltas, evidence, recipe.evidence.metric).items():
-        source = measure(measured.deltas, measured.kinds, metrics) if metrics else measured
-        found = fit_stored(source, recipe, dtype, adapter, progress)
-        kl[name] = behaviour_of(workshop, found.form, evidence.choose, evidence.batch_size).to_dict()["kl"]
-        if best is None or kl[name] < min(value for other, value in kl.items() if other != name):
+        found = fit_stored(measured.measured_in(metrics), recipe, dtype, adapter, progress)
+        kl[name] = float(behaviour_of(workshop, found.form, evidence.choose, evidence.batch_size).kl)
+        if best is None or kl[name] < kl[kept]:
             best, kept = found, name
     assert best is not None  # there is the plain metric
     rows = {part: len(getattr(evidence, part)) for part in ("fit", "choose", "prove")}
@@ -226,6 +221,6 @@ def _proved(form: BsloraForm, extras: Extras, workshop: "Workshop", evidence: "E
         return extras
     from bslora_convert.behaviour.evidence import behaviour_of
 
-    found = behaviour_of(workshop, form, evidence.prove, evidence.batch_size).to_dict()
-    proof = {name: found[name] for name in ("kl", "base_kl", "retention", "agreement")}
+    found = behaviour_of(workshop, form, evidence.prove, evidence.batch_size)
+    proof = {name: float(getattr(found, name)) for name in ("kl", "base_kl", "retention", "agreement")}
     return replace(extras, evidence={**(extras.evidence or {}), "proof": proof})

@@ -272,5 +272,9 @@ def test_a_greatest_rank_is_kept_to_and_may_be_lifted(tmp_path: Path) -> None:
         compress(lora, tmp_path / "never", Recipe(transform="ke", budget=1.0, max_rank=1), report_html=False)
     with pytest.raises(ThresholdMissed, match="--transform ke and --max-rank slot"):
         compress(lora, tmp_path / "never", Recipe(transform="ke", max_error=0.05), report_html=False)
+    gates = compress(lora, tmp_path / "gates", Recipe(transform="gt", budget=1.0, max_rank=1), report_html=False)
+    assert gates["compact"]["expanded_rank"] == 1
+    with pytest.raises(RecipeError, match="max_rank is 1: the shared parts alone are of rank 2"):
+        compress(lora, tmp_path / "never", Recipe(transform="gt", ranks=(1, 1, 1), max_rank=1), report_html=False)
     by_hand = compress(lora, tmp_path / "hand", Recipe(transform="ke", ranks=(2, 4, 8)), report_html=False)
     assert by_hand["compact"]["expanded_rank"] == 14
