@@ -50,3 +50,9 @@ class ThresholdMissed(BsloraConvertError):
     """The work was done but what was asked of the result could not be met."""
 
     exit_code = 1
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what another library's error says, its name where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

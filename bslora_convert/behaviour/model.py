@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bslora_convert.behaviour.prompts import Batch
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.errors import InputError, reason_of
 from bslora_convert.files.base import check_base
 from bslora_convert.fit.device import pick_device
+from bslora_convert.recipe.checks import check_choice
 from bslora_convert.recipe.storage import DTYPES
 
 
@@ -90,8 +91,7 @@ def load_base(
     :raises InputError: when there is no such model, or it is not a causal language model with a tokenizer.
     :raises RecipeError: for a device or dtype that can't be had, or without the packages that run a model.
     """
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
+    check_choice("dtype", dtype, DTYPES)
     place = pick_device(device)
     check_base(name)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -108,8 +108,7 @@ def load_base(
             name, dtype=wanted if wanted == "auto" else getattr(torch, wanted)
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"base model {name}: can't be loaded ({reason})") from None
+        raise InputError(f"base model {name}: can't be loaded ({reason_of(error)})") from None
     if model.get_output_embeddings() is None:
         raise InputError(f"base model {name}: no output embeddings; a causal language model is expected")
     return BaseModel(str(name), model.to(place).eval().requires_grad_(False), tokenizer, place)

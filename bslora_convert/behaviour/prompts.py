@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.errors import InputError
+from bslora_convert.recipe.checks import check_count
 
 LONGEST_LINE = 16 << 20
 SHORTEST_PREFIX = 8
@@ -97,8 +98,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Row]:
     :raises RecipeError: for a limit that leaves nothing.
     """
     path = Path(path)
-    if limit is not None and limit < 1:
-        raise RecipeError(f"limit is {limit}: a positive whole number is allowed", "limit")
+    check_count("limit", limit)
     if not path.is_file():
         raise InputError(f"{path}: no such file; a JSONL file of prompts is expected")
     rows = [_parse(value, f"{path}: line {line}", line) for line, value in islice(_values(path), limit)]

@@ -119,6 +119,6 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
     console.print(table)
     for budget, (form, call) in commands.compress(record).items():
         console.print(f"At {budget:.2%} the lowest error that compress makes is {form}'s:")
-        console.print(f"  {call}", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {call}", soft_wrap=True)
     if out is not None:
         console.print(f"Written to {out}", style="dim")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from bslora_convert.errors import BsloraConvertError, RecipeError
+from bslora_convert.errors import BsloraConvertError, RecipeError, reason_of
 
 # Modules whose errors are of the network, by the names of the errors: none of the packages is imported for the question.
 NETWORK = {
@@ -40,8 +40,7 @@ def unreachable(error: BaseException) -> str | None:
         names = {kind.__name__ for kind in type(cause).__mro__}
         packages = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
         if any(package in packages and names & set(kinds) for package, kinds in NETWORK.items()):
-            reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            return f"{_addresses()} can't be reached ({reason}); check it and the network, or give a local directory"
+            return f"{_addresses()} can't be reached ({reason_of(cause)}); check it and the network, or give a local directory"
         if isinstance(cause, OSError) and cause.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED):
             return f"the network can't be reached ({cause.strerror}); give a local directory"
     return None

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bslora_convert.errors import InputError
+from bslora_convert.files.jsonfile import parsed
 from bslora_convert.fit.source import Source
 
 Groups = dict[str, list[str]]
@@ -25,12 +26,7 @@ def read_groups(path: str | Path, names: Iterable[str]) -> Groups:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; a JSON object of groups is expected, each a list of module patterns")
-    if path.stat().st_size > LARGEST_FILE:
-        raise InputError(f"{path}: larger than {LARGEST_FILE} bytes")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    value = parsed(path, json.loads, "JSON", LARGEST_FILE)
     if not isinstance(value, dict) or not all(_is_patterns(patterns) for patterns in value.values()):
         raise InputError(
             f'{path}: an object of groups is expected, each a list of module patterns: {{"group": ["*.q_proj"]}}'

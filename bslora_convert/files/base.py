@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from bslora_convert.errors import InputError
+from bslora_convert.errors import InputError, reason_of
 from bslora_convert.extras import need
 
 CONFIG_NAME = "config.json"
@@ -63,7 +63,6 @@ def _check_hub(name: str) -> None:
         )
         raise InputError(f"base model {name}: {what}") from None
     except Exception as error:  # what the hub's client raises of the network has no common base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"base model {name}: no directory here and not in the hub's cache, and the hub can't be reached ({reason})"
+            f"base model {name}: no directory here and not in the hub's cache, and the hub can't be reached ({reason_of(error)})"
         ) from None

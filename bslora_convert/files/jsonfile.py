@@ -1,6 +1,7 @@
-"""Reading JSON files without trusting them."""
+"""Reading JSON files, and other small ones, without trusting them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
     :raises InputError: when the file is missing, too large, not JSON or not an object.
     """
-    check_file(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a configuration file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    value = parsed(path, json.loads, "JSON")
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is expected, found {type(value).__name__}")
     return value
+
+
+def parsed(path: Path, parse: Callable[[str], Any], kind: str, most: int = LARGEST_JSON) -> Any:
+    """What a text file of at most `most` bytes says. kind: what `parse` reads.
+
+    :raises InputError: when the file is missing, too large or not of this kind.
+    """
+    check_file(path)
+    if path.stat().st_size > most:
+        raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a configuration file")
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid {kind} ({error})") from None
 
 
 def check_file(path: Path) -> None:

@@ -6,7 +6,7 @@ A result's record (`fidelity.json`, `expansion.json`, `analysis.json` or `compar
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,10 @@ def foreign(directory: Path) -> list[str]:
     return found
 
 
-def named(entries: list[str]) -> str:
-    """The first entries, for an error."""
-    more = len(entries) - NAMED
-    return ", ".join(entries[:NAMED]) + (f" and {more} more" if more > 0 else "")
+def named(entries: Sequence[str], most: int = NAMED) -> str:
+    """The first entries, and how many more there are."""
+    more = len(entries) - most
+    return ", ".join(entries[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def recorded(directory: Path) -> dict[str, Any]:

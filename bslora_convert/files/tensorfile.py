@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bslora_convert.errors import InputError
+from bslora_convert.errors import InputError, reason_of
 from bslora_convert.files.jsonfile import check_file
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,8 +42,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:
         what = "truncated or not a safetensors file" if path.suffix == ".safetensors" else "not a file of plain tensors"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: {what} ({reason})") from None
+        raise InputError(f"{path}: {what} ({reason_of(error)})") from None
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: a dictionary of tensors is expected, found {type(loaded).__name__}")
     for key, value in loaded.items():
@@ -83,8 +82,7 @@ def read_headers(path: Path) -> dict[str, Tensor]:
                 for key, part in slices.items()
             }
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: truncated or not a safetensors file ({reason})") from None
+        raise InputError(f"{path}: truncated or not a safetensors file ({reason_of(error)})") from None
 
 
 def _holds_its_numbers(tensor: Tensor) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from bslora_convert.files.record import named
+
 TRAVELLING = (
     "added_tokens.json",
     "additional_chat_templates/*.jinja",
@@ -108,8 +110,8 @@ def copy_travelling(source: Path, place: Path) -> tuple[str, ...]:
     changing = [name for name in names if _is_any(name, CHANGING_ANSWERS)]
     if changing:
         notes.append(
-            f"ATTENTION: {_named(changing)} of the source change{'s' if len(changing) == 1 else ''} what the model answers and "
-            "can't be compressed: copied unchanged beside the result; loading the adapter alone does not load it"
+            f"ATTENTION: {named(changing, NAMED)} of the source change{'s' if len(changing) == 1 else ''} what the model "
+            "answers and can't be compressed: copied unchanged beside the result; loading the adapter alone does not load it"
         )
     left = sorted(
         f"{path.name}{'/' if path.is_dir() else ''}"
@@ -117,7 +119,7 @@ def copy_travelling(source: Path, place: Path) -> tuple[str, ...]:
         if not _is_any(path.name, LEFT_BEHIND) and not any(n.split("/")[0] == path.name for n in names)
     )
     if left:
-        notes.append(f"not known, so not copied from the source's directory: {_named(left)}")
+        notes.append(f"not known, so not copied from the source's directory: {named(left, NAMED)}")
     return tuple(notes)
 
 
@@ -128,8 +130,3 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
         len(parts) == len(pattern.split("/")) and all(map(fnmatchcase, parts, pattern.split("/")))
         for pattern in patterns
     )
-
-
-def _named(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.errors import InputError, RecipeError, reason_of
 from bslora_convert.library.items import Item, check_ids, safe_ids
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
@@ -136,7 +136,7 @@ def _remote(url: str) -> list[Item]:
         files = {PurePosixPath(name) for name in filesystem.find(root)}
     except Exception as error:  # what a remote file system raises has no common base
         raise InputError(
-            f"{url}: can't be listed ({_reason(error)}); check the address and the network, or give a local directory"
+            f"{url}: can't be listed ({reason_of(error)}); check the address and the network, or give a local directory"
         ) from None
     folders = sorted({path.parent for path in files if path.name == CONFIG_NAME})
     kept = [
@@ -161,11 +161,7 @@ def open_url(url: str) -> tuple[Any, str, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise RecipeError(f"{scheme}:// needs another package ({_reason(error)})") from None
+        raise RecipeError(f"{scheme}:// needs another package ({reason_of(error)})") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{scheme}://: can't be opened ({_reason(error)})") from None
+        raise InputError(f"{scheme}://: can't be opened ({reason_of(error)})") from None
     return filesystem, path, scheme
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

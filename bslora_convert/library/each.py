@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bslora_convert.errors import BsloraConvertError, Refused
+from bslora_convert.errors import Refused
 from bslora_convert.process.progress import Progress
 
 OK, FAILED, REFUSED = "ok", "failed", "refused"
@@ -27,15 +27,7 @@ def for_each(
         said: dict[str, Any] = {"id": row["id"], "status": OK, "error": None, "message": None}
         try:
             found.append({**said, **do(row, tell)})
-        except BsloraConvertError as error:
-            status = REFUSED if isinstance(error, Refused) else FAILED
-            found.append(said | {"status": status, "error": type(error).__name__, "message": str(error)})
         except Exception as error:  # whatever it was, it is this adapter's and not the library's
-            words = str(error) or type(error).__name__
-            found.append(said | {"status": FAILED, "error": type(error).__name__, "message": words})
+            status, kind = REFUSED if isinstance(error, Refused) else FAILED, type(error).__name__
+            found.append(said | {"status": status, "error": kind, "message": str(error) or kind})
     return found
-
-
-def bad(rows: Sequence[Row]) -> list[Row]:
-    """Rows of those with which something went wrong."""
-    return [row for row in rows if row["status"] != OK]

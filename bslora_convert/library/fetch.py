@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from bslora_convert.errors import InputError
+from bslora_convert.errors import InputError, reason_of
 from bslora_convert.files.travel import travels
 from bslora_convert.library.discovery import open_url
 from bslora_convert.library.items import Item
@@ -33,8 +33,7 @@ def local_copy(item: Item) -> Iterator[Path]:
                     (Path(place) / name).parent.mkdir(exist_ok=True)
                     filesystem.get_file(str(remote), str(Path(place) / name))
         except Exception as error:  # what a remote file system raises has no common base
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{item.id}: can't be fetched ({reason})") from None
+            raise InputError(f"{item.id}: can't be fetched ({reason_of(error)})") from None
         yield Path(place)
 
 

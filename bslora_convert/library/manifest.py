@@ -29,7 +29,7 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
 
 
 def held(out: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(Rows of the adapters that a library holds, identities of those that were converted and taken away since).
+    """(Rows of the adapters that a library holds, a note where some were converted and taken away since).
 
     :raises InputError: when it holds none, or its manifest is damaged.
     """
@@ -37,4 +37,5 @@ def held(out: Path) -> tuple[list[dict[str, Any]], list[str]]:
     there = [row for row in done if (out / row["id"]).is_dir()]
     if not there:
         raise InputError(f"{out}: holds no converted adapter")
-    return there, [row["id"] for row in done if row not in there]
+    gone = len(done) - len(there)
+    return there, [f"{gone} adapters of the manifest are not there any more"] if gone else []

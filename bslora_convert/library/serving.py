@@ -6,6 +6,7 @@ Every adapter gets a slot of the same size, so the widest adapter and the larges
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bslora_convert.files.record import named
 from bslora_convert.layers.slots import bytes_of, step_of
 
 GIB = 1 << 30
@@ -47,10 +48,9 @@ def serving(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _warning(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
     if not names:
         return None
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return (
         f"A server holds fewer adapters than before: the expanded rank {found['compact']['rank']} exceeds the slot of "
-        f"{found['lora']['slot_rank']} that the sources need ({', '.join(names[:NAMED])}{more})."
+        f"{found['lora']['slot_rank']} that the sources need ({named(names, NAMED)})."
     )
 
 

@@ -12,6 +12,7 @@ WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_mode
 SHARDS = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 SHARD = "adapter_model-*-of-*"
 MLX_WEIGHTS = "adapters.safetensors"
+GGUF = "a GGUF file; give the PEFT adapter that it was made from"
 
 # file -> what it is, and what to do: formats whose files have names of their own
 FILES = {
@@ -84,7 +85,7 @@ def refuse_other_formats(directory: Path) -> None:
         if (directory / name).is_file():
             raise Refused(f"{directory / name}: {what}")
     for file in sorted(directory.glob("*.gguf")):
-        raise Refused(f"{file}: a GGUF file; give the PEFT adapter that it was made from")
+        raise Refused(f"{file}: {GGUF}")
     for file in sorted(directory.glob("*.safetensors"))[:1]:
         refuse_by_keys(file, _keys(file))
 
@@ -103,11 +104,11 @@ def refuse_by_keys(file: Path, keys: Collection[str]) -> None:
 
 
 def _of_file(path: Path) -> tuple[Path, Path]:
-    if path.name == CONFIG_NAME or path.match(SHARD) or path.name in SHARDS:
-        return locate(path.parent) if path.name == CONFIG_NAME else _refused_shard(path)
+    if path.name == CONFIG_NAME:
+        return locate(path.parent)
     if path.suffix == ".gguf":
-        raise Refused(f"{path}: a GGUF file; give the PEFT adapter that it was made from")
-    if path.name == MLX_WEIGHTS:
+        raise Refused(f"{path}: {GGUF}")
+    if path.match(SHARD) or path.name in (*SHARDS, MLX_WEIGHTS):
         refuse_other_formats(path.parent)
     if not (path.parent / CONFIG_NAME).is_file():
         refuse_by_keys(path, _keys(path))
@@ -115,11 +116,6 @@ def _of_file(path: Path) -> tuple[Path, Path]:
             f"{path}: no {CONFIG_NAME} beside it; the scaling (lora_alpha, r, use_rslora) can't be known without it"
         )
     return path.parent, path
-
-
-def _refused_shard(path: Path) -> tuple[Path, Path]:
-    refuse_other_formats(path.parent)
-    raise InputError(f"{path}: one shard of an adapter")  # its directory vanished meanwhile
 
 
 def _keys(file: Path) -> Collection[str]:

@@ -22,10 +22,10 @@ from bslora_convert.bslora.storage import (
     check_version,
     decoded_dtype,
 )
-from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.errors import InputError
 from bslora_convert.files.record import CHANGED, integrity
-
-TRAINED = ("local", "shared", "all")
+from bslora_convert.recipe.checks import check_choice
+from bslora_convert.recipe.training import TRAINED
 
 
 @dataclass
@@ -77,8 +77,7 @@ class BsloraConfig(PeftConfig):
                 name: {key: value for key, value in module.items() if key != "basis"}
                 for name, module in self.modules.items()
             }
-        if self.train not in TRAINED:
-            raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed")
+        check_choice("train", self.train, TRAINED)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         self._stored = self.layout()  # as the file has it

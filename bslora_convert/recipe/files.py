@@ -11,8 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.files.jsonfile import LARGEST_JSON, check_file, read_json
+from bslora_convert.errors import RecipeError
+from bslora_convert.files.jsonfile import parsed, read_json
 from bslora_convert.recipe.aim import Aim
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import OPTIONS
@@ -26,7 +26,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     :raises InputError: when the file is missing or neither TOML nor JSON. :raises RecipeError: for an option that is not known.
     """
     path = Path(path)
-    values = _read_toml(path) if path.suffix == ".toml" else read_json(path)
+    values = parsed(path, tomllib.loads, "TOML") if path.suffix == ".toml" else read_json(path)
     if isinstance(values.get("recipe"), dict) and "tool_version" in values:  # fidelity.json of an earlier result
         training = values.get("training")
         own = training.get("options", {}) if isinstance(training, dict) else {}
@@ -50,13 +50,3 @@ def to_toml(recipe: Recipe) -> str:
         f"{name.replace('_', '-')} = {json.dumps(value, ensure_ascii=False)}" for name, value in recipe.given().items()
     ]
     return "\n".join(lines) + "\n"
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    check_file(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a recipe")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid TOML ({error})") from None

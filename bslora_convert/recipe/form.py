@@ -44,11 +44,7 @@ class Form:
         if self.max_rank not in (None, "slot", "none"):
             if isinstance(self.max_rank, str) and self.max_rank.isdigit():
                 object.__setattr__(self, "max_rank", int(self.max_rank))
-            if (
-                not isinstance(self.max_rank, int)
-                or not is_whole(self.max_rank)
-                or not 1 <= self.max_rank <= LARGEST_RANK
-            ):
+            if not (is_whole(self.max_rank) and 1 <= self.max_rank <= LARGEST_RANK):
                 raise RecipeError(
                     f"max_rank is {self.max_rank!r}: slot, none or a whole number from 1 to {LARGEST_RANK} is allowed",
                     "max_rank",

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bslora_convert.errors import RecipeError
+from bslora_convert.recipe.checks import check_choice, check_count
 
 OPTIONS = (
     "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",
@@ -43,8 +44,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.train not in TRAINED:
-            raise RecipeError(f"train is {self.train!r}: one of {', '.join(TRAINED)} is allowed", "train")
+        check_choice("train", self.train, TRAINED)
         least = {
             "max_steps": 0, "epochs": 0, "max_minutes": 0, "learning_rate": 0, "temperature": 0, "clip": 0,
         }  # fmt: skip
@@ -53,9 +53,7 @@ class Training:
             if value is not None and not (math.isfinite(value) and value > bound):
                 raise RecipeError(f"{name} is {value}: a number above {bound} is allowed", name)
         for name in ("batch_size", "accumulate", "max_length", "max_heldout", "evaluate_every", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"{name} is {value}: a positive whole number is allowed", name)
+            check_count(name, getattr(self, name))
         for name in ("warmup", "heldout"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(f"{name} is {getattr(self, name)}: a share from 0 to below 1 is allowed", name)

@@ -6,8 +6,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from bslora_convert.modules.names import kind_of, layer_of
@@ -25,6 +23,7 @@ from bslora_convert.report.plots import (
     data_uri,
     neutral,
     rank_map,
+    save,
 )
 
 PAGE = "analysis.html"
@@ -36,9 +35,7 @@ def write(place: Path, record: Mapping[str, Any]) -> None:
     """The page, and every plot of it as SVG and PNG, into a directory."""
     drawn = figures(record)
     for name, (_, figure) in drawn.items():
-        with matplotlib.rc_context(STYLE):
-            FigureCanvasSVG(figure).print_svg(place / f"{name}.svg", metadata={"Date": None})
-            FigureCanvasAgg(figure).print_png(place / f"{name}.png", metadata={"Software": None})
+        save(figure, place / name)
     narrow = {name: figure for name, (_, figure) in figures(record, NARROW).items() if name in WHOLE}
     shown = {
         title: Picture(data_uri(figure), data_uri(narrow[name]) if name in narrow else None)

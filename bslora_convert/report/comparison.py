@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from bslora_convert.comparison.winners import winners
 from bslora_convert.report import commands
 from bslora_convert.report.labels import LETTER, LINE
 from bslora_convert.report.page import environment
-from bslora_convert.report.plots import NARROW, STYLE, WIDE, Picture, data_uri, log_ticks
+from bslora_convert.report.plots import NARROW, STYLE, WIDE, Picture, data_uri, log_ticks, save
 
 PAGE = "comparison.html"
 SLACK = 1.01  # of a size, for what a form stores beside its numbers
@@ -26,9 +24,7 @@ def write(place: Path, record: Mapping[str, Any]) -> None:
     behaviour = any(row["functional"] for row in record["rows"])
     drawn = figures(record)
     for name, (_, figure) in drawn.items():
-        with matplotlib.rc_context(STYLE):
-            FigureCanvasSVG(figure).print_svg(place / f"{name}.svg", metadata={"Date": None})
-            FigureCanvasAgg(figure).print_png(place / f"{name}.png", metadata={"Software": None})
+        save(figure, place / name)
     narrow = figures(record, NARROW)
     page = environment().get_template(PAGE).render(
         record=record,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -18,6 +19,7 @@ FUNCTIONAL_BEGIN, FUNCTIONAL_END = "<!-- functional -->", "<!-- /functional -->"
 MANY = 12  # kinds that have a line each in the plot of spectra
 
 
+@cache
 def environment() -> jinja2.Environment:
     """Jinja environment of the package's templates; everything is escaped in HTML, and in Markdown what passes `plain`."""
     made = jinja2.Environment(

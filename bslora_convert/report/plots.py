@@ -9,11 +9,13 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
@@ -56,6 +58,13 @@ def data_uri(figure: Figure) -> str:
     with matplotlib.rc_context(STYLE):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The figure as an SVG and a PNG file of this name, the same bytes for the same figure."""
+    with matplotlib.rc_context(STYLE):
+        FigureCanvasSVG(figure).print_svg(path.with_suffix(".svg"), metadata={"Date": None})
+        FigureCanvasAgg(figure).print_png(path.with_suffix(".png"), metadata={"Software": None})
 
 
 def picture(draw: Callable[[float], Figure]) -> Picture:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bslora_convert.behaviour.intervals import too_few
+from bslora_convert.files.record import named
 
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
@@ -89,10 +90,10 @@ def _left_out(modules: Sequence[Mapping[str, Any]]) -> list[str]:
     if not gone:
         return []
     share = sum(m["energy"] for m in gone) / sum(m["energy"] for m in modules)
-    named = ", ".join(m["name"] for m in gone[:NAMED]) + (f" and {len(gone) - NAMED} more" if len(gone) > NAMED else "")
     are = "is" if len(gone) == 1 else "are"
     return [
-        f"{len(gone)} of {len(modules)} modules {are} left out whole, with {share:.2%} of the update's energy: {named}."
+        f"{len(gone)} of {len(modules)} modules {are} left out whole, with {share:.2%} of the update's energy: "
+        f"{named([m['name'] for m in gone], NAMED)}."
     ]
 
 

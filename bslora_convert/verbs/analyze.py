@@ -18,6 +18,7 @@ from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.modules.names import kind_of, natural_order
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import check_on_base
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
@@ -53,12 +54,10 @@ def analyze(
     """
     if draws < LEAST_DRAWS:
         raise RecipeError(f"draws is {draws}: a whole number of at least {LEAST_DRAWS} is allowed", "draws")
-    if (base_model is None) != (prompts is None):
-        raise RecipeError("base_model and prompts are given together or not at all", "base_model", "prompts")
+    check_on_base(base_model, prompts)
     need("analysis", "analyze")
     if out is not None:
-        check_apart(resolve(lora), Path(out))
-        check_output(Path(out), overwrite)
+        check_output(Path(out), overwrite, resolve(lora))
     rows = None
     if prompts is not None:
         from bslora_convert.behaviour.prompts import Prompts

@@ -40,6 +40,7 @@ from bslora_convert.library.settings import Settings, read_settings, settle
 from bslora_convert.library.sharing import sharing
 from bslora_convert.library.summary import summarise
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import check_choice, check_count
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.verbs.compress import compress
@@ -239,15 +240,13 @@ def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> dict[str, A
 
 
 def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int | None) -> None:
-    if engine not in ENGINES:
-        raise RecipeError(f"engine is {engine!r}: one of {', '.join(ENGINES)} is allowed", "engine")
+    check_choice("engine", engine, ENGINES)
     if workers < 0:
         raise RecipeError(f"workers is {workers}: a whole number from 0 is allowed", "workers")
     index, count = shard
     if not 1 <= index <= count:
         raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed", "shard")
-    if max_failures is not None and max_failures < 1:
-        raise RecipeError(f"max_failures is {max_failures}: a positive whole number is allowed", "max_failures")
+    check_count("max_failures", max_failures)
 
 
 def _check_extras(recipe: Recipe, engine: str, share_across: bool) -> None:

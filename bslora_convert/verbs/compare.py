@@ -27,6 +27,7 @@ from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.lowrank import residual_energy
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import check_choice, check_on_base
 from bslora_convert.recipe.storage import DTYPES
 from bslora_convert.version import __version__
 
@@ -68,8 +69,7 @@ def compare(
     if not forms or "vb_lora" in forms:
         need("analysis", "the form vb_lora")
     if out is not None:
-        check_apart(resolve(lora), Path(out))
-        check_output(Path(out), overwrite)
+        check_output(Path(out), overwrite, resolve(lora))
     rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
     progress("reading", 0, 0)
     scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
@@ -264,9 +264,7 @@ def _check(
     unknown = sorted(set(forms) - set(FORMS))
     if unknown:
         raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}", "forms")
-    if (base_model is None) != (prompts is None):
-        raise RecipeError("base_model and prompts are given together or not at all", "base_model", "prompts")
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
+    check_on_base(base_model, prompts)
+    check_choice("dtype", dtype, DTYPES)
     if save and out is None:
         raise RecipeError("save needs an output directory: give out", "save", "out")

@@ -16,7 +16,7 @@ from bslora_convert.bslora.storage import CompactAdapter, load_compact
 from bslora_convert.errors import RecipeError, Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
-from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
@@ -24,6 +24,7 @@ from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
+from bslora_convert.recipe.checks import check_choice
 from bslora_convert.recipe.storage import DTYPES, FORMATS
 from bslora_convert.version import __version__
 
@@ -57,8 +58,7 @@ def expand(
     out = Path(out)
     check_options(rank, dtype, format)
     source = resolve(compact)
-    check_apart(source, out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, source)
     adapter, weights = _load(source, accept_changed)
     config = dict(adapter.config)
     if base_model is not None:
@@ -91,10 +91,8 @@ def check_options(rank: int | str | None, dtype: str, format: str) -> None:
     """:raises RecipeError: for a rank, dtype or format that is not allowed, or two that exclude each other."""
     if rank is not None and rank != "uniform" and not (isinstance(rank, int) and rank > 0):
         raise RecipeError(f"rank is {rank!r}: a positive whole number or uniform is allowed", "rank")
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype is {dtype!r}: one of {', '.join(DTYPES)} is allowed", "dtype")
-    if format not in FORMATS:
-        raise RecipeError(f"format is {format!r}: one of {', '.join(FORMATS)} is allowed", "format")
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("format", format, FORMATS)
     if rank is not None and format != "lora":
         raise RecipeError(
             f"rank is {rank!r}: only a LoRA can be re-truncated or padded; leave it out or use format lora",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.files.landing import check_apart, check_output, check_outside
-from bslora_convert.library.each import bad, for_each
+from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.verbs.expand import check_options, expand
@@ -29,7 +29,7 @@ def expand_library(
         return expand(library / row["id"], out / row["id"], overwrite=overwrite, **options)
 
     rows = for_each(there, "expanding", one, progress)
-    good = [row for row in rows if row not in bad(rows)]
+    good = [row for row in rows if row["status"] == OK]
     return {
         "library": str(library),
         "rows": rows,
@@ -37,7 +37,7 @@ def expand_library(
         "bad": len(rows) - len(good),
         "bytes": sum(row["bytes"] for row in good),
         "rank": max((row["ranks"]["max"] for row in good if "max" in row["ranks"]), default=None),
-        "notes": [f"{len(gone)} adapters of the manifest are not there any more"] if gone else [],
+        "notes": gone,
     }
 
 
@@ -48,8 +48,8 @@ def check_place(library: Path, out: Path, overwrite: bool) -> None:
 
     :raises InputError: when it lies in the library or holds it. :raises OutputError: when it can't be used.
     """
-    check_apart(library, out)
     if overwrite and out.is_dir():
+        check_apart(library, out)
         check_outside(out)
     else:
-        check_output(out, overwrite)
+        check_output(out, overwrite, library)

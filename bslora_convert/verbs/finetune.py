@@ -14,13 +14,14 @@ from bslora_convert.bslora.storage import load_compact
 from bslora_convert.conversion.writing import Extras, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
-from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import recorded
 from bslora_convert.fit.convert import measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import load_lora
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import check_count
 from bslora_convert.recipe.training import Training
 
 
@@ -61,15 +62,12 @@ def finetune(
     from bslora_convert.behaviour.workshop import open_workshop
 
     training, out, compact = training or Training(), Path(out), resolve(compact)
-    for given in (compact, resolve(reference)):
-        check_apart(given, out)
-    check_output(out, overwrite)
+    check_output(out, overwrite, compact, resolve(reference))
     if resume and not (has_state(out) or has_completions(out)):
         raise RecipeError(
             f"resume: there is nothing to go on from, as no run towards {out} was interrupted; leave it out", "resume"
         )
-    if max_new_tokens < 1:
-        raise RecipeError(f"max_new_tokens is {max_new_tokens}: a positive whole number is allowed", "max_new_tokens")
+    check_count("max_new_tokens", max_new_tokens)
     began = time.perf_counter()
     progress("reading", 0, 0)
     settings: dict[str, Any] = {

@@ -22,6 +22,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import check_count
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file
@@ -171,8 +172,7 @@ def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
 def check_counts(counts: Mapping[str, int | None], max_new_tokens: int) -> None:
     """:raises RecipeError: for a count that means nothing."""
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}: a positive whole number is allowed", name)
+        check_count(name, value)
     if max_new_tokens < 0:
         raise RecipeError(
             f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed", "max_new_tokens"

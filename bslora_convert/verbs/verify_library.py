@@ -18,10 +18,7 @@ from bslora_convert.verbs.verify import check_counts, verify
 
 SCHEMA_VERSION = 1
 SINGLE = ("reference", "any_reference", "out")  # options that speak of one adapter
-TEXTS = (
-    "schema_version",
-    "worst",
-)  # of an adapter's record, left out of its row: long, and with --save beside the adapter
+TEXTS = ("schema_version", "worst")  # of a record, left out of its row: long, and with --save beside the adapter
 LIMITS = ("max_kl", "min_agreement", "min_retention", "max_accuracy_drop")
 
 
@@ -74,7 +71,7 @@ def verify_library(
         "missed": missed,
         **{name: _spread(rows, name) for name in ("retention", "kl", "agreement")},
         "passed": not bad and not missed,
-        "notes": [f"{len(gone)} adapters of the manifest are not there any more"] if gone else [],
+        "notes": gone,
     }
 
 

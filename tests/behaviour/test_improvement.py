@@ -31,16 +31,10 @@ from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.metric.metric import Metric
+from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
 from tests.conftest import FIXTURES
 
-TINY = FIXTURES / "tiny"
-BASE, LORA, PROMPTS = TINY / "base", TINY / "banking77", TINY / "banking77-heldout.jsonl"
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def workshop() -> Workshop:
-    return open_workshop(LORA, str(BASE))
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,13 @@ from bslora_convert import Recipe, Training, compress, finetune
 from bslora_convert.behaviour import writing
 from bslora_convert.behaviour.distill import split_heldout
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.workshop import Workshop, open_workshop
+from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.behaviour.writing import ENOUGH, SHARE, Writing, deadline_of, order_of_need
 from bslora_convert.cli import main
 from bslora_convert.errors import RecipeError
-from tests.conftest import FIXTURES
+from tests.behaviour.conftest import BASE, LORA, PROMPTS
 
-TINY = FIXTURES / "tiny"
-BASE, LORA, PROMPTS = TINY / "base", TINY / "banking77", TINY / "banking77-heldout.jsonl"
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def workshop() -> Workshop:
-    return open_workshop(LORA, str(BASE))
 
 
 @pytest.fixture(scope="module")

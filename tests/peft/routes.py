@@ -65,3 +65,21 @@ def routes(base: Any, lora: Path, place: Path, recipe: Recipe = EXACT, **inputs:
 
 def same(found: dict[str, float], tolerance: float = 1e-4) -> None:
     assert all(distance < tolerance for distance in found.values()), found
+
+
+def merges(model: Any, expected: Tensor, tolerance: float) -> None:
+    """Merged into the base and taken out again, an adapter does the same."""
+    model.merge_adapter()
+    assert torch.allclose(logits(model), expected, atol=tolerance)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model), expected, atol=tolerance)
+
+
+def switches(model: Any, again: Path, expected: Tensor, plain: Tensor, tolerance: float) -> None:
+    """Off, the base is as it was; loaded a second time in place of the first, an adapter does the same."""
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), plain, atol=tolerance)
+    model.load_adapter(str(again), "second")
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    assert torch.allclose(logits(model), expected, atol=tolerance)

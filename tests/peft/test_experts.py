@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from bslora_convert import Recipe, compress, expand, load_into, load_lora
 from bslora_convert.errors import InputError
-from tests.peft.routes import EXACT, logits, routes, same, write
+from tests.peft.routes import EXACT, logits, merges, routes, same, switches, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {
@@ -166,18 +166,10 @@ def test_compact_experts_are_merged_saved_switched_and_trained(tmp_path: Path) -
     model.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(base("mixtral"), str(tmp_path / "again"))
     assert torch.equal(logits(again), expected)
-    with model.disable_adapter():
-        assert torch.allclose(logits(model), plain, atol=1e-5)
-    model.load_adapter(str(tmp_path / "again"), "second")
-    model.delete_adapter("default")
-    model.set_adapter("second")
-    assert torch.allclose(logits(model), expected, atol=1e-5)
+    switches(model, tmp_path / "again", expected, plain, 1e-5)
     with pytest.raises(ValueError, match="experts are stacked"):
         logits(model, adapter_names=["second", "second"])
-    model.merge_adapter()
-    assert torch.allclose(logits(model), expected, atol=1e-4)
-    model.unmerge_adapter()
-    assert torch.allclose(logits(model), expected, atol=1e-4)
+    merges(model, expected, 1e-4)
     assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
     trained = PeftModel.from_pretrained(base("mixtral"), str(tmp_path / "compact"), is_trainable=True).train()
     trained(input_ids=torch.arange(3, 19).reshape(2, 8)).logits.sum().backward()

@@ -16,7 +16,7 @@ from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import Refused
-from tests.peft.routes import EXACT, logits, routes, same
+from tests.peft.routes import EXACT, logits, merges, routes, same, switches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -150,15 +150,7 @@ def test_merging_saving_and_deleting_a_tied_adapter(tmp_path: Path) -> None:
     assert float((expected - plain).norm()) > 1
     model.save_pretrained(tmp_path / "again")
     assert torch.allclose(logits(PeftModel.from_pretrained(base(), str(tmp_path / "again"))), expected, atol=1e-4)
-    model.merge_adapter()
-    assert torch.allclose(logits(model), expected, atol=1e-3)
-    model.unmerge_adapter()
-    assert torch.allclose(logits(model), expected, atol=1e-3)
-    with model.disable_adapter():
-        assert torch.allclose(logits(model), plain, atol=1e-3)
-    model.load_adapter(str(tmp_path / "compact"), "second")
-    model.delete_adapter("default")
-    model.set_adapter("second")
-    assert torch.allclose(logits(model), expected, atol=1e-3)
+    merges(model, expected, 1e-3)
+    switches(model, tmp_path / "compact", expected, plain, 1e-3)
     merged = copy.deepcopy(model).merge_and_unload()
     assert torch.allclose(logits(merged), expected, atol=1e-3)

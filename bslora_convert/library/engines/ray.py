@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from bslora_convert.behaviour.loaded import keep_base
+from bslora_convert.errors import reason_of
 from bslora_convert.library.jobs import Job, Result, Work, failure
 from bslora_convert.library.options import BASE
 
@@ -48,7 +49,7 @@ def _run(ray: Any, work: Work, jobs: Sequence[Job], workers: int) -> Generator[R
                 try:
                     yield ray.get(ready)
                 except ray.exceptions.RayError as error:
-                    yield failure(job, "failed", "WorkerDied", str(error).strip().splitlines()[0])
+                    yield failure(job, "failed", "WorkerDied", reason_of(error))
     finally:
         for task in pending:
             ray.cancel(task, force=True)
