@@ -43,28 +43,41 @@ def recipe_options(function: Any) -> Any:
             click.option(
                 "--transform",
                 type=click.Choice(TRANSFORM_NAMES),
-                default="ke",
+                default="auto",
                 show_default=True,
-                help="How shared factors take a module's shape; none = plain SVD, auto = the best at this size.",
+                help="How shared factors take a module's shape; none = plain SVD, auto = the best at what is asked.",
             ),
             click.option(
-                "--budget",
+                "--min-retention",
                 type=float,
-                help="Share of the LoRA's parameters to use, 0 < F <= 1, in floats.  [default: 0.4459]",
+                help="Smallest result that keeps this share of the adapter's effect on rows held out of --prompts.",
             ),
-            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, in floats."),
+            click.option(
+                "--max-kl", type=float, help="Smallest result of at most this KL to the original there, nats a token."
+            ),
+            click.option(
+                "--min-agreement",
+                type=float,
+                help="Smallest result that predicts the same next token this often there.",
+            ),
+            click.option(
+                "--max-error",
+                type=float,
+                help="Smallest result of at most this relative error, in codes.  [default: 0.1]",
+            ),
             click.option(
                 "--bytes",
                 type=float,
                 help="Share of the source's file that the result may use: rank and precision chosen together, in codes.",
             ),
+            click.option("--budget", type=float, help="Share of the LoRA's parameters to use, 0 < F <= 1, in floats."),
+            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, in floats."),
             click.option(
                 "--bits",
                 type=click.Choice([str(width) for width in WIDTHS]),
                 callback=lambda _, __, value: value and int(value),
                 help="One width for every coded number; with --budget or --ranks it codes what they give.",
             ),
-            click.option("--max-error", type=float, help="Smallest result of at most this relative error, in codes."),
             click.option(
                 "--max-rank",
                 help="Greatest expanded rank of a module: a number, none, or slot: the source's server slot.  "

@@ -2,8 +2,10 @@
 
 import click
 
+from bslora_convert.recipe.aim import AIMS
+
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "What the result must reach (one of these)": ("max_error", "bytes", "budget", "ranks"),
+    "What the result must reach (one of these)": AIMS,
     "The form": ("transform", "min_shared", "shared_size", "slice", "kernel", "local_ranks", "groups", "max_rank"),
     "Evidence": ("base_model", "prompts", "metric"),
     "Distillation": (
