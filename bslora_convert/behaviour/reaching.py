@@ -193,9 +193,10 @@ def _unreached(walk: _Walk, trained: bool) -> str:
     """Why no size reaches it."""
     last = max(walk.path, key=lambda step: (step["byte_ratio"], step["distilled"]))
     name, count = MEASURE[walk.aim], len(walk.judge.evidence.choose)
+    bound = "at most" if walk.aim == "max_kl" else "at least"
     said = (
         f"{_option(walk)} is not reached on the {count} rows that choose: {last['byte_ratio']:.1%} of the bytes have a {name} of "
-        f"{last[name]:.5g}, with 95 % certainty {'at most' if walk.aim == 'max_kl' else 'at least'} {last['bound']:.5g} of all rows"
+        f"{last[name]:.5g}, with 95 % certainty {bound} {last['bound']:.5g} of all rows"
     )
     if missed_of(walk.aim, last[name]) <= missed_of(walk.aim, walk.limit):
         return f"{said}; more rows of --prompts would bring the two together"

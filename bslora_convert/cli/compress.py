@@ -173,10 +173,10 @@ def compress(
 
     \b
     Example:
-      bslora-convert compress ./my-lora ./my-lora-compact --transform ke
-      bslora-convert compress ./my-lora ./small --transform auto --budget 0.25
-      bslora-convert compress ./my-lora ./tuned --transform none --budget 0.125 --base-model ./base \\
-        --finetune train.jsonl --max-minutes 10
+      bslora-convert compress ./my-lora ./my-lora-compact
+      bslora-convert compress ./my-lora ./shared --transform ke
+      bslora-convert compress ./my-lora ./proved --min-retention 0.99 --base-model ./base --prompts rows.jsonl
+      bslora-convert compress ./my-lora ./tuned --bytes 0.0625 --base-model ./base --finetune train.jsonl --max-minutes 10
     """
     recipe, training = chosen(options, recipe_file)
     files = recipe.evidence.files.values()
@@ -194,10 +194,12 @@ def compress(
             progress=progress,
         )
     output.notes(record["notes"])
-    output.result(record, lambda console: _show(console, record, out_dir))
+    from bslora_convert.report import commands
     from bslora_convert.report.verdict import without_gain
 
     reason = without_gain(record)
+    following = commands.after_compress(record, str(out_dir)) if reason is None else None
+    output.result(record, lambda console: _show(console, record, out_dir), following)
     if reason is not None:
         raise ThresholdMissed(f"{reason} ({out_dir} was written all the same)")
 
@@ -205,7 +207,7 @@ def compress(
 def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
-    from bslora_convert.report.verdict import evidence, sentences
+    from bslora_convert.report.verdict import evidence, reached, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
     console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
@@ -242,6 +244,8 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
         console.print(sentence)
     if "evidence" in record:
         console.print(" ".join(evidence(record["evidence"])))
+    for sentence in reached(record):
+        console.print(sentence)
     if "training" in record:
         show_training(console, record["training"])
     ranks = compact["ranks"]

@@ -21,8 +21,8 @@ PROMPTS = (FIT, DISTIL)
 def recipe_of(item: Item, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe by which an adapter is converted.
 
-    :raises RecipeError: when it has prompts and nobody says on which base model they are to be run, or a behaviour is aimed at and
-        it has no prompts.
+    :raises RecipeError: when it has prompts and nobody says on which base model they are to be run, or a behaviour is aimed at
+        and it has no prompts.
     """
     own = dict(recipe)
     if item.prompts is not None:

@@ -202,12 +202,39 @@ def evidence(found: Mapping[str, Any]) -> list[str]:
         )
     if "proof" in found:
         proof = found["proof"]
+        kept, same = proof.get("retention_ci95"), proof.get("agreement_ci95")
         said.append(
             f"On {found['rows']['prove']} rows that neither fit nor choice has seen it keeps {proof['retention']:.2%} of the "
-            f"adapter's effect on the predictions (KL {proof['kl']:.5f}, bare base {proof['base_kl']:.5f}) and predicts the same "
-            f"next token {proof['agreement']:.1%} of the time."
+            f"adapter's effect on the predictions ({_between(kept)}KL {proof['kl']:.5f}, bare base {proof['base_kl']:.5f}) and "
+            f"predicts the same next token {proof['agreement']:.1%} of the time{_beside(same)}."
         )
     return said
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.2%} to {interval[1]:.2%} with 95 % certainty; " if interval else ""
+
+
+def _beside(interval: Sequence[float] | None) -> str:
+    return f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+
+
+def reached(record: Mapping[str, Any]) -> list[str]:
+    """How a behaviour that was asked for was sought, and whether what was found is proved."""
+    aim = record.get("aim")
+    if not aim or not aim["path"]:
+        return []
+    name, limit = next(iter(aim["asked"].items()))
+    met, size = [step for step in aim["path"] if step["met"]], record["compact"]["bytes"]
+    best = min(met, key=lambda step: abs(step["bytes"] - size))
+    bound = "at most" if name.startswith("max") else "at least"
+    said = (
+        f"--{name.replace('_', '-')} {limit:g}: of {len(aim['path'])} sizes that were tried the smallest that reaches it on the "
+        f"rows that choose takes {best['byte_ratio']:.1%} of the bytes (with 95 % certainty {bound} {best['bound']:.5g})"
+    )
+    failed = sum(not proof["met"] for proof in aim["proofs"])
+    again = f", after {failed} that failed there" if failed else ""
+    return [f"{said}; it holds on the rows that prove{again}."]
 
 
 def trained(training: Mapping[str, Any]) -> list[str]:
