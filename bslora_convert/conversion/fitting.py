@@ -21,6 +21,7 @@ from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.groups import candidates
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Fit, Options, Source, fit_by_hand, fit_to_budget
+from bslora_convert.fit.gain import unbiased
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
@@ -59,7 +60,8 @@ def fit_stored(
     :raises RecipeError: when the size asked for can't be met.
     """
     if not recipe.is_coded:
-        return Stored.of(_fit_grouped(source, recipe, dtype, _named("fitting", progress)), dtype)
+        fit = _fit_grouped(source, recipe, dtype, _named("fitting", progress))
+        return Stored.of(replace(fit, form=unbiased(source, fit.form)) if recipe.storage.is_unbiased else fit, dtype)
     room = None
     if recipe.aim.bytes is not None:
         size = adapter.weights.stat().st_size
@@ -193,14 +195,22 @@ def _coded(
 ) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress."""
     phase = f"coding {recipe.form.transform}{words}"
-    aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits, most_rank=_most_rank(source, recipe))
+    aim = Aim(
+        bits=None if room is None else 8 * room,
+        width=recipe.storage.bits,
+        most_rank=_most_rank(source, recipe),
+        unbiased=recipe.storage.is_unbiased,
+    )
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(
             source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
         )
     allowed = recipe.aim.max_error**2 * source.energy
-    lost, best, before = HEAD_START * recipe.aim.max_error**2 * source.weight, None, -1
+    share = recipe.aim.max_error**2
+    if aim.unbiased:
+        share /= 1 + share  # of the lost share q a scale of 1 / (1 − q) makes q / (1 − q)
+    lost, best, before = HEAD_START * share * source.weight, None, -1
     for attempt in range(1, ERROR_ATTEMPTS + 1):
 
         def tried(_: str, done: int, total: int, attempt: int = attempt) -> None:

@@ -27,6 +27,7 @@ from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
 
+TINIEST = 1e-300
 SIZE_ERRORS, SIZE_SHARES = (0.05, 0.1, 0.2, 0.3), (1 / 4, 1 / 8, 1 / 16)  # that are forecast
 
 
@@ -222,14 +223,16 @@ def _sizes(source: Source, adapter: LoraAdapter, weights: Path, path: Path) -> l
 
     def row(option: str, value: float, bits: float, lost: float) -> dict[str, Any]:
         count = beside + math.ceil(bits / 8)
-        error = math.sqrt(max(lost, 0.0) / source.energy) if source.energy else 0.0
+        error = (
+            math.sqrt(max(lost, 0.0) / max(source.energy - lost, TINIEST)) if source.energy else 0.0
+        )  # once it is unbiased
         command = f"bslora-convert compress {shlex.quote(str(path))} OUT --transform none {option} {value:g}"
         return {"option": option, "value": value, "bytes": count, "byte_ratio": count / size, "relative_error": error,
                 "command": command}  # fmt: skip
 
     rows = []
     for error in SIZE_ERRORS:
-        lost = error**2 * source.energy
+        lost = error**2 / (1 + error**2) * source.energy
         rows.append(row("--max-error", error, expected.bits_for(lost), lost))
     for share in SIZE_SHARES:
         bits = 8 * (math.floor(share * size) - beside)
