@@ -15,7 +15,7 @@ from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe.evidence import METRICS
 from bslora_convert.recipe.form import KERNEL_NAMES, LOCAL_RANKS, TRANSFORM_NAMES, WINDOW_NAMES
-from bslora_convert.recipe.storage import DTYPES
+from bslora_convert.recipe.storage import DTYPES, GAINS
 
 
 class Ranks(click.ParamType[tuple[int, int, int]]):
@@ -63,7 +63,8 @@ def recipe_options(function: Any) -> Any:
             click.option(
                 "--max-error",
                 type=float,
-                help="Smallest result of at most this relative error, in codes.  [default: 0.1]",
+                help="Smallest result of at most this relative error as written, gain and noise together, in codes.  "
+                "[default: 0.1]",
             ),
             click.option(
                 "--bytes",
@@ -116,6 +117,14 @@ def recipe_options(function: Any) -> Any:
                 default="auto",
                 show_default=True,
                 help="Storage; auto = as the source.",
+            ),
+            click.option(
+                "--gain",
+                type=click.Choice(GAINS),
+                default="auto",
+                show_default=True,
+                help="unbiased: each module's update scaled to the original's strength; least-squares: left of least error, "
+                "too weak; auto = unbiased.",
             ),
             click.option("--base-model", help="Directory or hub name of the base model, for --prompts and --finetune."),
             click.option("--prompts", help="JSONL rows: fit in the base model's metric, choose and prove on them."),
@@ -207,7 +216,7 @@ def compress(
 def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
-    from bslora_convert.report.verdict import evidence, reached, sentences
+    from bslora_convert.report.verdict import evidence, is_unbiased, reached, rival_error, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
     console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
@@ -233,11 +242,11 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     for name, title in (("svd_adaptive", "SVD, a rank per module"), ("svd_uniform", "SVD, one rank")):
         ratio = baselines[name]["parameter_ratio"]
         table.add_row(
-            title,
+            f"{title}, unbiased" if is_unbiased(record) else title,
             f"{round(ratio * source['parameters']):,}",
             f"{ratio:.2%}",
             "",
-            f"{baselines[name]['relative_error']:.4f}",
+            f"{rival_error(record, name):.4f}",
         )
     console.print(table)
     for sentence in sentences(record):

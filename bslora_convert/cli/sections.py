@@ -12,7 +12,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "finetune", "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",
         "hidden_weight", "max_length", "evaluate_every", "patience",
     ),
-    "Storage": ("bits", "dtype"),
+    "Storage": ("bits", "dtype", "gain"),
     "The library": (
         "share_across", "shard", "engine", "workers", "resume", "retry_failed", "fail_fast", "max_failures", "dry_run",
     ),

@@ -21,6 +21,7 @@ from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.groups import candidates
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Fit, Options, Source, fit_by_hand, fit_to_budget
+from bslora_convert.fit.gain import unbiased
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
@@ -68,7 +69,10 @@ def fit_stored(
     :raises RecipeError: when the size asked for can't be met.
     """
     if not recipe.is_coded:
-        return Stored.of(_fit_grouped(source, recipe, dtype, _named("fitting", progress)), dtype, recipe)
+        fit = _fit_grouped(source, recipe, dtype, _named("fitting", progress))
+        if recipe.storage.is_unbiased:
+            fit = replace(fit, form=unbiased(source, fit.form))
+        return Stored.of(fit, dtype, recipe)
     room = None
     if recipe.aim.bytes is not None:
         size = adapter.weights.stat().st_size
@@ -211,7 +215,12 @@ def _coded(
 ) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress."""
     phase = f"coding {recipe.form.transform}{words}"
-    aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits, most_rank=_most_rank(source, recipe))
+    aim = Aim(
+        bits=None if room is None else 8 * room,
+        width=recipe.storage.bits,
+        most_rank=_most_rank(source, recipe),
+        unbiased=recipe.storage.is_unbiased,
+    )
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(
@@ -229,26 +238,29 @@ def _coded(
         coded = code_form(source, form, replace(aim, lost=lost), dtype, tried)
         return coded, _lost(source, coded)
 
-    unit = (
-        source.weight / source.energy if source.energy else 1.0
-    )  # an error is plain, what may be lost is in the metric
-    coded, reached = _fewest_bits(make, recipe.aim.max_error**2 * source.energy, unit)
-    if recipe.aim.asked or reached <= recipe.aim.max_error**2 * source.energy:
+    def start(share: float) -> float:
+        if aim.unbiased:
+            share /= 1 + share  # of the lost share q a scale of 1 / (1 − q) makes q / (1 − q)
+        return HEAD_START * share * source.weight  # an error is plain, what is to be lost is in the metric
+
+    share = recipe.aim.max_error**2
+    coded, reached = _fewest_bits(make, share * source.energy, start(share))
+    if recipe.aim.asked or reached <= share * source.energy:
         return coded
-    least = make(0.0)[1]
-    return _fewest_bits(make, max(NEAR_LEAST**2 * least, recipe.aim.max_error**2 * source.energy), unit)[0]
+    share = max(NEAR_LEAST**2 * make(0.0)[1] / source.energy, share)
+    return _fewest_bits(make, share * source.energy, start(share))[0]
 
 
 def _fewest_bits(
-    make: Callable[[float], tuple[CodedForm, float]], allowed: float, unit: float
+    make: Callable[[float], tuple[CodedForm, float]], allowed: float, start: float
 ) -> tuple[CodedForm, float]:
     """The codes of fewest bits that lose at most `allowed`, and what they lose; the nearest ones where none do.
 
     make: codes that should lose so much, with what they do lose. It differs from what was asked for, as refits gain on what the
     widths promise, rounding loses and some of it no width can keep: so the line through the last two attempts is followed.
-    unit: of what `make` takes, in that of `allowed`.
+    start: the first attempt.
     """
-    lost = HEAD_START * allowed * unit
+    lost = start
     tried: list[tuple[float, float, int]] = []
     best: tuple[CodedForm, float] | None = None
     for _ in range(ERROR_ATTEMPTS):

@@ -70,7 +70,7 @@ def write_result(
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
         hashing = pool.submit(sha256, place / WEIGHTS_NAME)
         compact = load_compact(place)
-        weight = fidelity.compare(measured, compact.form).to_dict()
+        kept = fidelity.compare(measured, compact.form)
         written = hashing.result()
     record = {
         "schema_version": fidelity.SCHEMA_VERSION,
@@ -78,8 +78,8 @@ def write_result(
         "source": _source_record(adapter, digest, dtype_name(adapter.dtype), source_name or str(adapter.path)),
         "recipe": dict(recipe),
         "compact": {**_compact_record(compact, place, adapter), "sha256": written},
-        "weight": weight,
-        **({"coding": fidelity.coding(measured, compact, weight["relative_error"])} if compact.codes else {}),
+        "weight": kept.to_dict(),
+        **({"coding": fidelity.coding(measured, compact, kept.least_error)} if compact.codes else {}),
         "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         "functional": None,
         "aim": dict(extras.aim) if extras.aim is not None else _asked(recipe),

@@ -56,7 +56,7 @@ def test_the_smallest_file_that_reaches_it(tmp_path: Path, aim: dict[str, float]
 
 
 def test_a_miss_says_what_was_reached_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ThresholdMissed, match="not reached on the 13 rows that choose.* more rows of --prompts"):
+    with pytest.raises(ThresholdMissed, match=r"not reached on the 13 rows that choose.* more rows of --prompts"):
         compress(LORA, tmp_path / "out", recipe(min_agreement=0.9999))
     assert not list(tmp_path.iterdir())
 
