@@ -89,6 +89,7 @@ def smallest(
     tried: list[Attempt[Made]] = []
     best: Attempt[Made] | None = None
     worse: Attempt[Made] | None = None  # the largest that misses
+    misses = 0
     floor = 0.0  # the largest size that misses, or of which nothing can be made
     share = _within(first)
     for _ in range(ATTEMPTS):
@@ -104,6 +105,9 @@ def smallest(
         if best is not None and (best.missed >= CLOSE * best.allowed or best.share <= max(NARROW * floor, SMALLEST)):
             break
         share = _next(best, worse, floor, lost, power)
+        if best is None:  # the further off the model is, the longer the steps, so that the largest is reached
+            misses += 1
+            share = _within(max(share, 2 ** (misses - 1) * floor))
     return best, tried
 
 
