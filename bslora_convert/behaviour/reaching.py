@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from bslora_convert.behaviour.distill import Distilled
+from bslora_convert.behaviour.intervals import few_words, too_few
 from bslora_convert.behaviour.judge import Judge, Judged
 from bslora_convert.behaviour.rows import means, measures
 from bslora_convert.behaviour.smallest import POWER, Attempt, bound_of, first_lost, missed_of, predicted, smallest
@@ -36,6 +37,7 @@ class Reached:
     fit: Judged
     made: Made
     record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def fit_to_behaviour(judge: Judge, recipe: Recipe, distil: Distil | None = None) -> Reached:
@@ -54,7 +56,9 @@ def fit_to_behaviour(judge: Judge, recipe: Recipe, distil: Distil | None = None)
         if proof["met"]:
             assert walk.fit is not None  # something was made
             found = {"asked": {walk.aim: walk.limit}, "path": walk.path, "proofs": proofs}
-            return Reached(walk.fit, made, found)
+            count = len(judge.evidence.choose)
+            few = (few_words(_option(walk), count, "rows that choose"),) if too_few(count) else ()
+            return Reached(walk.fit, made, found, few)
         walk.tighten(missed_of(walk.aim, proof[MEASURE[walk.aim]]))
     raise ThresholdMissed(_unproved(walk, proofs[-1], distil is not None))
 

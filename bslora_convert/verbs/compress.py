@@ -232,7 +232,8 @@ def _of_behaviour(judge: "Judge", recipe: Recipe, distil: "Distil | None") -> tu
 
     found = fit_to_behaviour(judge, recipe, distil)
     evidence = {"rows": judge.evidence.rows, "metric": found.fit.metric, "proof": found.record["proofs"][-1]}
-    extras = Extras(evidence=evidence, aim=found.record, notes=(*judge.evidence.notes, *found.fit.notes))
+    notes = (*judge.evidence.notes, *found.fit.notes, *found.notes)
+    extras = Extras(evidence=evidence, aim=found.record, notes=notes)
     if isinstance(found.made, Distilled):
         extras = _with_training(extras, found.made)
     return Stored(found.made.form, found.made.codes, recipe, found.fit.stored.notes), extras
