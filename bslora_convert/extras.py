@@ -8,6 +8,7 @@ EXTRAS = {
     "analysis": ("sklearn",),
     "base": ("accelerate", "peft", "transformers"),
     "eval": ("lm_eval",),
+    "gguf": ("gguf",),
     "ray": ("ray",),
 }
 

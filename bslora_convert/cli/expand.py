@@ -1,4 +1,4 @@
-"""`expand`: a compact adapter back as a standard PEFT LoRA, or in the BSLoRA authors' layout."""
+"""`expand`: a compact adapter back as a standard PEFT LoRA, as an engine loads it, or in the BSLoRA authors' layout."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,8 @@ import click
 from bslora_convert.cli.early import look
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.files.address import is_library
-from bslora_convert.recipe.storage import DTYPES, FORMATS
+from bslora_convert.recipe.expansion import DTYPES, FORMATS
+from bslora_convert.serving.engines import ENGINES
 
 
 class Rank(click.ParamType[int | str]):
@@ -34,39 +35,49 @@ class Rank(click.ParamType[int | str]):
 @click.argument("compact_dir", metavar="COMPACT", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--rank",
-    type=Rank(),
-    metavar="N|uniform",
-    help="Re-truncate to at most N, or pad every module to the largest rank.",
-)
-@click.option("--base-model", help="Sets base_model_name_or_path, as some servers compare it letter by letter.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
+    "--for",
+    "engine",
+    type=click.Choice(list(ENGINES)),
+    help="What this engine loads correctly: format, ranks, missing layers, names; or why there is no such file.",
 )
 @click.option(
     "--format",
     type=click.Choice(FORMATS),
-    default="lora",
-    show_default=True,
-    help="lora, or official for the layout of the BSLoRA authors' code.",
+    help="lora (default), gguf for llama.cpp, mlx for MLX-LM, or official for the layout of the BSLoRA authors' code.",
+)
+@click.option(
+    "--rank",
+    type=Rank(),
+    metavar="N|uniform",
+    help="Re-truncate to at most N, or fill every module up to the largest rank.",
+)
+@click.option(
+    "--base-model",
+    metavar="NAME_OR_DIR",
+    help="Sets base_model_name_or_path, as some servers compare it letter by letter. For gguf the directory of the base model, "
+    "whose config.json is read.",
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
 )
 @accept_changed_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
 @verb
 def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
-    """Writes a compact adapter back as a standard PEFT LoRA.
+    """Writes a compact adapter back as a standard PEFT LoRA, or as what an engine reads.
 
-    All scaling is in B and lora_alpha equals r. Engines that divide by a tensor's own rank, or that take one rank only,
-    compute the same update of what --rank uniform writes. COMPACT may also be in the BSLoRA authors' layout, which
-    --format official writes. Of a library that batch made every adapter is written, to OUT_DIR/<id>; one that is broken
-    stops no other, and makes the exit code 1.
+    All scaling is in B, and lora_alpha equals r, the largest rank of any module. Engines that take one rank only, or divide by
+    a tensor's own rank, need --for ENGINE or --rank uniform: without it they would scale modules of smaller rank wrongly, or
+    refuse the file. COMPACT may also be in the BSLoRA authors' layout, which --format official writes. Of a library that batch
+    made every adapter is written, to OUT_DIR/<id>; one that is broken stops no other, and makes the exit code 1.
 
     \b
     Example:
       bslora-convert expand ./my-lora-compact ./my-lora-again
-      bslora-convert expand ./my-lora-compact ./for-server --rank 8 --base-model my-org/my-model
-      bslora-convert expand ./my-lora-compact ./as-the-authors --format official
-      bslora-convert expand ./compact-library ./for-the-servers
+      bslora-convert expand ./my-lora-compact ./for-sglang --for sglang
+      bslora-convert expand ./my-lora-compact ./for-server --for vllm --rank 8 --base-model my-org/my-model
+      bslora-convert expand ./my-lora-compact ./for-llama-cpp --for llama.cpp --base-model ./base --dtype q8_0
+      bslora-convert expand ./compact-library ./for-the-servers --for vllm
     """
     if is_library(compact_dir):
         _library(output, compact_dir, out_dir, options)
@@ -113,9 +124,8 @@ def _show_library(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     for row in result["rows"]:
         if row["status"] != "ok":
             console.print(f"{row['id']}: {row['message']}", style="yellow", soft_wrap=True)
-    rank = f", a server needs rank {result['rank']}" if result["rank"] else ""
     console.print(
-        f"{len(good)} of {result['adapters']} adapters, {result['bytes']:,} bytes{rank}. Written to {out_dir}",
+        f"{len(good)} of {result['adapters']} adapters, {result['bytes']:,} bytes. {_slot(result)}Written to {out_dir}",
         style="bold", soft_wrap=True,
     )  # fmt: skip
 
@@ -127,11 +137,24 @@ def _ranks(result: dict[str, Any]) -> str:
     return f"{ranks['max']}" if ranks["min"] == ranks["max"] else f"{ranks['min']} to {ranks['max']}"
 
 
+def _slot(result: dict[str, Any]) -> str:
+    """What a server reserves, as a sentence; nothing where it reserves no slots."""
+    served = result["served"]
+    if served is None:
+        return ""
+    if served["max_lora_rank"] is None:
+        return "No server slot holds its rank. "
+    return f"A server's slot: rank {served['max_lora_rank']} (--max-lora-rank), {served['slot_bytes']:,} bytes. "
+
+
 def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     ranks = _ranks(result)
     rank = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
+    original = result["original"]
+    against = f", against the original LoRA at most {original['relative_error']:.4f}" if original else ""
     console.print(
         f"{result['modules']} modules, {rank}, {result['parameters']:,} parameters, {result['bytes']:,} bytes "
-        f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}. Written to {out_dir}",
+        f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}{against}. {_slot(result)}"
+        f"Written to {out_dir}",
         soft_wrap=True,
     )

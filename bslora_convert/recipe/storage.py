@@ -7,7 +7,6 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FORMATS = ("lora", "official")  # what `expand` writes
 
 
 @dataclass(frozen=True, slots=True)
