@@ -49,7 +49,7 @@ class Expansion:
             raise RecipeError(f"dtype is 'q8_0': only format gguf has it, not {self.layout}", "dtype", "format")
         if self.rank is not None and self.layout == "official":
             raise RecipeError(
-                f"rank is {self.rank!r}: the authors' layout keeps the form as it is; leave it out or use format lora",
+                f"rank is {self.rank!r}: only a LoRA can be re-truncated or padded; leave it out or use format lora",
                 "rank",
                 "format",
             )

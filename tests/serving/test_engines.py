@@ -197,7 +197,7 @@ def test_layers_of_other_sizes_are_not_filled(tmp_path: Path) -> None:
         ({"dtype": "q8_0"}, "only format gguf"),
         ({"dtype": "q4_0"}, "dtype is 'q4_0'"),
         ({"format": "gguf"}, "needs base_model"),
-        ({"format": "official", "rank": 3}, "keeps the form"),
+        ({"format": "official", "rank": 3}, "only a LoRA"),
         ({"rank": True}, "rank is True"),
     ],
 )
