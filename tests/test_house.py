@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "bslora_convert"
 ROOT = {"errors", "extras", "version"}  # anyone may ask for these
 ORDER = (
     "files", "modules", "process", "metric", "lora", "bslora", "layers", "serving", "recipe", "fit", "coding", "analysis",
-    "baselines", "comparison", "conversion", "behaviour", "peft", "report", "library", "verbs", "cli",
+    "baselines", "comparison", "conversion", "behaviour", "peft", "vllm", "report", "library", "verbs", "cli",
 )  # fmt: skip
 PURE = ("modules", "metric", "fit", "coding", "analysis")
 SILENT = {"click", "rich", "safetensors", "json", "pathlib", "fsspec", "bslora_convert.files"}

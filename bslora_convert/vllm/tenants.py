@@ -1,0 +1,153 @@
+"""A tenant's name -> the directory of a plain LoRA that vLLM loads: found, checked, decoded, written once."""
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.bslora import bases
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.storage import (
+    CONFIG_NAME,
+    LIBRARY_VERSION,
+    PEFT_TYPE,
+    WEIGHTS_NAME,
+    check_version,
+    load_compact,
+)
+from bslora_convert.errors import InputError, Refused
+from bslora_convert.files.jsonfile import LARGEST_JSON
+from bslora_convert.files.record import FIDELITY_NAME
+from bslora_convert.lora.writer import save_lora
+from bslora_convert.modules.factors import Shape
+from bslora_convert.serving.engines import ENGINES
+from bslora_convert.serving.shape import listed, reasons
+from bslora_convert.version import __version__
+from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
+from bslora_convert.vllm.names import being_replaced, find
+from bslora_convert.vllm.settings import Settings
+from bslora_convert.vllm.snapshots import Snapshots, digest_of, read_small
+
+LARGEST_WEIGHTS = 2 << 30
+TRIES, PAUSE = 3, 0.1  # `batch` puts a new result into an old one's place by two renames
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """path: what vLLM loads. bytes: of the compact weights. written: whether it had to be decoded."""
+
+    path: Path
+    bytes: int
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What one adapter consists of, as it was read: weights and configuration, and the record that has their hash."""
+
+    config: bytes
+    weights: bytes
+    record: bytes | None
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what is written."""
+        return digest_of(__version__, self.config, self.weights, self.record or b"")
+
+
+class Tenants:
+    """A compact library as one server sees it.
+
+    :raises OSError: when the cache can't be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.snapshots = Snapshots(settings.cache, settings.cache_bytes)
+        self._shapes: dict[str, dict[str, Shape]] = {}
+
+    def find(self, name: str, base: str) -> Tenant | None:
+        """The tenant of a name, for the base model that is served; None where the library holds none.
+
+        :raises InputError: when it is damaged. :raises Refused: when it is for another base, can't be served, or has no room.
+        """
+        for left in reversed(range(TRIES)):
+            place = find(self.settings.library, name)
+            try:
+                if place is not None:
+                    return self._tenant(place, base)
+                if not left or not being_replaced(self.settings.library, name):
+                    return None
+            except InputError:
+                if not left:
+                    raise
+            time.sleep(PAUSE)
+        return None
+
+    def _tenant(self, place: Path, base: str) -> Tenant:
+        files = read_files(place)
+        config, layout = parsed(files, place)
+        check_name(config.get("base_model_name_or_path"), base, self.settings.aliases)
+        if base not in self._shapes:
+            self._shapes[base] = shapes_of(base)
+        check_shapes(layout.modules, self._shapes[base])
+        path, written = self.snapshots.get(files.digest, lambda out: write(files, config, place, out))
+        return Tenant(path, len(files.weights), written)
+
+
+def read_files(place: Path) -> Files:
+    """An adapter's files.
+
+    :raises InputError: when one is missing or too large.
+    """
+    record = place / FIDELITY_NAME
+    return Files(
+        read_small(place / CONFIG_NAME, LARGEST_JSON),
+        read_small(place / WEIGHTS_NAME, LARGEST_WEIGHTS),
+        read_small(record, LARGEST_JSON) if record.is_file() else None,
+    )
+
+
+def parsed(files: Files, place: Path) -> tuple[dict[str, Any], Layout]:
+    """The configuration and the layout that it describes.
+
+    :raises InputError: when they are not those of a compact adapter.
+    """
+    where = place / CONFIG_NAME
+    try:
+        config = json.loads(files.config)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        raise InputError(f"{where}: no compact adapter")
+    check_version(config, where)
+    return config, Layout.parse(config, where)
+
+
+def write(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Decodes an adapter into an empty directory, as a LoRA for vLLM. place: where it lies, for the bases above it.
+
+    :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
+    """
+    with tempfile.TemporaryDirectory(prefix="bslora-") as room:
+        copy = Path(room) / "adapter"
+        copy.mkdir()
+        for name, data in ((CONFIG_NAME, files.config), (WEIGHTS_NAME, files.weights), (FIDELITY_NAME, files.record)):
+            if data is not None:
+                (copy / name).write_bytes(data)
+        named = config.get("bases")
+        if config["format_version"] == LIBRARY_VERSION and isinstance(named, str) and bases.HASH.fullmatch(named):
+            shared = bases.find(place, named)
+            (Path(room) / bases.DIRECTORY).mkdir()
+            shutil.copyfile(shared, Path(room) / bases.DIRECTORY / shared.name)
+        adapter = load_compact(copy)
+    form = adapter.form
+    kinds = {name: module.kind for name, module in form.modules.items()}
+    why = reasons(ENGINES["vllm"], kinds, adapter.carried, max(form.expanded_rank(name) for name in form.modules))
+    if why:
+        raise Refused("; ".join(why))
+    modules = {name: form.delta(name) for name in form.modules}
+    save_lora(out, modules, kinds, {}, listed(config, modules), adapter.dtype)
