@@ -7,12 +7,14 @@ does. Only vLLM's public interface of resolvers is used, the same since 0.12.
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.vllm.resolver import Resolver
-from bslora_convert.vllm.settings import Settings
+from bslora_convert.vllm.settings import PLANS, Settings
 from bslora_convert.vllm.tenants import Tenants
+from bslora_convert.vllm.worker import install, unfit
 
 NAME = "bslora-convert"
 DECODERS = 2  # adapters that are decoded at a time
@@ -32,6 +34,9 @@ def register() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+    if settings.plan != PLANS[0]:
+        settings = _with_workers(settings, log)
+
     @cache
     def opened() -> Resolver:
         return Resolver(Tenants(settings), log)
@@ -50,3 +55,19 @@ def register() -> None:
             return None if path is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path))
 
     LoRAResolverRegistry.register_resolver(NAME, BsloraResolver())
+
+
+def _with_workers(settings: Settings, log: logging.Logger) -> Settings:
+    """Has the workers decode, or falls back to LoRAs that are written where this vLLM is not as it is known."""
+    try:
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+    except ImportError as error:
+        why: str | None = str(error)
+    else:
+        why = unfit(PEFTHelper, LoRAModel)
+        if why is None:
+            install(PEFTHelper, LoRAModel)
+            return settings
+    log.warning("bslora: BSLORA_PLAN=%s needs another vLLM (%s); LoRAs are written instead", settings.plan, why)
+    return replace(settings, plan=PLANS[0])

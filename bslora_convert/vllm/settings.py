@@ -9,14 +9,16 @@ from bslora_convert.errors import RecipeError
 
 GIB = 1 << 30
 DEFAULT_CACHE = "~/.cache/bslora-convert/vllm"
+PLANS = ("lora", "compact")  # what is handed out to vLLM
 ANY = "*"  # as an alias: whatever the adapter says that its base is called
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """library: the output of `batch` that is served. cache: where LoRAs are written. cache_bytes: the most that they may take.
+    """library: the output of `batch` that is served. cache: where snapshots are written. cache_bytes: the most they may take.
 
-    aliases: further names of the served base model in adapters' configurations; "*" is any.
+    aliases: further names of the served base model in adapters' configurations; "*" is any. plan: `lora` hands out a LoRA that
+    was written once, `compact` a copy of the compact adapter, which vLLM's workers decode whenever they load it (`worker.py`).
 
     :raises RecipeError: naming the variable, its value and what is allowed.
     """
@@ -25,12 +27,15 @@ class Settings:
     cache: Path
     cache_bytes: int = 20 * GIB
     aliases: frozenset[str] = frozenset()
+    plan: str = PLANS[0]
 
     def __post_init__(self) -> None:
         if not self.library.is_dir():
             raise RecipeError(f"BSLORA_LIBRARY is {self.library}: a directory that `batch` made is expected")
         if self.cache_bytes <= 0:
             raise RecipeError(f"BSLORA_CACHE_GIB is {self.cache_bytes / GIB:g}: a positive number is expected")
+        if self.plan not in PLANS:
+            raise RecipeError(f"BSLORA_PLAN is {self.plan!r}: one of {', '.join(PLANS)} is allowed")
         if self.library.resolve() in (self.cache.resolve(), *self.cache.resolve().parents):
             raise RecipeError(f"BSLORA_CACHE is {self.cache}: a place outside of the library is expected")
 
@@ -54,4 +59,5 @@ class Settings:
             Path(environment.get("BSLORA_CACHE") or DEFAULT_CACHE).expanduser(),
             most,
             frozenset(name.strip() for name in aliases.split(",") if name.strip()),
+            environment.get("BSLORA_PLAN") or PLANS[0],
         )

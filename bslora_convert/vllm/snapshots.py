@@ -1,6 +1,7 @@
-"""LoRAs by the content of the compact adapters that they come from, each written once and never removed while a server runs.
+"""What is handed out, by the content of the compact adapters, each written once and never removed while a server runs.
 
     CACHE/lora/<digest>/        a PEFT LoRA; the digest is of everything that decides its bytes
+    CACHE/compact/<digest>/     or, where workers decode, the compact adapter's own files
     CACHE/refused/              handed out in the place of an adapter that can't be served: loading it fails, which is a 400
     CACHE/.lock                 shared by every living server; whoever gets it alone may tidy up
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from bslora_convert.errors import InputError, Refused
+from bslora_convert.vllm.settings import PLANS
 
 LAYOUT = 1  # of what is written; part of every digest
 PARTIAL = ".partial-"
@@ -32,47 +34,47 @@ class Snapshots:
     :raises OSError: when the directory can't be made, or belongs to somebody else.
     """
 
-    def __init__(self, place: Path, most: int) -> None:
+    def __init__(self, place: Path, most: int, plan: str = PLANS[0]) -> None:
         self.place, self.most = place, most
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if place.stat().st_uid != os.getuid():
             raise PermissionError(f"{place} belongs to another user; give BSLORA_CACHE a place of your own")
-        self._loras = place / "lora"
-        self._loras.mkdir(exist_ok=True)
+        self.held = place / plan
+        self.held.mkdir(exist_ok=True)
         self.refused = place / "refused"
         self.refused.mkdir(exist_ok=True)
         (self.refused / "adapter_config.json").write_text(json.dumps(REFUSED_CONFIG), encoding="utf-8")
         self._writing: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self._lock = self._joined()
-        self.bytes = sum(size_of(entry) for entry in self._loras.iterdir())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything that is held, by whichever server."""
+        return sum(size_of(entry) for entry in self.held.iterdir())
 
     def get(self, digest: str, write: Callable[[Path], None]) -> tuple[Path, bool]:
         """(The directory of a digest, whether it had to be written). write: fills an empty directory.
 
         :raises Refused: when there is no room for it.
         """
-        target = self._loras / digest
+        target = self.held / digest
         with self._guard:
             lock = self._writing.setdefault(digest, threading.Lock())
         with lock:
             if target.is_dir():
                 os.utime(target)
                 return target, False
-            partial = self._loras / f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+            partial = self.held / f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
             partial.mkdir()
             try:
                 write(partial)
-                size = size_of(partial)
-                with self._guard:
-                    if self.bytes + size > self.most:
-                        self.bytes = sum(size_of(entry) for entry in self._loras.iterdir() if entry != partial)
-                    if self.bytes + size > self.most:
-                        raise Refused(
-                            f"the cache {self.place} holds {self.bytes:,} bytes of at most {self.most:,}, and this adapter takes "
-                            f"{size:,}: raise BSLORA_CACHE_GIB and start the server again"
-                        )
-                    self.bytes += size
+                held = self.bytes
+                if held > self.most:
+                    raise Refused(
+                        f"the cache {self.place} holds at most {self.most:,} bytes, and with this adapter it would be {held:,}: "
+                        "raise BSLORA_CACHE_GIB and start the server again"
+                    )
                 try:
                     partial.rename(target)
                 except OSError:  # another server was there first
@@ -101,10 +103,10 @@ class Snapshots:
     def _tidy(self) -> None:
         """Removes what was begun and never ended, then the oldest entries until half of the bound is free."""
         entries = []
-        for entry in self._loras.iterdir():
+        for entry in self.held.iterdir():
             if entry.name.startswith(PARTIAL):
                 shutil.rmtree(entry, ignore_errors=True)
-            else:
+            elif not entry.name.startswith("."):  # bases belong to all
                 entries.append((entry.stat().st_mtime, entry, size_of(entry)))
         held = sum(size for _, _, size in entries)
         for _, entry, size in sorted(entries):

@@ -1,9 +1,11 @@
-"""A tenant's name -> the directory of a plain LoRA that vLLM loads: found, checked, decoded, written once."""
+"""A tenant's name -> the directory that vLLM loads: found, checked, decoded, written once."""
 
 import json
+import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from bslora_convert.bslora.storage import (
     LIBRARY_VERSION,
     PEFT_TYPE,
     WEIGHTS_NAME,
+    CompactAdapter,
     check_version,
     load_compact,
 )
@@ -29,8 +32,9 @@ from bslora_convert.version import __version__
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.names import being_replaced, find
 from bslora_convert.vllm.settings import Settings
-from bslora_convert.vllm.snapshots import Snapshots, digest_of, read_small
+from bslora_convert.vllm.snapshots import PARTIAL, Snapshots, digest_of, read_small
 
+FIELDS_NAME = "lora.json"  # in a compact snapshot: the fields of a LoRA's configuration that vLLM reads
 LARGEST_WEIGHTS = 2 << 30
 TRIES, PAUSE = 3, 0.1  # `batch` puts a new result into an old one's place by two renames
 
@@ -66,7 +70,7 @@ class Tenants:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.snapshots = Snapshots(settings.cache, settings.cache_bytes)
+        self.snapshots = Snapshots(settings.cache, settings.cache_bytes, settings.plan)
         self._shapes: dict[str, dict[str, Shape]] = {}
 
     def find(self, name: str, base: str) -> Tenant | None:
@@ -94,7 +98,8 @@ class Tenants:
         if base not in self._shapes:
             self._shapes[base] = shapes_of(base)
         check_shapes(layout.modules, self._shapes[base])
-        path, written = self.snapshots.get(files.digest, lambda out: write(files, config, place, out))
+        fill = WRITERS[self.settings.plan]
+        path, written = self.snapshots.get(files.digest, lambda out: fill(files, config, place, out))
         return Tenant(path, len(files.weights), written)
 
 
@@ -127,27 +132,63 @@ def parsed(files: Files, place: Path) -> tuple[dict[str, Any], Layout]:
     return config, Layout.parse(config, where)
 
 
-def write(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
-    """Decodes an adapter into an empty directory, as a LoRA for vLLM. place: where it lies, for the bases above it.
+def copy_to(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Writes an adapter's files into a directory, with the bases that it takes from its library. place: where it lies there."""
+    for name, data in ((CONFIG_NAME, files.config), (WEIGHTS_NAME, files.weights), (FIDELITY_NAME, files.record)):
+        if data is not None:
+            (out / name).write_bytes(data)
+    named = config.get("bases")
+    if config["format_version"] == LIBRARY_VERSION and isinstance(named, str) and bases.HASH.fullmatch(named):
+        shared = bases.find(place, named)
+        (out.parent / bases.DIRECTORY).mkdir(exist_ok=True)
+        copy = out.parent / bases.DIRECTORY / shared.name
+        if not copy.is_file():
+            partial = copy.with_name(f"{PARTIAL}{secrets.token_hex(4)}")
+            shutil.copyfile(shared, partial)
+            partial.rename(copy)
+
+
+def write_lora(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Decodes an adapter into an empty directory, as a LoRA for vLLM.
 
     :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
     """
     with tempfile.TemporaryDirectory(prefix="bslora-") as room:
         copy = Path(room) / "adapter"
         copy.mkdir()
-        for name, data in ((CONFIG_NAME, files.config), (WEIGHTS_NAME, files.weights), (FIDELITY_NAME, files.record)):
-            if data is not None:
-                (copy / name).write_bytes(data)
-        named = config.get("bases")
-        if config["format_version"] == LIBRARY_VERSION and isinstance(named, str) and bases.HASH.fullmatch(named):
-            shared = bases.find(place, named)
-            (Path(room) / bases.DIRECTORY).mkdir()
-            shutil.copyfile(shared, Path(room) / bases.DIRECTORY / shared.name)
-        adapter = load_compact(copy)
+        copy_to(files, config, place, copy)
+        adapter = servable(copy)
+    form = adapter.form
+    kinds = {name: module.kind for name, module in form.modules.items()}
+    modules = {name: form.delta(name) for name in form.modules}
+    save_lora(out, modules, kinds, {}, listed(config, modules), adapter.dtype)
+
+
+def write_compact(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Copies an adapter into an empty directory, with what a worker has to know of it before it decodes it.
+
+    :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
+    """
+    copy_to(files, config, place, out)
+    form = servable(out).form
+    ranks = {name: form.expanded_rank(name) for name in form.modules}
+    largest = max(1, *ranks.values())
+    fields = {"r": largest, "lora_alpha": largest, **listed({}, ranks)}
+    (out / FIELDS_NAME).write_text(json.dumps(fields), encoding="utf-8")
+
+
+def servable(directory: Path) -> CompactAdapter:
+    """An adapter that vLLM can serve.
+
+    :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
+    """
+    adapter = load_compact(directory)
     form = adapter.form
     kinds = {name: module.kind for name, module in form.modules.items()}
     why = reasons(ENGINES["vllm"], kinds, adapter.carried, max(form.expanded_rank(name) for name in form.modules))
     if why:
         raise Refused("; ".join(why))
-    modules = {name: form.delta(name) for name in form.modules}
-    save_lora(out, modules, kinds, {}, listed(config, modules), adapter.dtype)
+    return adapter
+
+
+WRITERS: dict[str, Callable[[Files, dict[str, Any], Path, Path], None]] = {"lora": write_lora, "compact": write_compact}

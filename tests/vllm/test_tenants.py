@@ -77,8 +77,9 @@ def test_a_tenant_is_the_lora_of_its_compact_adapter(opened: Tenants, library: P
 
 
 HOSTILE = (
-    "", "/etc/passwd", "../library/bank", "team/../bank", "..", ".", ".batch", "team/.hidden", "..\\bank", "bank\\", "bank\0", "\0",
-    "bank/", "/bank", "team//math", "bank/adapter_config.json", "manifest.jsonl", "b" * 300, "bank\n", "bänk", "~", "$HOME", "bank ",
+    "", "/etc/passwd", "../library/bank", "team/../bank", "..", ".", ".batch", "team/.hidden", "..\\bank", "bank\\", "bank\0",
+    "\0", "bank/", "/bank", "team//math", "bank/adapter_config.json", "manifest.jsonl", "b" * 300, "bank\n", "bänk", "~", "$HOME",
+    "bank ",
 )  # fmt: skip
 
 
