@@ -9,6 +9,7 @@ EXTRAS = {
     "base": ("accelerate", "peft", "transformers"),
     "eval": ("lm_eval",),
     "gguf": ("gguf",),
+    "hub": ("huggingface_hub",),
     "ray": ("ray",),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
+from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.files.address import is_library
 from bslora_convert.recipe.expansion import DTYPES, FORMATS
@@ -62,8 +63,11 @@ class Rank(click.ParamType[int | str]):
 )
 @accept_changed_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
+@push_options
 @verb
-def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
+def expand(
+    output: Output, compact_dir: Path, out_dir: Path, push: str | None, push_dry_run: bool, **options: Any
+) -> None:
     """Writes a compact adapter back as a standard PEFT LoRA, or as what an engine reads.
 
     All scaling is in B, and lora_alpha equals r, the largest rank of any module. Engines that take one rank only, or divide by
@@ -79,19 +83,23 @@ def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> 
       bslora-convert expand ./my-lora-compact ./for-llama-cpp --for llama.cpp --base-model ./base --dtype q8_0
       bslora-convert expand ./compact-library ./for-the-servers --for vllm
     """
+    look_at_push(push, push_dry_run)
     if is_library(compact_dir):
-        _library(output, compact_dir, out_dir, options)
+        _library(output, compact_dir, out_dir, options, push, push_dry_run)
         return
     look([compact_dir], out=out_dir, overwrite=options["overwrite"])
     from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
         result = run(compact_dir, out_dir, **options)
+        result |= pushed(out_dir, push, push_dry_run)
     output.notes(result["notes"])
     output.result(result, lambda console: _show(console, result, out_dir))
 
 
-def _library(output: Output, library: Path, out_dir: Path, options: dict[str, Any]) -> None:
+def _library(
+    output: Output, library: Path, out_dir: Path, options: dict[str, Any], repo: str | None, dry_run: bool
+) -> None:
     """Every adapter of a library; exit code 1 where something went wrong with one."""
     if not options["overwrite"]:  # with it, each adapter's own directory is what is looked at
         look([library], out=out_dir)
@@ -100,6 +108,7 @@ def _library(output: Output, library: Path, out_dir: Path, options: dict[str, An
     try:
         with output.bar("expand") as progress:
             result = expand_library(library, out_dir, progress=progress, **options)
+            result |= pushed(out_dir, repo, dry_run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
     output.notes(result["notes"])
@@ -128,6 +137,7 @@ def _show_library(console: Any, result: dict[str, Any], out_dir: Path) -> None:
         f"{len(good)} of {result['adapters']} adapters, {result['bytes']:,} bytes. {_slot(result)}Written to {out_dir}",
         style="bold", soft_wrap=True,
     )  # fmt: skip
+    _say_pushed(console, result)
 
 
 def _ranks(result: dict[str, Any]) -> str:
@@ -158,3 +168,10 @@ def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
         f"Written to {out_dir}",
         soft_wrap=True,
     )
+    _say_pushed(console, result)
+
+
+def _say_pushed(console: Any, result: dict[str, Any]) -> None:
+    line = push_line(result)
+    if line is not None:
+        console.print(line, soft_wrap=True)
