@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -47,15 +48,16 @@ def tenants(compact: Path, place: Path, count: int) -> list[str]:
     return names
 
 
-def measured(server: Server, names: list[str], plain: Path | None) -> tuple[list[float], list[float], float]:
-    """(Seconds of each first request, of each second one, bytes a tenant)."""
-    server.ask(json.loads(server.get("/v1/models")[1])["data"][0]["id"], PROMPT, 1)
+def measured(
+    server: Server, names: list[str], plain: Path | None
+) -> tuple[list[float], list[float], list[float], float]:
+    """(Seconds of requests for the base, of each tenant's first, of each one's second, bytes a tenant)."""
+    base = json.loads(server.get("/v1/models")[1])["data"][0]["id"]
+    bare = [server.ask(base, PROMPT, 1).seconds for _ in range(6)][1:]
     cold, at_first = [], 0
     for number, name in enumerate(names):
         loading = 0.0
         if plain is not None:
-            import time
-
             began = time.perf_counter()
             status, said = server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(plain / name)})
             loading = time.perf_counter() - began
@@ -67,7 +69,7 @@ def measured(server: Server, names: list[str], plain: Path | None) -> tuple[list
             at_first = server.memory()
     grown = (server.memory() - at_first) / (len(names) - SETTLED)
     again = [server.ask(name, PROMPT, 1).seconds for name in names]
-    return cold, again, grown
+    return bare, cold, again, grown
 
 
 def main() -> None:
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
     table = Table(
-        "given", "cold, ms", "again, ms", "RSS a tenant, MB", "read again, MB", "tenants a GiB",
+        "given", "base, ms", "cold, ms", "again, ms", "RSS a tenant, MB", "read again, MB", "tenants a GiB",
         title=f"{arguments.tenants} tenants, {arguments.dtype}, medians",
     )  # fmt: skip
     base = arguments.base_model.resolve()
@@ -107,12 +109,12 @@ def main() -> None:
                 }
             flags = ("--dtype", arguments.dtype, "--max-loras", SLOTS, "--max-cpu-loras", kept)
             with serving(arguments.python, base, place, environment, *flags) as server:
-                cold, again, grown = measured(server, names, None if plan else here / "plain")
+                bare, cold, again, grown = measured(server, names, None if plan else here / "plain")
             source = here / ("plain" if plan != "compact" else "library") / names[0]
             read = sum(path.stat().st_size for path in source.iterdir() if path.suffix in (".safetensors",))
             whole = max(grown, 0) + (read if plan == "compact" else 0)
             table.add_row(
-                given, f"{1000 * statistics.median(cold):.0f}", f"{1000 * statistics.median(again):.0f}", f"{grown / MB:.2f}",
+                given, f"{1000 * statistics.median(bare):.0f}", f"{1000 * statistics.median(cold):.0f}", f"{1000 * statistics.median(again):.0f}", f"{grown / MB:.2f}",
                 f"{read / MB:.2f}", f"{(1 << 30) / whole:,.0f}",
             )  # fmt: skip
             Console().print(table)

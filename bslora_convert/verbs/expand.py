@@ -17,6 +17,7 @@ from bslora_convert.errors import Refused
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.base import base_layers
+from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, recorded, seal
@@ -95,7 +96,7 @@ def expand(
         }
         from bslora_convert.report import expansion
 
-        expansion.write(place, record)
+        expansion.write(place, record, config, carried(adapter.path))
         return seal(place, EXPANSION_NAME, record)
 
 
