@@ -113,10 +113,9 @@ def main() -> None:
             source = here / ("plain" if plan != "compact" else "library") / names[0]
             read = sum(path.stat().st_size for path in source.iterdir() if path.suffix in (".safetensors",))
             whole = max(grown, 0) + (read if plan == "compact" else 0)
-            table.add_row(
-                given, f"{1000 * statistics.median(bare):.0f}", f"{1000 * statistics.median(cold):.0f}", f"{1000 * statistics.median(again):.0f}", f"{grown / MB:.2f}",
-                f"{read / MB:.2f}", f"{(1 << 30) / whole:,.0f}",
-            )  # fmt: skip
+            middle = (f"{1000 * statistics.median(times):.0f}" for times in (bare, cold, again))
+            bytes_ = (f"{size / MB:.2f}" for size in (grown, read))
+            table.add_row(given, *middle, *bytes_, f"{(1 << 30) / whole:,.0f}")
             Console().print(table)
 
 

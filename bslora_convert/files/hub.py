@@ -42,7 +42,7 @@ def push(place: Path, repo: str, *, dry_run: bool = False) -> dict[str, Any]:
     :raises OutputError: when it can't be uploaded; what is here stays.
     """
     files = sorted(files_of(place))
-    record = {
+    record: dict[str, Any] = {
         "repo": repo,
         "files": len(files),
         "bytes": sum((place / name).stat().st_size for name in files),

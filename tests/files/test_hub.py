@@ -135,6 +135,27 @@ def test_a_result_is_pushed_as_it_lies_here(here: Hub, tmp_path: Path) -> None:
     assert load_lora("hf://org/served").modules
 
 
+def test_compress_and_batch_push_as_well(here: Hub, tmp_path: Path) -> None:
+    words = ["--transform", "none", "--budget", "0.5"]
+    compressing = ["compress", str(TINY / "gsm8k"), str(tmp_path / "c"), *words, "--push", "org/one"]
+    done = CliRunner().invoke(main, compressing)
+    assert done.exit_code == 0, done.stderr
+    assert here.repos["org/one"] == holding(tmp_path / "c")
+    write_lora(tmp_path / "in" / "team" / "a", random_products(layers=1, rank=2))
+    write_lora(tmp_path / "in" / "b", random_products(layers=1, rank=2, seed=1))
+    batching = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), *words, "--workers", "0", "--push", "org/many"]
+    for more in (["--dry-run"], ["--push-dry-run"]):
+        assert CliRunner().invoke(main, [*batching, *more]).exit_code == 0
+        assert "org/many" not in here.repos
+    done = CliRunner().invoke(main, [*batching, "--json"])
+    assert done.exit_code == 0, done.stderr
+    held = {name for name in holding(tmp_path / "out") if not name.startswith(".batch/")}
+    assert set(here.repos["org/many"]) == held
+    assert {"team/a/README.md", "b/adapter_model.safetensors", "manifest.jsonl"} <= held
+    assert json.loads(done.stdout)["push"]["files"] == len(held)
+    assert load_compact("hf://org/many/team/a").form.modules
+
+
 def test_a_library_takes_few_commits_and_no_adapter_is_parted(here: Hub, tmp_path: Path) -> None:
     place = tmp_path / "library"
     for number in range(45):
