@@ -10,7 +10,10 @@ from pathlib import Path
 from bslora_convert.bslora.layout import Entry
 from bslora_convert.errors import BsloraConvertError, Refused
 from bslora_convert.files.tensorfile import FLOATS, read_headers
+from bslora_convert.lora.experts import EXPERT
+from bslora_convert.lora.names import split
 from bslora_convert.modules.factors import Shape
+from bslora_convert.modules.names import layer_of
 from bslora_convert.vllm.settings import ANY
 
 HEADERS = "*.safetensors"
@@ -32,25 +35,33 @@ def check_name(said: str | None, served: str, aliases: Collection[str]) -> None:
 def check_shapes(modules: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> None:
     """Refuses an adapter for layers that the base does not have, or has in another size.
 
-    shapes: (out, in) by name of the module; empty where they are not known.
+    shapes: of the base's matrices by name of the module, whichever way round; empty where they are not known. A module may have
+    another beginning there (`language_model.`), a head may be tied and experts stacked, so that neither is there by its name.
 
     :raises Refused: naming the first module.
     """
     if not shapes:
         return
-    ends = {tuple(name.split(".")[-4:]): shape for name, shape in shapes.items()}
+    ends: dict[tuple[str, ...], set[Shape]] = {}
+    for name, shape in shapes.items():
+        ends.setdefault(_end(name), set()).add(shape)
     for name, entry in modules.items():
-        shape = shapes.get(name) or ends.get(tuple(name.split(".")[-4:]))
-        if shape is None:
-            if entry.kind == "linear" and not any(part.isdecimal() for part in name.split(".")):
-                continue  # a head that may be tied, so that it is not there
+        found = {shapes[name]} if name in shapes else ends.get(_end(name), set())
+        if not found and (EXPERT.search(name) or layer_of(name) is None):
+            continue
+        if not found:
             raise Refused(f"the base model has no {name}: it was made for another one")
-        expected = entry.shape if entry.kind == "linear" else entry.shape[::-1]
-        if shape != expected:
+        if not found & {entry.shape, entry.shape[::-1]}:
+            rows, width = min(found)
             raise Refused(
-                f"{name} is {shape[0]} x {shape[1]} in the base model and {expected[0]} x {expected[1]} in the adapter: it was "
+                f"{name} is {rows} x {width} in the base model and {entry.shape[0]} x {entry.shape[1]} in the adapter: it was "
                 "made for a model of another size"
             )
+
+
+def _end(name: str) -> tuple[str, ...]:
+    """A name from its numbered layer on, whatever it begins with."""
+    return tuple(split(name)[1].split("."))
 
 
 def shapes_of(base: str) -> dict[str, Shape]:

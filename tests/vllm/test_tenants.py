@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bslora_convert import Recipe, batch, compress, load_compact, load_lora
+from bslora_convert.bslora.layout import Entry
 from bslora_convert.errors import InputError, RecipeError, Refused
 from bslora_convert.vllm import names, snapshots, tenants
-from bslora_convert.vllm.base import check_name, shapes_of
+from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.resolver import Resolver
 from bslora_convert.vllm.settings import GIB, Settings
 from bslora_convert.vllm.snapshots import Snapshots, digest_of
@@ -205,6 +206,35 @@ def test_another_base_by_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="x 256 in the base model and 64 x 128 in the adapter"):
         opened.find("t", BASE)
     assert opened.find("t", "a-model-that-is-not-here/base") is not None  # names alone decide
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("model.layers.0.self_attn.q_proj", (8, 4), None),
+        (
+            "language_model.model.layers.0.self_attn.q_proj",
+            (8, 4),
+            None,
+        ),  # an older beginning, beside a tower's layer 0
+        ("model.layers.0.self_attn.q_proj", (4, 8), None),  # transformers' Conv1D keeps (in, out)
+        ("model.layers.0.self_attn.q_proj", (8, 5), "8 x 4 in the base model and 8 x 5"),
+        ("model.layers.1.self_attn.q_proj", (8, 4), "has no model.layers.1"),
+        ("model.layers.0.mlp.experts.3.up_proj", (8, 4), None),  # stacked there
+        ("lm_head", (8, 4), None),  # tied there
+    ],
+)
+def test_names_and_shapes_of_a_base(name: str, shape: tuple[int, int], words: str | None) -> None:
+    base = {
+        "model.layers.0.self_attn.q_proj": (8, 4), "vision.layers.0.self_attn.q_proj": (6, 6), "model.embed_tokens": (9, 4),
+    }  # fmt: skip
+    modules = {name: Entry(shape, 2)}
+    check_shapes(modules, {})
+    if words is None:
+        check_shapes(modules, base)
+    else:
+        with pytest.raises(Refused, match=words):
+            check_shapes(modules, base)
 
 
 def test_shapes_are_those_of_the_bases_files(tmp_path: Path) -> None:
