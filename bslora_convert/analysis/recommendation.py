@@ -11,14 +11,14 @@ WORTH = 0.02  # share of the energy above chance from which sharing is likely to
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """The recommendation of an analysis record."""
-    said = [_rank(record)]
+    said = [_rank(record), _precision(record)]
     if not record["shared_energy"]:
-        return [*said, "No two modules stand in numbered layers, so there is nothing to share: use --transform none."]
+        return [*said, "No two modules stand in numbered layers, so there is nothing to share."]
     found = most_above_chance(record["shared_energy"], CONVINCING)
     if found is None:
         said.append(
-            "No shared factor explains more than random subspaces of the same spectra would give: sharing will not pay. "
-            "Use --transform none."
+            "No shared factor explains more than random subspaces of the same spectra would give: sharing will not pay, "
+            "and the default, --transform auto, will not try it for long."
         )
     else:
         transform, level, row = found
@@ -46,6 +46,15 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             f"{count} pairs of A are nearly parallel: they began at the same start or were tied, and could be stored once."
         )
     return said
+
+
+def _precision(record: Mapping[str, Any]) -> str:
+    """What coarser numbers save, beside what sharing may save."""
+    by_error = {row["value"]: row["byte_ratio"] for row in record["sizes"] if row["option"] == "--max-error"}
+    return (
+        f"Precision saves most: in codes, rank and bits chosen together, an error of 0.1 (99 % of the energy) takes about "
+        f"{by_error[0.1]:.1%} of the bytes and one of 0.2 (96 %) {by_error[0.2]:.1%}."
+    )
 
 
 def _rank(record: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import kl_sums
+from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.memory import enable_checkpointing, peak_bytes
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
@@ -128,6 +129,7 @@ class Run:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.base, self.reference, self.training = base, reference, training
+        self.known = Known(base, reference)  # of the held-out rows
         self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
         self.layout = Layout.of(form)
         coded = coded_tensors(codes, self.layout.tensors()) if codes else {}
@@ -265,7 +267,7 @@ class Run:
         present = self.student.rounded(self.stored) if self.step else nullcontext()
         with torch.no_grad(), present:
             own = self.heldout[self.share]
-            sums = kl_sums(self.base, self.reference, self.student.attached, own, self.training.batch_size)
+            sums = kl_sums(self.base, self.known, self.student.attached, own, self.training.batch_size)
         total, tokens = self._summed(*sums)
         self.evaluation_seconds = time.perf_counter() - began
         return total / tokens

@@ -9,7 +9,6 @@ Over the n measured tokens, p the reference's distribution, q the compact's, b t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.intervals import two_sided
+from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches, shared_prefix
 from bslora_convert.behaviour.rows import RowSums, means, resampled_means
@@ -86,19 +86,21 @@ class Divergence:
 
 def diverge(
     base: BaseModel,
-    reference: Attached,
+    reference: Known,
+    bare: Known,
     compact: Attached,
     examples: Sequence[Example],
     batch_size: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Divergence:
     """Runs base, reference and compact over the examples; see `diverge_all`."""
-    return diverge_all(base, reference, {"compact": compact}, examples, batch_size, progress)["compact"]
+    return diverge_all(base, reference, bare, {"compact": compact}, examples, batch_size, progress)["compact"]
 
 
 def diverge_all(
     base: BaseModel,
-    reference: Attached,
+    reference: Known,
+    bare: Known,
     compacts: Mapping[str, Attached],
     examples: Sequence[Example],
     batch_size: int,
@@ -106,23 +108,22 @@ def diverge_all(
 ) -> dict[str, Divergence]:
     """Runs base, reference and several compact adapters over the examples, a batch at a time; no logits outlive their batch.
 
-    compacts: by name, other than `reference` and `base`. progress: called with the number of examples done.
+    reference, bare: the original on the base, and the base alone. compacts: by name. progress: called with the number of
+    examples done.
     """
     found = {name: Divergence() for name in compacts}
-    fixed: dict[str, AbstractContextManager[Any]] = {"reference": reference, "base": nullcontext()}
     prefix = shared_prefix(examples)
 
-    def known(state: AbstractContextManager[Any]) -> Any:
-        with state:
+    def begun(compact: Attached) -> Any:
+        with compact:
             return base.read_prefix(prefix)
 
-    caches = {name: known(state) for name, state in (*fixed.items(), *compacts.items())}
+    caches = {name: begun(compact) for name, compact in compacts.items()}
     done = 0
     for batch in batches(examples, batch_size, base.pad):
         hidden, logits = {}, {}
-        for name, state in fixed.items():
-            with state:
-                hidden[name], logits[name] = base.predictions(batch, caches[name])
+        for name, known in (("reference", reference), ("base", bare)):
+            hidden[name], logits[name] = known.predictions(batch, prefix)
         for name, compact in compacts.items():
             with compact:
                 own_hidden, own = base.predictions(batch, caches[name])
@@ -132,32 +133,21 @@ def diverge_all(
     return found
 
 
-def heldout_kl(
-    base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
-) -> float:
-    """Mean KL(reference ‖ compact) over the measured tokens of some examples."""
-    total, tokens = kl_sums(base, reference, compact, examples, size)
-    return total / tokens
-
-
 def kl_sums(
-    base: BaseModel, reference: Attached, compact: Attached, examples: Sequence[Example], size: int
+    base: BaseModel, reference: Known, compact: Attached, examples: Sequence[Example], size: int
 ) -> tuple[float, int]:
     """(Sum of KL(reference ‖ compact) over the measured tokens of some examples, their number)."""
     if not examples:
         return 0.0, 0
     prefix = shared_prefix(examples)
-    with reference:
-        known = base.read_prefix(prefix)
     with compact:
-        other_known = base.read_prefix(prefix)
+        cache = base.read_prefix(prefix)
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for batch in batches(examples, size, base.pad):
-            with reference:
-                _, logits = base.predictions(batch, known)
+            _, logits = reference.predictions(batch, prefix)
             with compact:
-                _, other = base.predictions(batch, other_known)
+                _, other = base.predictions(batch, cache)
             total += float(kl_rows(logits, other).double().sum())
             tokens += len(batch.targets)
     return total, tokens

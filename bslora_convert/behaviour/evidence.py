@@ -7,17 +7,16 @@ prove    the figures that are reported; nothing before has seen them
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
-from bslora_convert.behaviour.divergence import diverge
+from bslora_convert.behaviour.intervals import two_sided
 from bslora_convert.behaviour.prompts import Example, Prompts, Row
-from bslora_convert.behaviour.rows import Means, means
+from bslora_convert.behaviour.rows import RowSums, means, measures, resampled_means
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.behaviour.writing import Writing, order_of_need
-from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.errors import InputError
 from bslora_convert.metric.metric import Metric, metric_of
 from bslora_convert.modules.lowrank import Delta
@@ -36,6 +35,17 @@ class Evidence:
     prove: tuple[Example, ...]
     batch_size: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows there are of each part."""
+        return {part: len(getattr(self, part)) for part in ("fit", "choose", "prove")}
+
+    def proof(self, rows: Sequence[RowSums], seed: int) -> dict[str, Any]:
+        """What was measured on the rows that prove, with 95 % intervals over rows."""
+        drawn = resampled_means(rows, seed)
+        intervals = {f"{name}_ci95": list(two_sided(getattr(drawn, name))) for name in ("kl", "retention", "agreement")}
+        return {"rows": len(rows), **measures(means(rows)), **intervals}
 
 
 def gather(workshop: Workshop, prompts: Prompts, seed: int, writing: Writing) -> Evidence:
@@ -87,16 +97,3 @@ def metrics_of(
     if two_sided:
         found["two-sided"] = {name: metric_of(factors[name], one) for name, one in moments.items()}
     return found
-
-
-def behaviour_of(workshop: Workshop, form: BsloraForm, examples: Sequence[Example], batch_size: int) -> Means:
-    """How a form predicts on some rows together, against the original adapter."""
-    attached = Attached(workshop.base.model, form, workshop.adapter.carried, "the result", enabled=False)
-    try:
-        found = diverge(
-            workshop.base, workshop.reference, attached, examples, batch_size,
-            lambda done: workshop.progress("measuring behaviour", done, len(examples)),
-        )  # fmt: skip
-        return means(found.rows)
-    finally:
-        attached.remove()

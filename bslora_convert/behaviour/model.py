@@ -77,6 +77,18 @@ class BaseModel:
             handle.remove()
         return kept[0], output.logits[0]
 
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocabulary) of last hidden states (n, d), as the model forms them: its head, and what it does behind it."""
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda *_: (hidden[None],))
+        try:
+            output = self.model(input_ids=torch.tensor([[self.pad]], device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        logits: Tensor = output.logits[0]
+        return logits
+
 
 def load_base(
     name: str | Path,

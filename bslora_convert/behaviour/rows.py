@@ -8,6 +8,8 @@ import numpy as np
 from bslora_convert.behaviour.intervals import resampled_sums
 from bslora_convert.behaviour.prompts import Example
 
+MEASURES = ("kl", "base_kl", "retention", "agreement")
+
 
 @dataclass(frozen=True, slots=True)
 class RowSums:
@@ -63,3 +65,8 @@ def means(rows: Sequence[RowSums]) -> Means:
 def resampled_means(rows: Sequence[RowSums], seed: int = 0) -> Means:
     """What resamples of the rows say, (resamples,) each: for `two_sided`, `at_least` and `at_most`."""
     return Means.of(resampled_sums(table(rows), seed))
+
+
+def measures(found: Means) -> dict[str, float]:
+    """The measures by name, of one sample."""
+    return {name: float(getattr(found, name)) for name in MEASURES}

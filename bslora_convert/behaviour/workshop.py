@@ -1,6 +1,7 @@
 """The base model with the original adapter on it, and the rows that are read for them."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.loaded import take_base
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode, with_completion
@@ -36,7 +38,10 @@ class Rows:
 
 
 class Workshop:
-    """The base model with the original adapter on it, and the rows that were read for it."""
+    """The base model with the original adapter on it, and the rows that were read for it.
+
+    known, bare: what the original and the base alone predict, each row run once.
+    """
 
     def __init__(self, reference: Adapter, base_model: str, device: str, dtype: str, progress: Progress) -> None:
         """Loads the base model.
@@ -52,6 +57,7 @@ class Workshop:
 
         self.base: BaseModel = take_base(base_model, device, dtype, fits)
         self.reference = Attached(self.base.model, reference.form, reference.carried, reference.path, enabled=False)
+        self.known, self.bare = Known(self.base, self.reference), Known(self.base, nullcontext())
 
     def close(self) -> None:
         """Leaves the base model as it was, for whoever comes next."""

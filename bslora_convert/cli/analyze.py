@@ -47,7 +47,9 @@ def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
 
     with output.bar("analyze") as progress:
         record = run(lora_dir, progress=progress, **options)
-    output.result(record, lambda console: _show(console, record, options["out"]))
+    from bslora_convert.report import commands
+
+    output.result(record, lambda console: _show(console, record, options["out"]), commands.after_analyze(record))
 
 
 def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:

@@ -113,7 +113,10 @@ def batch(
         ) from None
     if "resume" in said and not summary.get("skipped", summary.get("done")):
         output.notes([f"{out} held nothing that was done: it was begun anew"])
-    output.result(summary, lambda console: _show(console, summary, out))
+    from bslora_convert.report import commands
+
+    following = commands.after_batch(summary, str(out)) if "run" in summary else None
+    output.result(summary, lambda console: _show(console, summary, out), following)
     if summary.get("bad") if dry_run else is_failed(summary):
         sys.exit(1)
 
@@ -204,7 +207,9 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
     from bslora_convert.verbs.capacity import capacity as run
 
     result = run(read_manifest(out), gpu_gib, base_gib)
-    output.result(result, lambda console: _show_capacity(console, result))
+    from bslora_convert.report import commands
+
+    output.result(result, lambda console: _show_capacity(console, result), commands.after_capacity(str(out)))
 
 
 def _show_capacity(console: Any, result: dict[str, Any]) -> None:

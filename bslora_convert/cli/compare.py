@@ -118,7 +118,9 @@ def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
         table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)
     console.print(table)
     for budget, (form, call) in commands.compress(record).items():
-        console.print(f"At {budget:.2%} the lowest error that compress makes is {form}'s:")
+        console.print(
+            f"At {budget:.2%} the lowest error that compress makes is {form}'s; unbiased, as it behaves best:"
+        )
         console.print(f"  {call}", soft_wrap=True)
     if out is not None:
         console.print(f"Written to {out}", style="dim")

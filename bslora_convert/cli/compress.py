@@ -16,7 +16,7 @@ from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe.evidence import METRICS
 from bslora_convert.recipe.form import KERNEL_NAMES, LOCAL_RANKS, TRANSFORM_NAMES, WINDOW_NAMES
-from bslora_convert.recipe.storage import DTYPES
+from bslora_convert.recipe.storage import DTYPES, GAINS
 
 
 class Ranks(click.ParamType[tuple[int, int, int]]):
@@ -44,28 +44,42 @@ def recipe_options(function: Any) -> Any:
             click.option(
                 "--transform",
                 type=click.Choice(TRANSFORM_NAMES),
-                default="ke",
+                default="auto",
                 show_default=True,
-                help="How shared factors take a module's shape; none = plain SVD, auto = the best at this size.",
+                help="How shared factors take a module's shape; none = plain SVD, auto = the best at what is asked.",
             ),
             click.option(
-                "--budget",
+                "--min-retention",
                 type=float,
-                help="Share of the LoRA's parameters to use, 0 < F <= 1, in floats.  [default: 0.4459]",
+                help="Smallest result that keeps this share of the adapter's effect on rows held out of --prompts.",
             ),
-            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, in floats."),
+            click.option(
+                "--max-kl", type=float, help="Smallest result of at most this KL to the original there, nats a token."
+            ),
+            click.option(
+                "--min-agreement",
+                type=float,
+                help="Smallest result that predicts the same next token this often there.",
+            ),
+            click.option(
+                "--max-error",
+                type=float,
+                help="Smallest result of at most this relative error as written, gain and noise together, in codes.  "
+                "[default: 0.1]",
+            ),
             click.option(
                 "--bytes",
                 type=float,
                 help="Share of the source's file that the result may use: rank and precision chosen together, in codes.",
             ),
+            click.option("--budget", type=float, help="Share of the LoRA's parameters to use, 0 < F <= 1, in floats."),
+            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, in floats."),
             click.option(
                 "--bits",
                 type=click.Choice([str(width) for width in WIDTHS]),
                 callback=lambda _, __, value: value and int(value),
                 help="One width for every coded number; with --budget or --ranks it codes what they give.",
             ),
-            click.option("--max-error", type=float, help="Smallest result of at most this relative error, in codes."),
             click.option(
                 "--max-rank",
                 help="Greatest expanded rank of a module: a number, none, or slot: the source's server slot.  "
@@ -104,6 +118,14 @@ def recipe_options(function: Any) -> Any:
                 default="auto",
                 show_default=True,
                 help="Storage; auto = as the source.",
+            ),
+            click.option(
+                "--gain",
+                type=click.Choice(GAINS),
+                default="auto",
+                show_default=True,
+                help="unbiased: each module's update scaled to the original's strength; least-squares: left of least error, "
+                "too weak; auto = unbiased.",
             ),
             click.option("--base-model", help="Directory or hub name of the base model, for --prompts and --finetune."),
             click.option("--prompts", help="JSONL rows: fit in the base model's metric, choose and prove on them."),
@@ -164,10 +186,10 @@ def compress(
 
     \b
     Example:
-      bslora-convert compress ./my-lora ./my-lora-compact --transform ke
-      bslora-convert compress ./my-lora ./small --transform auto --budget 0.25
-      bslora-convert compress ./my-lora ./tuned --transform none --budget 0.125 --base-model ./base \\
-        --finetune train.jsonl --max-minutes 10
+      bslora-convert compress ./my-lora ./my-lora-compact
+      bslora-convert compress ./my-lora ./shared --transform ke
+      bslora-convert compress ./my-lora ./proved --min-retention 0.99 --base-model ./base --prompts rows.jsonl
+      bslora-convert compress ./my-lora ./tuned --bytes 0.0625 --base-model ./base --finetune train.jsonl --max-minutes 10
     """
     recipe, training = chosen(options, recipe_file)
     files = recipe.evidence.files.values()
@@ -187,10 +209,12 @@ def compress(
         )
         record |= pushed(out_dir, push, push_dry_run)
     output.notes(record["notes"])
-    output.result(record, lambda console: _show(console, record, out_dir))
+    from bslora_convert.report import commands
     from bslora_convert.report.verdict import without_gain
 
     reason = without_gain(record)
+    following = commands.after_compress(record, str(out_dir)) if reason is None else None
+    output.result(record, lambda console: _show(console, record, out_dir), following)
     if reason is not None:
         raise ThresholdMissed(f"{reason} ({out_dir} was written all the same)")
 
@@ -198,7 +222,7 @@ def compress(
 def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
-    from bslora_convert.report.verdict import evidence, sentences
+    from bslora_convert.report.verdict import evidence, is_unbiased, reached, rival_error, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
     console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
@@ -224,17 +248,19 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
     for name, title in (("svd_adaptive", "SVD, a rank per module"), ("svd_uniform", "SVD, one rank")):
         ratio = baselines[name]["parameter_ratio"]
         table.add_row(
-            title,
+            f"{title}, unbiased" if is_unbiased(record) else title,
             f"{round(ratio * source['parameters']):,}",
             f"{ratio:.2%}",
             "",
-            f"{baselines[name]['relative_error']:.4f}",
+            f"{rival_error(record, name):.4f}",
         )
     console.print(table)
     for sentence in sentences(record):
         console.print(sentence)
     if "evidence" in record:
         console.print(" ".join(evidence(record["evidence"])))
+    for sentence in reached(record):
+        console.print(sentence)
     if "training" in record:
         show_training(console, record["training"])
     ranks = compact["ranks"]

@@ -114,7 +114,9 @@ def finetune(
             **options,
         )
     output.notes(record["notes"])
-    output.result(record, lambda console: _show(console, record, out_dir))
+    from bslora_convert.report import commands
+
+    output.result(record, lambda console: _show(console, record, out_dir), commands.verify(str(out_dir)))
 
 
 @contextmanager

@@ -33,7 +33,10 @@ def inspect(output: Output, directory: Path, **scaling: Any) -> None:
 
     result = run(directory, **scaling)
     output.notes(result["notes"])
-    output.result(result, lambda console: _show(console, result, directory))
+    from bslora_convert.report import commands
+
+    following = commands.after_inspect(result, str(directory))
+    output.result(result, lambda console: _show(console, result, directory), following)
 
 
 def _show(console: Any, result: dict[str, Any], directory: Path) -> None:

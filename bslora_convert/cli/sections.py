@@ -2,15 +2,17 @@
 
 import click
 
+from bslora_convert.recipe.aim import AIMS
+
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "What the result must reach (one of these)": ("max_error", "bytes", "budget", "ranks"),
+    "What the result must reach (one of these)": AIMS,
     "The form": ("transform", "min_shared", "shared_size", "slice", "kernel", "local_ranks", "groups", "max_rank"),
     "Evidence": ("base_model", "prompts", "metric"),
     "Distillation": (
         "finetune", "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",
         "hidden_weight", "max_length", "evaluate_every", "patience",
     ),
-    "Storage": ("bits", "dtype"),
+    "Storage": ("bits", "dtype", "gain"),
     "The library": (
         "share_across", "shard", "engine", "workers", "resume", "retry_failed", "fail_fast", "max_failures", "dry_run",
     ),

@@ -43,12 +43,14 @@ class Output:
             with bar(title, console(stderr=True)) as show:
                 yield show
 
-    def result(self, value: Any, show: Callable[[Any], None]) -> None:
-        """The verb's result on stdout: JSON, nothing, or for a reader."""
+    def result(self, value: Any, show: Callable[[Any], None], following: str | None = None) -> None:
+        """The verb's result on stdout: JSON, nothing, or for a reader. following: the command to run next."""
         if self.as_json:
             click.echo(json.dumps(value, indent=1))
         elif not self.quiet:
             show(console())
+            if following is not None:
+                click.echo(f"Next: {following}")
 
     def notes(self, notes: list[str]) -> None:
         """Things worth knowing, on stderr."""

@@ -81,7 +81,10 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         record, unsaved = error.record, str(error)
     output.notes(record["notes"])
     where = compact_dir / "verify.json" if options["save"] else options["out"]
-    output.result(record, lambda console: _show(console, record, None if unsaved else where))
+    from bslora_convert.report import commands
+
+    following = commands.after_verify(record, str(compact_dir))
+    output.result(record, lambda console: _show(console, record, None if unsaved else where), following)
     if unsaved:
         raise OutputError(unsaved)
     if not record["passed"]:
@@ -105,7 +108,10 @@ def _library(output: Output, library: Path, options: dict[str, Any]) -> None:
             raise KeyboardInterrupt(f"interrupted; what was measured before is kept in {library}") from None
         raise
     output.notes(result["notes"])
-    output.result(result, lambda console: _show_library(console, result))
+    from bslora_convert.report import commands
+
+    following = commands.expand(str(library)) if result["passed"] else None
+    output.result(result, lambda console: _show_library(console, result), following)
     if result["missed"]:
         names = ", ".join(result["missed"])
         raise ThresholdMissed(f"missed: {len(result['missed'])} of {result['adapters']} adapters, {names}")

@@ -4,6 +4,8 @@
 2. widths for all of them at one price a bit (`allocation`)
 3. shared parts are coded; T is taken again, against them as decoded; the bits that are left buy local components anew
 4. each module's local part is coded and refitted (`encode.code_pair`)
+5. where updates are to be unbiased (`fit.gain`), each module's scale goes into the scales of codes: those of its local B and of
+   the kernel or gate that carries its shared terms
 """
 
 import math
@@ -23,12 +25,13 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import CodedPair, code_pair, encode, lost_shares
 from bslora_convert.errors import RecipeError
+from bslora_convert.fit.gain import carrier_of, strength_in
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.metric.metric import Metric
 from bslora_convert.modules.factors import Factors, add
-from bslora_convert.modules.lowrank import Grams, ProductSvd
+from bslora_convert.modules.lowrank import Grams, ProductSvd, residual_energy
 from bslora_convert.process.progress import Progress, silent
 
 Found = TypeVar("Found")
@@ -41,7 +44,7 @@ class Aim:
     """What a coded form may take and lose. bits: of everything that is coded. lost: energy; the fewest bits that reach it.
 
     width: one width for everything. ranks: each module's local rank, given; the components are then not chosen.
-    most_rank: greatest rank of a module, its shared parts counted.
+    most_rank: greatest rank of a module, its shared parts counted. unbiased: every update as strong as the original's.
     """
 
     bits: int | None = None
@@ -49,6 +52,7 @@ class Aim:
     width: int | None = None
     ranks: Mapping[str, int] | None = None
     most_rank: int | None = None
+    unbiased: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +112,51 @@ def code_form(
         locals_ = _locals(source, form, aim, counted)
         rest = None if aim.bits is None else aim.bits - taken
         chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
-    return _assembled(form, tensors, _coded_locals(locals_, chosen, counted), storage)
-
-
-def _assembled(
-    form: BsloraForm, shared: Mapping[str, Coded], coded: Mapping[str, CodedPair], storage: torch.dtype
-) -> CodedForm:
-    """The decoded form of coded shared tensors and local pairs."""
-    tensors, modules = dict(shared), {}
-    for name, module in form.modules.items():
-        pair = coded[name]
+    coded = _coded_locals(locals_, chosen, counted)
+    modules = {name: replace(module, local=coded[name].factors()) for name, module in form.modules.items()}
+    form, lost = replace(form, modules=modules), {name: pair.lost for name, pair in coded.items()}
+    for name, pair in coded.items():
         tensors[f"{name}.bslora_local_A"], tensors[f"{name}.bslora_local_B"] = pair.a, pair.b
-        modules[name] = replace(module, local=pair.factors())
-    decoded = BsloraForm(form.transform, modules, form.shared).to(storage)
+    if aim.unbiased:
+        form, lost = _unbiased(source, form, tensors, lost)
+    decoded = form.to(storage)
     ordered = {key: tensors[key] for key, _ in Layout.of(decoded).tensors()}
-    return CodedForm(decoded, ordered, sum(pair.lost for pair in coded.values()), sum(map(_bits, ordered.values())))
+    return CodedForm(decoded, ordered, sum(lost.values()), sum(map(_bits, ordered.values())))
+
+
+def _unbiased(
+    source: Source, form: BsloraForm, tensors: dict[str, Coded], lost: Mapping[str, float]
+) -> tuple[BsloraForm, dict[str, float]]:
+    """The form with every module's update unbiased, as the codes of `tensors`, which take the scales, decode; what it loses."""
+    carrier = carrier_of(form)
+    scales = dict(
+        zip(form.modules, each(lambda name: strength_in(source, form, name).scale, form.modules), strict=True)
+    )
+    modules, after = dict(form.modules), dict(lost)
+    for name, scale in scales.items():
+        if scale == 1:
+            continue
+        module, key = modules[name], f"{name}.bslora_local_B"
+        tensors[key] = tensors[key].scaled(scale)
+        paths = dict(module.paths)
+        for level, path in module.paths.items():
+            if carrier is not None:
+                own, before = f"{name}.bslora_{level}_own_{carrier}", path.own[carrier]
+                tensors[own] = tensors[own].scaled(scale)
+                numbers = from_vectors(own, tensors[own].decode(), tuple(before.shape)).to(before.device)
+                paths[level] = replace(path, own={**path.own, carrier: numbers})
+        local = replace(module.local, b=tensors[key].decode().T)
+        modules[name] = replace(module, local=local, paths=paths)
+    found = replace(form, modules=modules)
+
+    def residual(name: str) -> float:
+        metric = source.metric(name)
+        target = metric.weighed(source.deltas[name].factors())
+        return residual_energy(target, Grams.of(target), metric.weighed(found.delta(name)))
+
+    changed = [name for name, scale in scales.items() if scale != 1]
+    after.update(zip(changed, each(residual, changed), strict=True))
+    return found, after
 
 
 def _bits(coded: Coded) -> int:

@@ -6,22 +6,29 @@ bslora_<t>_intra    one shared pair for each layer and nothing else, of the larg
 bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
 svd_int8, svd_int4  truncated SVD in codes of one width, within the bytes that the budget's numbers take
 svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does
+…_unbiased          the same with each module's update scaled to the original's strength (`fit.gain`): the scale goes into numbers
+                    that are there anyway, of codes and floats alike, and takes no bytes
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from bslora_convert.baselines import BASELINES
-from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest
+from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest, rounded
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
 from bslora_convert.coding.form import Aim, code_form
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget
+from bslora_convert.fit.gain import Strength
+from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import LARGEST_SHARED_RANK, problem_of, shared_parameters
 from bslora_convert.fit.source import Source
+from bslora_convert.modules.factors import Factors
 
+SUFFIX = "_unbiased"
 PAPER = {"ss": (2, 4, 32), "gt": (2, 8, 16), "ke": (2, 4, 16)}
 
 
@@ -83,6 +90,18 @@ def coded(width: int | None, source: Source, budget: int, storage: torch.dtype, 
     )
 
 
+def unbiased(fit: Fit, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """A form with every module's update scaled to the original's strength."""
+    found = fit(source, budget, storage, seed)
+
+    def scaled(name: str) -> Factors:
+        factors = found.deltas[name]
+        b = Strength.of(source.deltas[name].factors(), factors).scale * factors.b
+        return Factors(b if found.bytes is not None else rounded(b, storage), factors.a)
+
+    return replace(found, deltas=dict(zip(found.deltas, each(scaled, found.deltas), strict=True)))
+
+
 CODED: Mapping[str, Fit] = {
     "svd_int8": partial(coded, 8),
     "svd_int4": partial(coded, 4),
@@ -91,10 +110,16 @@ CODED: Mapping[str, Fit] = {
 
 OWN_SIZE: Mapping[str, Fit] = {f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER}
 
+BY_FORM = ("svd_uniform", "svd_adaptive", *(f"bslora_{name}" for name in PAPER))  # of floats, those that compress makes
+
 WITHIN_BUDGET: Mapping[str, Fit] = {
     **BASELINES,
     **{f"bslora_{name}": partial(searched, name) for name in PAPER},
     **{f"bslora_{name}_{level}": partial(one_level, name, level) for name in ("ss", "ke") for level in LEVELS},
 }
 
-FORMS: Mapping[str, Callable[..., Fitted]] = {**WITHIN_BUDGET, **CODED, **OWN_SIZE}
+UNBIASED: Mapping[str, Fit] = {
+    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **CODED}[name]) for name in (*BY_FORM, *CODED)
+}
+
+FORMS: Mapping[str, Callable[..., Fitted]] = {**WITHIN_BUDGET, **CODED, **OWN_SIZE, **UNBIASED}

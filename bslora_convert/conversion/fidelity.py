@@ -3,8 +3,9 @@
     relative_error = ‖ΔW − ΔŴ‖_F / ‖ΔW‖_F over all modules together        energy_kept = 1 − relative_error²
     cosine         = ⟨ΔW, ΔŴ⟩ / (‖ΔW‖ ‖ΔŴ‖)
     components     = ⟨ΔW, part⟩ / ‖ΔW‖² of the local, intra and inter parts
+    gain           = ⟨ΔW, ΔŴ⟩ / ‖ΔW‖², their sum: 1 = as strong as the original (`fit.gain`)
 
-At a least-squares optimum ⟨ΔW, ΔŴ⟩ = ‖ΔŴ‖², so the components add up to the energy kept.
+At a least-squares optimum ⟨ΔW, ΔŴ⟩ = ‖ΔŴ‖², so the components add up to the energy kept, and gain and energy kept are one.
 All of it comes from Gram matrices of factors; no ΔW is formed.
 """
 
@@ -21,6 +22,8 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.coding import rate
 from bslora_convert.fit import allocate
+from bslora_convert.fit.allocate import Ranks
+from bslora_convert.fit.gain import Strength
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import add
@@ -32,11 +35,12 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class ModuleFidelity:
-    """One module: energy = ‖ΔW‖², lost = ‖ΔW − ΔŴ‖²."""
+    """One module: energy = ‖ΔW‖², lost = ‖ΔW − ΔŴ‖², least = what is lost of it at the scale of least error."""
 
     name: str
     energy: float
     lost: float
+    least: float
     local_rank: int
 
     @property
@@ -63,6 +67,11 @@ class WeightFidelity:
         """‖ΔW − ΔŴ‖ / ‖ΔW‖ over all modules."""
         return _ratio(sum(module.lost for module in self.modules), self.energy)
 
+    @property
+    def least_error(self) -> float:
+        """The relative error that it would have with every module scaled for least error: what codes are judged by."""
+        return _ratio(sum(module.least for module in self.modules), self.energy)
+
     def to_dict(self) -> dict[str, Any]:
         """`weight` of fidelity.json."""
         error = self.relative_error
@@ -70,6 +79,7 @@ class WeightFidelity:
             "relative_error": error,
             "energy_kept": 1 - error**2,
             "cosine": self.cosine,
+            "gain": sum(self.components.values()) if self.energy else 1.0,
             "components": self.components,
             "modules": [
                 {"name": m.name, "relative_error": m.relative_error, "energy": m.energy, "local_rank": m.local_rank}
@@ -88,7 +98,8 @@ def compare(source: Source, form: BsloraForm) -> WeightFidelity:
             components[part] += value
         cross, energy = sum(along.values()), source.grams[name].energy
         lost = max(energy - 2 * cross + own, 0.0)
-        modules.append(ModuleFidelity(name, energy, lost, form.modules[name].local.rank))
+        least = max(energy - (cross**2 / own if own else 0.0), 0.0)
+        modules.append(ModuleFidelity(name, energy, lost, least, form.modules[name].local.rank))
         total_cross += cross
         total_form += own
     energy = source.energy
@@ -110,16 +121,17 @@ def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, fl
     return along, float((own_b * own_a).sum())
 
 
-def coding(source: Source, compact: CompactAdapter, relative_error: float) -> dict[str, Any]:
+def coding(source: Source, compact: CompactAdapter, least_error: float) -> dict[str, Any]:
     """What codes achieve beside the rate–distortion bound (`coding.rate`) for the same spectra.
 
     bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. widths_by_part: the same for the
     local parts of each kind of module, 0 where the source's vectors are left out, and for each level's shared parts. bound: the
-    least relative error that so many bits can have. gap: bits a number that the bound needs less for the same error.
+    least relative error that so many bits can have. least_error: that of these codes at the scales of least error.
+    gap: bits a number that the bound needs less for it.
     """
     bits = 8 * sum(tensor.nbytes for tensor in compact.codes.values())
     widths, counts = compact.codes[WIDTHS_NAME].unique(return_counts=True)
-    least = rate.needed(source.spectra, source.costs, relative_error**2 * source.energy)
+    least = rate.needed(source.spectra, source.costs, least_error**2 * source.energy)
     numbers = compact.form.parameters
     return {
         "bits": bits,
@@ -128,6 +140,7 @@ def coding(source: Source, compact: CompactAdapter, relative_error: float) -> di
         "widths": dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
         "widths_by_part": _widths_by_part(source, compact),
         "bound": _ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
+        "least_error": least_error,
         "gap": (bits - least) / numbers if numbers else 0.0,
     }
 
@@ -153,7 +166,7 @@ def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[s
 def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict[str, float]]:
     """Plain truncated SVD within `parameters` numbers: one rank for all modules, and the best rank for each.
 
-    whole: the numbers that a ratio of one stands for.
+    whole: the numbers that a ratio of one stands for. unbiased_error: of the same with every module unbiased (`fit.gain`).
     """
     limits = {name: len(values) for name, values in source.spectra.items()}
     choices = {
@@ -164,9 +177,20 @@ def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict
         name: {
             "parameter_ratio": allocate.cost_of(ranks, source.costs) / whole,
             "relative_error": _ratio(allocate.lost_energy(source.spectra, ranks), source.energy),
+            "unbiased_error": _ratio(_lost_unbiased(source, ranks), source.energy),
         }
         for name, ranks in choices.items()
     }
+
+
+def _lost_unbiased(source: Source, ranks: Ranks) -> float:
+    """Energy that truncations to these ranks lose once every module is unbiased."""
+    lost = 0.0
+    for name, values in source.spectra.items():
+        energy, kept = float(values.sum()), float(values[: ranks[name]].sum())
+        scale = Strength(energy, kept).scale
+        lost += energy - 2 * scale * kept + scale**2 * kept
+    return lost
 
 
 def _ratio(lost: float, energy: float) -> float:

@@ -21,9 +21,11 @@ from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.groups import candidates
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import Fit, Options, Source, fit_by_hand, fit_to_budget
+from bslora_convert.fit.gain import unbiased
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import is_whole
 from bslora_convert.recipe.recipe import Recipe
 
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
@@ -34,21 +36,29 @@ LEAST_BUDGET = 0.02  # of the parameters, for a float fit that only seeks shared
 WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
 ROOM_ATTEMPTS = 6
 ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may stay unused
+FINEST_ERROR = 1e-4  # to which an error that could be had is recorded
+AIMED = 0.99  # of the energy that may be lost: where the next attempt is aimed at
+LEAST_SLOPE, LARGEST_STEP = 0.1, 4.0  # of what is lost against what was to be lost; of what is to be lost, downwards
+NEAR_LEAST = 1.02  # times the least error that a form can have: what will do where the error was not asked for
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A fit as it is going to be stored: the form in its storage dtype, the file's codes that it was decoded from, if any."""
+    """A fit as it is going to be stored: the form in its storage dtype, the file's codes that it was decoded from, if any.
+
+    recipe: what it was made by, with the error that could be had where the one that nobody asked for could not.
+    """
 
     form: BsloraForm
     codes: Mapping[str, Tensor]
+    recipe: Recipe
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, fit: Fit, dtype: torch.dtype, codes: Mapping[str, Tensor] | None = None) -> "Stored":
+    def of(cls, fit: Fit, dtype: torch.dtype, recipe: Recipe, codes: Mapping[str, Tensor] | None = None) -> "Stored":
         """:raises RecipeError: when a number is too large for the dtype."""
-        return cls(cast(fit.form, dtype), codes or {}, fit.notes)
+        return cls(cast(fit.form, dtype), codes or {}, recipe, fit.notes)
 
 
 def fit_stored(
@@ -59,7 +69,10 @@ def fit_stored(
     :raises RecipeError: when the size asked for can't be met.
     """
     if not recipe.is_coded:
-        return Stored.of(_fit_grouped(source, recipe, dtype, _named("fitting", progress)), dtype)
+        fit = _fit_grouped(source, recipe, dtype, _named("fitting", progress))
+        if recipe.storage.is_unbiased:
+            fit = replace(fit, form=unbiased(source, fit.form))
+        return Stored.of(fit, dtype, recipe)
     room = None
     if recipe.aim.bytes is not None:
         size = adapter.weights.stat().st_size
@@ -73,7 +86,7 @@ def fit_stored(
     found: list[tuple[Fit, CodedForm]] = []
     refused: RecipeError | None = None
     plain: Fit | None = None
-    for candidate in _by_name(recipe):
+    for candidate in by_name(recipe):
         try:
             said = _named(f"fitting {candidate.form.transform}", progress)
             fit = _float_for_codes(source, candidate, adapter.weights.stat().st_size, adapter.dtype, said)
@@ -96,7 +109,16 @@ def fit_stored(
         return True, coded.lost, coded.bits
 
     fit, coded = min(found, key=rank)
-    return Stored.of(replace(fit, form=coded.form), dtype, to_file(coded.tensors))
+    notes = fit.notes
+    if not recipe.aim.asked:  # what is recorded asks for it
+        assert wanted is not None  # that is the default
+        allowed = recipe.aim.max_error
+        if (lost := _lost(source, coded)) > wanted:
+            reached = math.sqrt(lost / source.energy)
+            notes = (*notes, f"ATTENTION: {missed(recipe, reached, fitted=True)}; what comes nearest was written")
+            allowed = min(math.ceil(reached / FINEST_ERROR) * FINEST_ERROR, 1 - FINEST_ERROR)
+        recipe = recipe.but(max_error=allowed)
+    return Stored.of(replace(fit, form=coded.form, notes=notes), dtype, recipe, to_file(coded.tensors))
 
 
 def _lost(source: Source, coded: CodedForm) -> float:
@@ -150,7 +172,7 @@ def _named(phase: str, progress: Progress) -> Callable[[str], None]:
     return lambda step: progress(f"{phase}: {step}", 0, 0)
 
 
-def _by_name(recipe: Recipe) -> list[Recipe]:
+def by_name(recipe: Recipe) -> list[Recipe]:
     """The recipe for each transform that it may take; settings that mean nothing to one are left out there."""
     if recipe.form.transform != "auto":
         return [recipe]
@@ -193,28 +215,69 @@ def _coded(
 ) -> CodedForm:
     """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress."""
     phase = f"coding {recipe.form.transform}{words}"
-    aim = Aim(bits=None if room is None else 8 * room, width=recipe.storage.bits, most_rank=_most_rank(source, recipe))
+    aim = Aim(
+        bits=None if room is None else 8 * room,
+        width=recipe.storage.bits,
+        most_rank=_most_rank(source, recipe),
+        unbiased=recipe.storage.is_unbiased,
+    )
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(
             source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
         )
-    allowed = recipe.aim.max_error**2 * source.energy
-    lost, best, before = HEAD_START * recipe.aim.max_error**2 * source.weight, None, -1
-    for attempt in range(1, ERROR_ATTEMPTS + 1):
+    attempt = 0
 
-        def tried(_: str, done: int, total: int, attempt: int = attempt) -> None:
+    def make(lost: float) -> tuple[CodedForm, float]:
+        nonlocal attempt
+        attempt += 1
+
+        def tried(_: str, done: int, total: int) -> None:
             progress(f"{phase}, attempt {attempt}", done, total)
 
         coded = code_form(source, form, replace(aim, lost=lost), dtype, tried)
-        reached = _lost(source, coded)
-        if reached <= allowed and (best is None or coded.bits < best.bits):
-            best = coded
-        if CLOSE * allowed <= reached <= allowed or reached == 0 or coded.bits == before:
+        return coded, _lost(source, coded)
+
+    def start(share: float) -> float:
+        if aim.unbiased:
+            share /= 1 + share  # of the lost share q a scale of 1 / (1 − q) makes q / (1 − q)
+        return HEAD_START * share * source.weight  # an error is plain, what is to be lost is in the metric
+
+    share = recipe.aim.max_error**2
+    coded, reached = _fewest_bits(make, share * source.energy, start(share))
+    if recipe.aim.asked or reached <= share * source.energy:
+        return coded
+    share = max(NEAR_LEAST**2 * make(0.0)[1] / source.energy, share)
+    return _fewest_bits(make, share * source.energy, start(share))[0]
+
+
+def _fewest_bits(
+    make: Callable[[float], tuple[CodedForm, float]], allowed: float, start: float
+) -> tuple[CodedForm, float]:
+    """The codes of fewest bits that lose at most `allowed`, and what they lose; the nearest ones where none do.
+
+    make: codes that should lose so much, with what they do lose. It differs from what was asked for, as refits gain on what the
+    widths promise, rounding loses and some of it no width can keep: so the line through the last two attempts is followed.
+    start: the first attempt.
+    """
+    lost = start
+    tried: list[tuple[float, float, int]] = []
+    best: tuple[CodedForm, float] | None = None
+    for _ in range(ERROR_ATTEMPTS):
+        found = coded, reached = make(lost)
+        better = best is None or (coded.bits < best[0].bits if best[1] <= allowed else reached < best[1])
+        if better and (reached <= allowed or best is None or best[1] > allowed):
+            best = found
+        if CLOSE * allowed <= reached <= allowed or reached == 0 or any(coded.bits == bits for _, _, bits in tried):
             break
-        before = coded.bits
-        lost *= 0.99 * allowed / reached  # refits gain on what the widths promise, rounding loses
-    return best or coded
+        tried.append((lost, reached, coded.bits))
+        slope = reached / lost
+        if len(tried) > 1:
+            (a, at_a, _), (b, at_b, _) = tried[-2:]
+            slope = max((at_b - at_a) / (b - a), LEAST_SLOPE * slope)
+        lost = max(lost + (AIMED * allowed - reached) / slope, lost / LARGEST_STEP)
+    assert best is not None  # there was an attempt
+    return best
 
 
 def _most_rank(source: Source, recipe: Recipe) -> int | None:
@@ -280,6 +343,10 @@ def missed(recipe: Recipe, error: float, fitted: bool) -> str:
             f"{wanted} can't be reached with --transform {recipe.form.transform} and --max-rank {recipe.form.max_rank} "
             f"(reached {error:.4g}): shared parts take rank from what modules hold for themselves; give --transform auto or "
             "--max-rank none"
+        )
+    if fitted and is_whole(recipe.form.max_rank):
+        return (
+            f"{wanted} can't be reached with --max-rank {recipe.form.max_rank} (reached {error:.4g}); raise one of them"
         )
     return (
         f"{wanted} is finer than codes can hold, whose widest are bfloat16 (reached {error:.4g}); for floats give "

@@ -18,7 +18,7 @@ from bslora_convert.lora import LoraAdapter, LoraModule
 from bslora_convert.lora.config import LoraConfig
 from bslora_convert.recipe.recipe import Recipe
 
-OF_A_FIT = ("transform", "budget", "ranks", "shared_size", "slice", "kernel")  # options without effect here
+OF_A_FIT = ("transform", "budget", "ranks", "shared_size", "slice", "kernel", "gain")  # options without effect here
 NEEDING_A_LORA = ("prompts", "finetune")
 
 

@@ -20,6 +20,7 @@ from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
+from bslora_convert.recipe.aim import AIMS
 from bslora_convert.version import __version__
 
 
@@ -27,6 +28,7 @@ from bslora_convert.version import __version__
 class Extras:
     """What there is beside the fit: the records of evidence, training and de-duplication, the training's steps, notes.
 
+    aim: how a behaviour that was asked for was sought.
     codes: what the form was decoded from, as the file takes it; empty where it stores floats.
     """
 
@@ -36,6 +38,7 @@ class Extras:
     notes: tuple[str, ...] = ()
     deduplication: Mapping[str, Any] | None = None
     codes: Mapping[str, Tensor] = field(default_factory=dict)
+    aim: Mapping[str, Any] | None = None
 
 
 def write_result(
@@ -68,7 +71,7 @@ def write_result(
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
         hashing = pool.submit(sha256, place / WEIGHTS_NAME)
         compact = load_compact(place)
-        weight = fidelity.compare(measured, compact.form).to_dict()
+        kept = fidelity.compare(measured, compact.form)
         written = hashing.result()
     record = {
         "schema_version": fidelity.SCHEMA_VERSION,
@@ -76,10 +79,11 @@ def write_result(
         "source": _source_record(adapter, digest, dtype_name(adapter.dtype), source_name or str(adapter.path)),
         "recipe": dict(recipe),
         "compact": {**_compact_record(compact, place, adapter), "sha256": written},
-        "weight": weight,
-        **({"coding": fidelity.coding(measured, compact, weight["relative_error"])} if compact.codes else {}),
+        "weight": kept.to_dict(),
+        **({"coding": fidelity.coding(measured, compact, kept.least_error)} if compact.codes else {}),
         "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         "functional": None,
+        "aim": dict(extras.aim) if extras.aim is not None else _asked(recipe),
         **({"evidence": dict(extras.evidence)} if extras.evidence else {}),
         **({"training": dict(extras.training)} if extras.training else {}),
         **({"deduplication": dict(extras.deduplication)} if extras.deduplication else {}),
@@ -92,6 +96,11 @@ def write_result(
         record["seconds"] = {**spent, "total": sum(spent.values())}
     report.write(place, record, measured.spectra, compact, html=html, log=extras.log)
     return seal(place, FIDELITY_NAME, record, {WEIGHTS_NAME: written})
+
+
+def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What the result had to reach: an error or a size, for which nothing was tried on prompts."""
+    return {"asked": {name: recipe[name] for name in AIMS if recipe.get(name) is not None}, "path": [], "proofs": []}
 
 
 def _numbers(compact: CompactAdapter) -> int:

@@ -23,6 +23,8 @@ from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import finish, fit_at, problem_of, search
 from bslora_convert.fit.source import Fit, Options, Progress, Source, leading, local_most, measure, quiet, within
 
+SHARING = ("ke", "ss", "gt")
+
 __all__ = ["Fit", "Options", "Source", "fit_by_hand", "fit_to_budget", "measure"]
 
 
@@ -42,6 +44,8 @@ def fit_to_budget(source: Source, options: Options, budget: int, progress: Progr
 
 def fit_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], progress: Progress = quiet) -> Fit:
     """The form of the ranks (local, intra, inter); adaptive local ranks spread the same number of local numbers."""
+    if options.transform == "auto":
+        return _best_by_hand(source, options, ranks, progress)
     local, *level_ranks = ranks
     levels = dict(zip(LEVELS, level_ranks, strict=True))
     if options.transform == "gt" and any(level_ranks) and source.sharing:
@@ -77,8 +81,7 @@ def _best(source: Source, options: Options, budget: int, progress: Progress) -> 
     tried = ["none"]
     for name in ("ke", "ss"):
         try:
-            size = options.shared_size if name == "ke" else None
-            fit = search(source.plain, replace(options, transform=name, shared_size=size), budget, progress)
+            fit = search(source.plain, _of(options, name), budget, progress)
         except RecipeError:
             continue
         tried.append(name)
@@ -87,6 +90,29 @@ def _best(source: Source, options: Options, budget: int, progress: Progress) -> 
             best = fit
     note = f"auto compared {', '.join(tried)} at this size; gt equals none at more numbers and was left out"
     return replace(best, notes=(*best.notes, note))
+
+
+def _best_by_hand(source: Source, options: Options, ranks: tuple[int, int, int], progress: Progress) -> Fit:
+    """The lowest error over the transforms at these ranks."""
+    names = SHARING if any(ranks[1:]) and source.sharing else ("none",)
+    found: dict[str, Fit] = {}
+    refused: RecipeError | None = None
+    for name in names:
+        try:
+            found[name] = fit_by_hand(source, _of(options, name), ranks, progress)
+        except RecipeError as error:
+            refused = error
+    if not found:
+        assert refused is not None  # there is a transform
+        raise refused
+    best = min(found.values(), key=lambda fit: fit.lost)
+    note = f"auto compared {', '.join(found)} at these ranks"
+    return replace(best, notes=(*best.notes, note)) if len(found) > 1 else best
+
+
+def _of(options: Options, transform: str) -> Options:
+    """The options for one of several transforms: a size of shared factors means nothing to windows."""
+    return replace(options, transform=transform, shared_size=None if transform == "ss" else options.shared_size)
 
 
 def _in_metrics(source: Source, options: Options, fit: Fit) -> Fit:

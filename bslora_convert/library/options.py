@@ -12,6 +12,7 @@ from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.hashing import sha256
 from bslora_convert.library.items import Item
+from bslora_convert.recipe.recipe import Recipe
 
 FIT, DISTIL, BASE = "prompts", "finetune", "base_model"  # the recipe's fields
 PROMPTS = (FIT, DISTIL)
@@ -20,7 +21,8 @@ PROMPTS = (FIT, DISTIL)
 def recipe_of(item: Item, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe by which an adapter is converted.
 
-    :raises RecipeError: when it has prompts and nobody says on which base model they are to be run.
+    :raises RecipeError: when it has prompts and nobody says on which base model they are to be run, or a behaviour is aimed at
+        and it has no prompts.
     """
     own = dict(recipe)
     if item.prompts is not None:
@@ -30,6 +32,7 @@ def recipe_of(item: Item, recipe: Mapping[str, Any]) -> dict[str, Any]:
         own[BASE] = item.base_model
     if item.prompts is not None and own.get(BASE) is None:
         raise RecipeError(f"{item.id}: it has prompts and no base model; give base_model in the manifest")
+    Recipe.from_dict(own).check_evidence()
     return own
 
 

@@ -7,17 +7,14 @@ max-error = 0.1
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.jsonfile import parsed, read_json
-from bslora_convert.recipe.aim import Aim
+from bslora_convert.recipe.aim import AIMS
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import OPTIONS
-
-AIMS = frozenset(one.name for one in fields(Aim))
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
 def merged(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a file under those given beside it; a size or an error that is given replaces the file's."""
-    kept = {name: value for name, value in file.items() if not (AIMS & set(given) and name in AIMS)}
+    kept = {name: value for name, value in file.items() if not (name in AIMS and any(aim in given for aim in AIMS))}
     return {**kept, **given}
 
 

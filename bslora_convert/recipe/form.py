@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, check_whole, is_whole
 
-TRANSFORM_NAMES = ("ke", "gt", "ss", "none", "auto")
+TRANSFORM_NAMES = ("auto", "ke", "gt", "ss", "none")
 WINDOW_NAMES = ("center", "top-left", "bottom-right")
 KERNEL_NAMES = ("r_1", "1_r", "2_r")
 LOCAL_RANKS = ("uniform", "adaptive")
@@ -26,7 +26,7 @@ class Form:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    transform: str = "ke"
+    transform: str = "auto"
     min_shared: int | None = None
     shared_size: int | None = None
     slice: str = "center"

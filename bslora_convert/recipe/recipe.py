@@ -1,6 +1,6 @@
 """How to convert one adapter: a few parts that each check themselves, and the rules between them.
 
-    form      which transform, who shares, which ranks      aim        the size or the error that the result must reach
+    form      which transform, who shares, which ranks      aim        the behaviour, error or size that the result must reach
     evidence  base model, prompts, metric, distillation     storage    dtype and codes
     scaling   the source's, where it does not say
 
@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Self
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.recipe.aim import Aim
+from bslora_convert.recipe.aim import AIMS, Aim
 from bslora_convert.recipe.checks import check_whole
 from bslora_convert.recipe.evidence import Evidence
 from bslora_convert.recipe.form import Form
@@ -62,18 +62,24 @@ class Recipe:
     def _check_together(self) -> None:
         """What one part allows of another."""
         form, aim = self.form, self.aim
-        if aim.ranks is not None and form.transform == "auto":
-            raise RecipeError("ranks: given by hand they need a transform by name, not auto", "ranks")
         if aim.ranks is not None and form.transform == "none" and any(aim.ranks[1:]):
             raise RecipeError(
                 f"ranks is {aim.ranks!r}: with transform none only L,0,0 is allowed", "ranks", "transform"
             )
         if aim.chooses_precision and form.local_ranks == "uniform":
-            name = "bytes" if aim.bytes is not None else "max_error"
+            name = next(name for name in AIMS if getattr(aim, name) is not None)
             raise RecipeError(
                 f"local_ranks is 'uniform': with {name} every module's rank is chosen; adaptive is allowed",
                 "local_ranks",
                 name,
+            )
+
+    def check_evidence(self) -> None:
+        """:raises RecipeError: when a behaviour is aimed at and there is nothing to measure it on."""
+        if self.aim.behaviour is not None and self.evidence.prompts is None:
+            name = self.aim.behaviour[0]
+            raise RecipeError(
+                f"{name} is measured on prompts that the fit has not seen: give base_model and prompts", name, "prompts"
             )
 
     @property
@@ -91,11 +97,15 @@ class Recipe:
         return type(self)(**{**self.options(), **changes})
 
     def options(self) -> dict[str, Any]:
-        """Every option by name, as used."""
+        """Every option by name, as used; an aim that nobody asked for is none."""
         found = {
-            one.name: getattr(getattr(self, name), one.name) for name, part in PARTS.items() for one in fields(part)
+            one.name: getattr(getattr(self, name), one.name)
+            for name, part in PARTS.items()
+            for one in fields(part)
+            if one.init
         }
-        return found | {name: getattr(self, name) for name in OWN}
+        unasked = {} if self.aim.asked else dict.fromkeys(AIMS)
+        return found | unasked | {name: getattr(self, name) for name in OWN}
 
     def to_dict(self) -> dict[str, Any]:
         """Every option as used, as JSON holds it."""
@@ -111,12 +121,9 @@ class Recipe:
 
     def given(self) -> dict[str, Any]:
         """The options that are not what they would be anyway."""
-        aims = [one.name for one in fields(Aim)]
-        plain = type(self)(**{name: value for name, value in self.options().items() if name in (*aims, "transform")})
-        usual = plain.options()
-        said = self.options()
-        order = ["transform", *aims, *(name for name in said if name not in (*aims, "transform"))]
-        always = (*aims, "transform")
+        said, always = self.options(), ("transform", *AIMS)
+        usual = type(self)(**{name: said[name] for name in always}).options()
+        order = [*always, *(name for name in said if name not in always)]
         return {n: said[n] for n in order if said[n] is not None and (n in always or said[n] != usual[n])}
 
     def arguments(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands that a page tells its reader to run next, with what the page knows filled in."""
+"""Commands that a page or a verb tells its reader to run next, with what it knows filled in."""
 
 import shlex
 from collections.abc import Mapping
@@ -54,6 +54,52 @@ def analyze(record: Mapping[str, Any]) -> str:
     return _joined(
         "analyze", record["source"]["path"], "--base-model", UNKNOWN_BASE, *PROMPTS, "--out", "OUT_DIR"
     )  # fmt: skip
+
+
+def after_compress(record: Mapping[str, Any], place: str) -> str:
+    """Behaviour that was proved is served; the rest is measured first."""
+    if record["aim"]["proofs"] or record.get("evidence", {}).get("proof"):
+        return expand(place)
+    return verify(place)
+
+
+def after_inspect(result: Mapping[str, Any], place: str) -> str | None:
+    """A LoRA is converted; what is compact is measured, or repaired where it changed."""
+    if result["kind"] == "lora":
+        return _joined("compress", place, "OUT_DIR") if result["convertible"] else None
+    if result["kind"] == "bslora":
+        return verify(place) if result.get("integrity") != "changed" else None
+    return _joined("compress", place, "OUT_DIR")
+
+
+def after_analyze(record: Mapping[str, Any]) -> str:
+    """The conversion at the default's error, which tries sharing where it may pay."""
+    return _joined("compress", record["source"]["path"], "OUT_DIR")
+
+
+def after_verify(record: Mapping[str, Any], place: str) -> str:
+    """What passed is served; what missed is distilled or made anew, larger."""
+    if record["passed"]:
+        return expand(place)
+    aim = ["--min-retention", "0.99", "--base-model", UNKNOWN_BASE, "--prompts", "ROWS.jsonl"]
+    return _joined("compress", "LORA_DIR", place, *aim, "--overwrite")
+
+
+def after_batch(summary: Mapping[str, Any], place: str) -> str:
+    """What failed is tried again, else the library is measured."""
+    if summary["run"]["bad"] or summary["run"]["gave_up"]:
+        return _joined("batch", place, "--resume", "--retry-failed")
+    return verify(place)
+
+
+def after_capacity(place: str) -> str:
+    """Adapters as a server loads them."""
+    return expand(place)
+
+
+def expand(place: str) -> str:
+    """What a server loads."""
+    return _joined("expand", place, f"{place.rstrip('/')}-served", "--for", "vllm")
 
 
 def _joined(*words: str) -> str:

@@ -86,6 +86,7 @@ def render(
     improved = []
     if record.get("evidence"):
         improved += verdict.evidence(record["evidence"])
+    improved += verdict.reached(record)
     if record.get("training"):
         improved += verdict.trained(record["training"])
     if log:
@@ -99,6 +100,7 @@ def render(
         .render(
             record=record,
             verdict=verdict.sentences(record),
+            svd_error=verdict.rival_error(record),
             urgent=urgent,
             notes=notes,
             improved=improved,
@@ -161,8 +163,8 @@ def _errors(record: Mapping[str, Any]) -> dict[str, float]:
     transform = record["compact"]["transform"]
     return {
         "this result" if transform == "none" else f"this result ({transform})": record["weight"]["relative_error"],
-        "SVD, a rank per module": record["baselines"]["svd_adaptive"]["relative_error"],
-        "SVD, one rank": record["baselines"]["svd_uniform"]["relative_error"],
+        "SVD, a rank per module": verdict.rival_error(record),
+        "SVD, one rank": verdict.rival_error(record, "svd_uniform"),
     }
 
 

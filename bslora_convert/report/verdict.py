@@ -1,5 +1,6 @@
 """The result in plain words: what was kept, at what size, and whether sharing paid."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from bslora_convert.files.record import named
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
 URGENT = "ATTENTION"  # begins a note that is not to be overlooked
+EVEN = 0.002  # of a gain: as far as rounding moves it
 TIE = 0.002  # relative difference of errors under which two results are called equal
 
 
@@ -30,7 +32,7 @@ MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """Two or three sentences that answer what a reader asks first."""
-    compact, weight, baselines = record["compact"], record["weight"], record["baselines"]
+    compact, weight = record["compact"], record["weight"]
     if "deduplication" in record:
         return [_deduplicated(record)]
     if not any(module["energy"] for module in weight["modules"]):
@@ -38,12 +40,14 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             "The update of the source is zero everywhere (its B was never trained), so there is nothing to keep: the result "
             f"({compact['byte_ratio']:.1%} of the bytes) does nothing either."
         ]
+    kept = weight["cosine"] ** 2 if is_unbiased(record) else weight["energy_kept"]  # without what the scale adds
     said = [
-        f"Keeps {weight['energy_kept']:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
+        f"Keeps {kept:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
         f"({compact['byte_ratio']:.1%} of the bytes)."
     ]
+    svd = rival_error(record)
     if "bases" in compact:
-        bases, svd = compact["bases"], baselines["svd_adaptive"]["relative_error"]
+        bases = compact["bases"]
         said.append(
             f"Beside these it takes bases of {bases['modules']:,} modules from its library, {bases['parameters']:,} numbers "
             f"that are stored once for all who share them: relative error {weight['relative_error']:.4f}, plain SVD of all "
@@ -52,15 +56,15 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     elif _fitted_to_behaviour(record):
         said.append(
             f"It was fitted to what the base model does with it, not to the weights, so its relative error "
-            f"({weight['relative_error']:.4f}; plain SVD of this size {baselines['svd_adaptive']['relative_error']:.4f}) is no "
+            f"({weight['relative_error']:.4f}; plain SVD of this size {svd:.4f}) is no "
             "measure of it; `verify` is."
         )
     elif "coding" in record:
         said.append(_in_codes(record))
     else:
-        said.append(
-            _against_svd(compact["transform"], weight["relative_error"], baselines["svd_adaptive"]["relative_error"])
-        )
+        said.append(_against_svd(compact["transform"], weight["relative_error"], svd))
+    if "gain" in weight:
+        said.append(_strength(weight))
     said += _left_out(weight["modules"])
     before = max(int(rank) for rank in record["source"]["ranks"])
     if compact["expanded_rank"] > before:
@@ -71,6 +75,25 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def is_unbiased(record: Mapping[str, Any]) -> bool:
+    """Whether the updates were scaled to the original's strength."""
+    return "deduplication" not in record and record.get("recipe", {}).get("gain", "least-squares") != "least-squares"
+
+
+def rival_error(record: Mapping[str, Any], baseline: str = "svd_adaptive") -> float:
+    """The error of plain SVD of this size, unbiased where the result is: like beside like."""
+    found: float = record["baselines"][baseline]["unbiased_error" if is_unbiased(record) else "relative_error"]
+    return found
+
+
+def _strength(weight: Mapping[str, Any]) -> str:
+    """The error in its two parts: ΔŴ = γ ΔW + noise, the noise at right angles to ΔW."""
+    gain = weight["gain"]
+    noise = math.sqrt(max(weight["relative_error"] ** 2 - (1 - gain) ** 2, 0.0))
+    strong = "as strong as the original" if abs(gain - 1) < EVEN else f"{gain:.3f} times as strong as the original"
+    return f"Along the original's updates it is {strong} (gain {gain:.4f}); the noise beside them is {noise:.4f} of their norm."
+
+
 def without_gain(record: Mapping[str, Any]) -> str | None:
     """Why a result is of no use to anyone, None where it may be of use."""
     compact, weight = record["compact"], record["weight"]
@@ -79,7 +102,9 @@ def without_gain(record: Mapping[str, Any]) -> str | None:
             f"nothing was gained: the result takes {compact['bytes']:,} bytes, {compact['byte_ratio']:.0%} of the source's; ask "
             "for less (--bytes, --budget, --ranks), or keep the source"
         )
-    if any(module["energy"] for module in weight["modules"]) and weight["relative_error"] >= 1:
+    if any(module["energy"] for module in weight["modules"]) and weight["relative_error"] >= 1 > EVEN > weight.get(
+        "gain", 0.0
+    ):
         return "nothing was kept: at this size no part of the update fits; ask for more (--bytes, --budget, --ranks)"
     return None
 
@@ -114,16 +139,17 @@ def _deduplicated(record: Mapping[str, Any]) -> str:
 
 def _in_codes(record: Mapping[str, Any]) -> str:
     coding, error = record["coding"], record["weight"]["relative_error"]
-    svd = record["baselines"]["svd_adaptive"]["relative_error"]
+    svd = rival_error(record)
     said = (
         f"In codes of {coding['bits_per_number']:.1f} bits a number; plain SVD of as many bytes in the storage dtype has the "
         f"relative error {svd:.4f} against {error:.4f}."
     )
     if record["recipe"].get("bytes") is None:  # ranks and width were given, so the bound is not what was aimed at
         return said
+    least = coding.get("least_error", error)
     return (
-        f"{said} The bound for so many bits and these spectra is {coding['bound']:.4f}, "
-        f"and a perfect code of this error would save {coding['gap']:.2f} bits a number."
+        f"{said} The bound for so many bits and these spectra is {coding['bound']:.4f}; at the scales of least error "
+        f"these codes have {least:.4f}, and a perfect code of that would save {coding['gap']:.2f} bits a number."
     )
 
 
@@ -202,12 +228,39 @@ def evidence(found: Mapping[str, Any]) -> list[str]:
         )
     if "proof" in found:
         proof = found["proof"]
+        kept, same = proof.get("retention_ci95"), proof.get("agreement_ci95")
         said.append(
             f"On {found['rows']['prove']} rows that neither fit nor choice has seen it keeps {proof['retention']:.2%} of the "
-            f"adapter's effect on the predictions (KL {proof['kl']:.5f}, bare base {proof['base_kl']:.5f}) and predicts the same "
-            f"next token {proof['agreement']:.1%} of the time."
+            f"adapter's effect on the predictions ({_between(kept)}KL {proof['kl']:.5f}, bare base {proof['base_kl']:.5f}) and "
+            f"predicts the same next token {proof['agreement']:.1%} of the time{_beside(same)}."
         )
     return said
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return f"{interval[0]:.2%} to {interval[1]:.2%} with 95 % certainty; " if interval else ""
+
+
+def _beside(interval: Sequence[float] | None) -> str:
+    return f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+
+
+def reached(record: Mapping[str, Any]) -> list[str]:
+    """How a behaviour that was asked for was sought, and whether what was found is proved."""
+    aim = record.get("aim")
+    if not aim or not aim["path"]:
+        return []
+    name, limit = next(iter(aim["asked"].items()))
+    met, size = [step for step in aim["path"] if step["met"]], record["compact"]["bytes"]
+    best = min(met, key=lambda step: abs(step["bytes"] - size))
+    bound = "at most" if name.startswith("max") else "at least"
+    said = (
+        f"--{name.replace('_', '-')} {limit:g}: of {len(aim['path'])} sizes that were tried the smallest that reaches it on the "
+        f"rows that choose takes {best['byte_ratio']:.1%} of the bytes (with 95 % certainty {bound} {best['bound']:.5g})"
+    )
+    failed = sum(not proof["met"] for proof in aim["proofs"])
+    again = f", after {failed} that failed there" if failed else ""
+    return [f"{said}; it holds on the rows that prove{again}."]
 
 
 def trained(training: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
 from bslora_convert.analysis.clusters import clustered
+from bslora_convert.conversion.sizes import sizes
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -80,6 +81,7 @@ def analyze(
         workshop = open_workshop(lora, str(base_model), device, "auto", progress, scaling=scaling)
         pools = activation_pools(workshop, rows)
         record["activations"] = {"rows": len(rows.rows), **_rmi(source, pools)}
+    record["sizes"] = sizes(source, adapter, Path(lora))
     record["recommendation"] = recommendation.sentences(record)
     if out is not None:
         from bslora_convert.report.analysis import write

@@ -274,7 +274,7 @@ def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
             raise RecipeError(FITTED.format(name), "share_across", name)
     if recipe.is_coded:
         raise RecipeError(
-            "share_across with bytes or bits: bases hold floats; leave one of them out", "share_across", "bytes", "bits"
+            "share_across: bases hold floats; give budget or ranks, and no bits", "share_across", "budget", "ranks"
         )
 
 

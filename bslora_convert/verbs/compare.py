@@ -182,7 +182,8 @@ def _add_functional(
         }
         measured |= diverge_all(
             workshop.base,
-            workshop.reference,
+            workshop.known,
+            workshop.bare,
             attached,
             examples,
             prompts.batch_size,

@@ -2,6 +2,8 @@
 
 read -> metric (plain, or of prompts) -> fit -> code -> [distil] -> write beside -> read back -> measure -> tell -> rename
 
+For a behaviour, `behaviour.reaching` walks over fit, code and distil from outside.
+
 Where the source is in the authors' BSLoRA layout there is nothing to fit: see `conversion.found`.
 """
 
@@ -18,7 +20,6 @@ import torch
 from bslora_convert.behaviour.checkpoints import directory_of, forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import is_official
 from bslora_convert.conversion.fitting import Stored, fit_stored, missed
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
@@ -38,7 +39,10 @@ from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 
 if TYPE_CHECKING:
+    from bslora_convert.behaviour.distill import Distilled
     from bslora_convert.behaviour.evidence import Evidence
+    from bslora_convert.behaviour.judge import Judge
+    from bslora_convert.behaviour.reaching import Distil
     from bslora_convert.behaviour.workshop import Workshop
 
 
@@ -64,10 +68,11 @@ def compress(
     :raises InputError: when the source, a prompt file or the base model is missing or damaged, or they don't belong together.
     :raises Refused: when the source is valid but can't be converted faithfully.
     :raises RecipeError: when the recipe can't be met (a budget below the transform's least form).
-    :raises ThresholdMissed: when `max_error` can't be met.
+    :raises ThresholdMissed: when an error or a behaviour that was asked for can't be met.
     :raises OutputError: when the output place can't be used; nothing is left behind.
     """
     recipe, out = recipe or Recipe(), Path(out)
+    recipe.check_evidence()
     training = training or Training(seed=recipe.seed)
     if recipe.evidence.base_model is None and training != Training(seed=recipe.seed):
         raise RecipeError(
@@ -95,28 +100,25 @@ def compress(
             dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
             if isinstance(adapter, OfficialSource):
                 found, used, extras = as_found(adapter, recipe)
-                fit = Stored.of(found, dtype)
+                fit = Stored.of(found, dtype, used)
             else:
-                fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, progress)
-                used = recipe
+                distil = _distillation(workshop, recipe, prompts, training, evidence, out, began)
+                fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, distil, progress)
             notes = (*adapter.notes, *fit.notes)
-        form = fit.form
-        extras = replace(extras, codes=fit.codes)
-        if workshop is not None:
-            form, extras = _distilled(form, extras, workshop, evidence, out, recipe, prompts, training, began)
-            extras = _proved(form, extras, workshop, evidence)
     if recipe.evidence.finetune is not None and not is_writer():
         return written_by_another(out)
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         record = write_result(
-            place, form, adapter, measured, digest.result(), used.to_dict(), replace(extras, notes=(*notes, *extras.notes)),
+            place, fit.form, adapter, measured, digest.result(), fit.recipe.to_dict(),
+            replace(extras, codes=fit.codes, notes=(*notes, *extras.notes)),
             {"read": read - began, "fit": fitted - read} if timed else None, html=report_html, source_name=source_name,
             progress=lambda step: progress(step, 0, 0),
         )  # fmt: skip
         error = record["weight"]["relative_error"]
-        if recipe.aim.max_error is not None and recipe.evidence.base_model is None and error > recipe.aim.max_error:
-            raise ThresholdMissed(missed(recipe, error, fitted=used is recipe))
+        allowed = recipe.aim.max_error if recipe.aim.asked else None
+        if allowed is not None and recipe.evidence.base_model is None and error > allowed:
+            raise ThresholdMissed(missed(recipe, error, fitted=not isinstance(adapter, OfficialSource)))
     if recipe.evidence.base_model is not None:
         forget_completions(out)
     if recipe.evidence.finetune is not None:
@@ -161,6 +163,31 @@ def _evidence(
     return gather(workshop, prompts["prompts"], recipe.seed, writing)
 
 
+def _distillation(
+    workshop: "Workshop | None",
+    recipe: Recipe,
+    prompts: Mapping[str, Prompts],
+    training: Training,
+    evidence: "Evidence | None",
+    out: Path,
+    began: float,
+) -> "Distil | None":
+    """What trains a fit, where the recipe asks for it."""
+    if workshop is None or recipe.evidence.finetune is None:
+        return None
+    from bslora_convert.behaviour.improvement import distilled
+
+    rows = evidence if recipe.evidence.finetune is True else None
+
+    def distil(stored: Stored) -> "Distilled":
+        return distilled(
+            workshop, stored.form, prompts.get("finetune"), training,
+            codes=stored.codes, evidence=rows, completions=directory_of(out), began=began,
+        )  # fmt: skip
+
+    return distil
+
+
 def _fitted(
     measured: Source,
     recipe: Recipe,
@@ -168,59 +195,44 @@ def _fitted(
     adapter: LoraAdapter,
     workshop: "Workshop | None",
     evidence: "Evidence | None",
+    distil: "Distil | None",
     progress: Progress,
 ) -> tuple[Stored, Extras]:
-    """The fit in the metric that does best on the rows that choose; the plain one where there are none."""
+    """The fit: in the metric of the prompts that does best, of the behaviour asked for, distilled, as the recipe says."""
     if workshop is None or evidence is None:
-        return fit_stored(measured, recipe, dtype, adapter, progress), Extras()
-    from bslora_convert.behaviour.evidence import PLAIN_NAME, behaviour_of, metrics_of
+        return _trained(fit_stored(measured, recipe, dtype, adapter, progress), Extras(), distil)
+    from bslora_convert.behaviour.judge import Judge
 
-    best, kept, kl = None, PLAIN_NAME, {}
-    for name, metrics in metrics_of(workshop, measured.deltas, evidence, recipe.evidence.metric).items():
-        found = fit_stored(measured.measured_in(metrics), recipe, dtype, adapter, progress)
-        kl[name] = float(behaviour_of(workshop, found.form, evidence.choose, evidence.batch_size).kl)
-        if best is None or kl[name] < kl[kept]:
-            best, kept = found, name
-    assert best is not None  # there is the plain metric
-    rows = {part: len(getattr(evidence, part)) for part in ("fit", "choose", "prove")}
-    notes = evidence.notes
-    if kept == PLAIN_NAME:
-        notes = (*notes, "no metric of the prompts did better on the rows that choose; the plain fit is kept")
-    return best, Extras(evidence={"rows": rows, "metric": {"kl": kl, "kept": kept}}, notes=notes)
+    judge = Judge(workshop, evidence, measured, dtype, adapter, progress)
+    if recipe.aim.behaviour is not None:
+        return _of_behaviour(judge, recipe, distil)
+    judged = judge.fit(recipe)
+    extras = Extras(evidence={"rows": evidence.rows, "metric": judged.metric}, notes=(*evidence.notes, *judged.notes))
+    fit, extras = _trained(judged.stored, extras, distil)
+    proof = evidence.proof(judge.rows(fit.form, evidence.prove), recipe.seed)
+    return fit, replace(extras, evidence={**(extras.evidence or {}), "proof": proof})
 
 
-def _distilled(
-    form: BsloraForm,
-    extras: Extras,
-    workshop: "Workshop",
-    evidence: "Evidence | None",
-    out: Path,
-    recipe: Recipe,
-    prompts: Mapping[str, Prompts],
-    training: Training,
-    began: float,
-) -> tuple[BsloraForm, Extras]:
-    """Distillation, where the recipe asks for it."""
-    if recipe.evidence.finetune is None:
-        return form, extras
-    from bslora_convert.behaviour.improvement import distilled
-
-    done = distilled(
-        workshop, form, prompts.get("finetune"), training,
-        codes=extras.codes, evidence=evidence if recipe.evidence.finetune is True else None,
-        completions=directory_of(out), began=began,
-    )  # fmt: skip
-    return done.form, replace(
-        extras, training=done.record, log=done.log, codes=done.codes, notes=(*extras.notes, *done.notes)
-    )
+def _trained(fit: Stored, extras: Extras, distil: "Distil | None") -> tuple[Stored, Extras]:
+    """The fit distilled, where that is asked for."""
+    if distil is None:
+        return fit, extras
+    done = distil(fit)
+    return replace(fit, form=done.form, codes=done.codes), _with_training(extras, done)
 
 
-def _proved(form: BsloraForm, extras: Extras, workshop: "Workshop", evidence: "Evidence | None") -> Extras:
-    """What the result does on rows that neither fit nor choice has seen."""
-    if evidence is None:
-        return extras
-    from bslora_convert.behaviour.evidence import behaviour_of
+def _with_training(extras: Extras, done: "Distilled") -> Extras:
+    return replace(extras, training=done.record, log=done.log, notes=(*extras.notes, *done.notes))
 
-    found = behaviour_of(workshop, form, evidence.prove, evidence.batch_size)
-    proof = {name: float(getattr(found, name)) for name in ("kl", "base_kl", "retention", "agreement")}
-    return replace(extras, evidence={**(extras.evidence or {}), "proof": proof})
+
+def _of_behaviour(judge: "Judge", recipe: Recipe, distil: "Distil | None") -> tuple[Stored, Extras]:
+    """The smallest fit of the behaviour that is asked for."""
+    from bslora_convert.behaviour.distill import Distilled
+    from bslora_convert.behaviour.reaching import fit_to_behaviour
+
+    found = fit_to_behaviour(judge, recipe, distil)
+    evidence = {"rows": judge.evidence.rows, "metric": found.fit.metric, "proof": found.record["proofs"][-1]}
+    extras = Extras(evidence=evidence, aim=found.record, notes=(*judge.evidence.notes, *found.fit.notes))
+    if isinstance(found.made, Distilled):
+        extras = _with_training(extras, found.made)
+    return Stored(found.made.form, found.made.codes, recipe, found.fit.stored.notes), extras

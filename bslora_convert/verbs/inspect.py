@@ -1,19 +1,16 @@
 """What an adapter holds, where its bytes are, whether it can be converted, and what its slots on a server take."""
 
-import math
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.coding.file import EMPTY_CODES
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
 from bslora_convert.bslora.official.plan import KEY
-from bslora_convert.bslora.storage import PEFT_TYPE, coded_bytes, load_compact
-from bslora_convert.coding.forecast import Forecast
+from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
+from bslora_convert.conversion.sizes import sizes
 from bslora_convert.conversion.writing import bases_record
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
@@ -26,8 +23,6 @@ from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
-
-SIZE_ERRORS, SIZE_SHARES = (0.05, 0.1, 0.2, 0.3), (1 / 4, 1 / 8, 1 / 16)  # that are forecast
 
 
 def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> dict[str, Any]:
@@ -74,7 +69,7 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
         "slot_bytes": slot_bytes(shapes, max(ranks.values())),
         "kinds": _kinds(shapes, ranks),
         "spectra": _spectra(source, adapter),
-        "sizes": _sizes(source, adapter, weights, path),
+        "sizes": sizes(source, adapter, path),
         "notes": list(adapter.notes),
     }
 
@@ -212,30 +207,6 @@ def _kinds(shapes: Mapping[str, Shape], ranks: Mapping[str, int]) -> list[dict[s
         }
         for kind, entry in kinds.items()
     ]
-
-
-def _sizes(source: Source, adapter: LoraAdapter, weights: Path, path: Path) -> list[dict[str, Any]]:
-    """What each error and each share of the bytes would cost in codes, forecast from the spectra, and the command for it."""
-    size = weights.stat().st_size
-    beside = coded_bytes(EMPTY_CODES, adapter.carried)
-    expected = Forecast.of(source.spectra, source.shapes)
-
-    def row(option: str, value: float, bits: float, lost: float) -> dict[str, Any]:
-        count = beside + math.ceil(bits / 8)
-        error = math.sqrt(max(lost, 0.0) / source.energy) if source.energy else 0.0
-        command = f"bslora-convert compress {shlex.quote(str(path))} OUT --transform none {option} {value:g}"
-        return {"option": option, "value": value, "bytes": count, "byte_ratio": count / size, "relative_error": error,
-                "command": command}  # fmt: skip
-
-    rows = []
-    for error in SIZE_ERRORS:
-        lost = error**2 * source.energy
-        rows.append(row("--max-error", error, expected.bits_for(lost), lost))
-    for share in SIZE_SHARES:
-        bits = 8 * (math.floor(share * size) - beside)
-        if bits > 0:
-            rows.append(row("--bytes", share, bits, expected.lost_for(bits)))
-    return rows
 
 
 def _spectra(source: Source, adapter: LoraAdapter) -> list[dict[str, Any]]:

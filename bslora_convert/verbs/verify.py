@@ -11,6 +11,7 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge
 from bslora_convert.behaviour.generation import generate, rouge_l
 from bslora_convert.behaviour.intervals import few_words, too_few
+from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import MEASURES, Saving
@@ -196,7 +197,7 @@ def _on_prompts(
     """Every measure that needs prompts, and notes."""
     rows = workshop.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
     found = diverge(
-        workshop.base, workshop.reference, compact, rows.examples, prompts.batch_size,
+        workshop.base, *_once(workshop), compact, rows.examples, prompts.batch_size,
         _counted(workshop.progress, "measuring", len(rows.examples)),
     )  # fmt: skip
     count = len(found.rows)
@@ -212,6 +213,11 @@ def _on_prompts(
         **found.to_dict(seed),
         **_generations(workshop, compact, found, replace(prompts, rows=rows.rows)),
     }, (*rows.notes, *few)
+
+
+def _once(workshop: Workshop) -> tuple[Known, Known]:
+    """The original and the bare base on rows that are run once only, so that nothing is kept of them."""
+    return Known(workshop.base, workshop.reference, keep=False), Known(workshop.base, nullcontext(), keep=False)
 
 
 def _generations(workshop: Workshop, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:

@@ -7,7 +7,7 @@ in bfloat16, as scales are, and has none.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class Coded:
             else:
                 values[chosen] = LEVELS[width][self.codes[chosen].int()] * spread(self.scales[chosen], length)
         return values
+
+    def scaled(self, by: float) -> "Coded":
+        """The same codes under scales times `by`, numbers of 16 bits times it; rounded as they are stored."""
+        exact = None if self.exact is None else (by * self.exact.float()).to(SCALES)
+        return replace(self, scales=(by * self.scales.float()).to(SCALES), exact=exact)
 
 
 def groups_of(length: int) -> int:

@@ -23,6 +23,10 @@ class Transform(Protocol):
         """Names of the tensors that a module keeps for each shared path."""
 
     @property
+    def carrier(self) -> str | None:
+        """The one of these that a path's whole term is linear in, None where a module keeps nothing."""
+
+    @property
     def pair_sizes(self) -> Shape:
         """Rows of a shared B_s and columns of a shared A_s."""
 

@@ -28,6 +28,7 @@ class Gate:
 
     name: ClassVar[str] = "gt"
     own_names: ClassVar[tuple[str, ...]] = ("input_down", "input_up", "output_down", "output_up")
+    carrier: ClassVar[str | None] = "output_up"
 
     size: int = DEFAULT_SIZE
 

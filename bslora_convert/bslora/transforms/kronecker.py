@@ -43,6 +43,7 @@ class Kronecker:
 
     name: ClassVar[str] = "ke"
     own_names: ClassVar[tuple[str, ...]] = ("A", "B")
+    carrier: ClassVar[str | None] = "B"
 
     size: int
 

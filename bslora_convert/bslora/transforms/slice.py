@@ -26,6 +26,7 @@ class Slice:
 
     name: ClassVar[str] = "ss"
     own_names: ClassVar[tuple[str, ...]] = ()
+    carrier: ClassVar[str | None] = None
 
     size_out: int
     size_in: int

@@ -1,0 +1,128 @@
+"""A behaviour that is asked for: the smallest file has it on rows that nobody looked at before, or the miss is told."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from bslora_convert.behaviour.known import Known
+from bslora_convert.behaviour.model import BaseModel
+from bslora_convert.behaviour.prompts import Prompts, batches
+from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.errors import RecipeError, ThresholdMissed
+from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.training import Training
+from bslora_convert.verbs.batch import batch
+from bslora_convert.verbs.compress import compress
+from bslora_convert.verbs.verify import verify
+from tests.behaviour.conftest import BASE, LORA, PROMPTS
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def recipe(**options: Any) -> Recipe:
+    return Recipe(
+        **{"transform": "none", "metric": "input", "base_model": str(BASE), "prompts": str(PROMPTS)} | options
+    )
+
+
+@pytest.mark.parametrize("aim", [{"min_retention": 0.98}, {"max_kl": 0.02}, {"min_agreement": 0.9}])
+def test_the_smallest_file_that_reaches_it(tmp_path: Path, aim: dict[str, float]) -> None:
+    record = compress(LORA, tmp_path / "out", recipe(**aim))
+    ((name, limit),) = aim.items()
+    measure = {"min_retention": "retention", "max_kl": "kl", "min_agreement": "agreement"}[name]
+    found = record["aim"]
+    assert found["asked"] == aim
+    assert record["recipe"][name] == limit
+
+    def reaches(value: float) -> bool:
+        return value <= limit if name == "max_kl" else value >= limit
+
+    kept = next(step for step in found["path"] if step["bytes"] == record["compact"]["bytes"])
+    assert kept["met"] and reaches(kept["bound"])
+    assert found["proofs"][-1]["met"] and reaches(found["proofs"][-1][measure])
+    # Nothing much smaller does: a step of the path that is a tenth smaller misses, or the limit is nearly used up.
+    smaller = [step for step in found["path"] if step["bytes"] < kept["bytes"]]
+    assert not any(step["met"] for step in smaller)
+    assert record["evidence"]["proof"] == found["proofs"][-1]
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size == record["compact"]["bytes"]
+    assert f"--{name.replace('_', '-')} {limit:g}" in (tmp_path / "out" / "report.html").read_text()
+    checked = verify(tmp_path / "out", prompts=PROMPTS, max_new_tokens=0)
+    assert reaches(checked[measure])
+
+
+def test_a_miss_says_what_was_reached_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ThresholdMissed, match=r"not reached on the 13 rows that choose.* more rows of --prompts"):
+        compress(LORA, tmp_path / "out", recipe(min_agreement=0.9999))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_smaller_one_is_tried_distilled(tmp_path: Path) -> None:
+    asked = recipe(min_retention=0.97)
+    plain = compress(LORA, tmp_path / "plain", asked)
+    training = Training(epochs=8, learning_rate=3e-3, evaluate_every=8, train="all")
+    tuned = compress(LORA, tmp_path / "tuned", asked.but(finetune=True), training=training)
+    assert [step["distilled"] for step in tuned["aim"]["path"]].count(True) == 1
+    if tuned["aim"]["path"][-1]["met"]:
+        assert tuned["compact"]["bytes"] < plain["compact"]["bytes"]
+        assert tuned["training"]["kept_step"] > 0
+    assert tuned["aim"]["proofs"][-1]["met"]
+
+
+def test_a_behaviour_needs_prompts(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="min_retention is measured on prompts"):
+        compress(LORA, tmp_path / "out", Recipe(min_retention=0.99))
+    with pytest.raises(RecipeError, match="max_kl is 0"):
+        Recipe(max_kl=0)
+    with pytest.raises(RecipeError, match="exclude each other"):
+        Recipe(max_kl=0.1, bytes=0.1)
+
+
+def test_a_library_whose_manifest_names_the_prompts(tmp_path: Path) -> None:
+    manifest = tmp_path / "library.jsonl"
+    rows = [
+        {"id": "one", "uri": str(LORA), "prompts": str(PROMPTS), "base_model": str(BASE)},
+        {"id": "two", "uri": str(LORA)},
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = batch(str(manifest), tmp_path / "out", Recipe(transform="none", min_retention=0.95), workers=0)
+    assert summary["run"]["bad"] == 1
+    record = json.loads((tmp_path / "out" / "one" / "fidelity.json").read_text())
+    assert record["aim"]["proofs"][-1]["met"]
+    failed = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert "min_retention is measured on prompts" in next(row for row in failed if row["id"] == "two")["message"]
+
+
+# ------------------------------------------------------------------------------------------ what is known of rows
+
+
+def test_logits_are_formed_anew_from_hidden_states(workshop: Workshop) -> None:
+    examples = workshop.encode(Prompts.read(PROMPTS, 12)).examples
+    known = Known(workshop.base, workshop.reference)
+    for batch_ in batches(examples, 4, workshop.base.pad):
+        first, second = known.predictions(batch_), known.predictions(batch_)
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    shuffled = next(batches(examples, 12, workshop.base.pad))
+    with workshop.reference:
+        exact = workshop.base.predictions(shuffled)
+    for ours, theirs in zip(known.predictions(shuffled), exact, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_what_a_model_does_behind_its_head_is_done(workshop: Workshop) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(workshop.base.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    base = BaseModel("gemma", model, workshop.base.tokenizer, torch.device("cpu"))
+    examples = workshop.encode(Prompts.read(PROMPTS, 4)).examples
+    known = Known(base, nullcontext())
+    taken = next(batches(examples, 4, base.pad))
+    assert torch.equal(known.predictions(taken)[1], known.predictions(taken)[1])
+    assert float(known.predictions(taken)[1].abs().max()) <= 0.5
