@@ -110,6 +110,19 @@ def test_the_answers_are_those_of_peft(server: Server, library: Path, tmp_path: 
     assert beside_peft(library, name, tmp_path / "lora", answers) < CLOSE
 
 
+def test_what_expand_writes_for_vllm_is_served_without_the_plugin(
+    server: Server, library: Path, tmp_path: Path
+) -> None:
+    """Modules of several ranks, with a pattern a rank."""
+    expand(library / "team/math", tmp_path / "plain", engine="vllm")
+    assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["rank_pattern"]
+    asked = {"lora_name": "plain", "lora_path": str(tmp_path / "plain")}
+    assert server.post("/v1/load_lora_adapter", asked)[0] == 200
+    answers = [server.ask("plain", prompt) for prompt in PROMPTS]
+    assert beside_peft(library, "team/math", tmp_path / "lora", answers) < CLOSE
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "plain"})[0] == 200
+
+
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name])  # vLLM takes an empty name for the base
 def test_names_that_no_library_gives_out_are_404(server: Server, name: str) -> None:
     assert server.ask(name, [5], 1).status == 404
