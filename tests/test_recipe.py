@@ -17,7 +17,7 @@ from tests.planting import random_products, write_lora
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"transform": "svd"}, "transform is 'svd': one of ke, gt, ss, none, auto"),
+        ({"transform": "svd"}, "transform is 'svd': one of auto, ke, gt, ss, none"),
         ({"budget": 0.0}, "budget is 0.0"),
         ({"budget": 1.5}, "0 < budget <= 1"),
         ({"budget": float("nan")}, "budget is nan"),
@@ -27,7 +27,10 @@ from tests.planting import random_products, write_lora
         ({"ranks": (1, -2, 3)}, "ranks is"),
         ({"ranks": (0, 0, 0)}, "at least one part"),
         ({"ranks": (2, 1, 1), "transform": "none"}, "only L,0,0"),
-        ({"ranks": (2, 1, 1), "transform": "auto"}, "by name"),
+        ({"max_kl": 0.0}, "max_kl is 0.0"),
+        ({"max_kl": float("inf")}, "max_kl is inf"),
+        ({"min_retention": 1.0}, "min_retention is 1.0"),
+        ({"min_agreement": 0.9, "bytes": 0.1}, "exclude each other"),
         ({"ranks": (2, 1, 1), "budget": 0.3}, "exclude each other"),
         ({"budget": 0.3, "max_error": 0.3}, "exclude each other"),
         ({"slice": "middle"}, "slice is 'middle'"),
@@ -52,12 +55,18 @@ def test_wrong_values_are_named(options: dict[str, Any], words: str) -> None:
 
 
 def test_defaults_follow_the_contract() -> None:
-    assert Recipe().aim.budget == 0.4459
+    assert Recipe().aim.max_error == 0.1
+    assert not Recipe().aim.asked
+    assert Recipe(max_error=0.1).aim.asked
+    assert Recipe().options()["max_error"] is None
+    assert Recipe().form.transform == "auto"
+    assert Recipe().form.max_rank == "slot"
     assert Recipe().form.local_ranks == "adaptive"
-    assert Recipe().form.min_shared == 1
-    assert Recipe(transform="auto").form.min_shared == 0
+    assert Recipe().form.min_shared == 0
+    assert Recipe(transform="ke").form.min_shared == 1
     by_hand = Recipe(ranks=(2, 4, 16))
-    assert by_hand.aim.budget is None
+    assert by_hand.aim.max_error is None
+    assert by_hand.form.max_rank == "none"
     assert by_hand.form.local_ranks == "uniform"
     assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").form.local_ranks == "adaptive"
 
