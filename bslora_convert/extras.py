@@ -8,6 +8,8 @@ EXTRAS = {
     "analysis": ("sklearn",),
     "base": ("accelerate", "peft", "transformers"),
     "eval": ("lm_eval",),
+    "gguf": ("gguf",),
+    "hub": ("huggingface_hub",),
     "ray": ("ray",),
 }
 

@@ -71,6 +71,7 @@ def test_scaling_is_one_for_every_reader(tmp_path: Path) -> None:
     compress(ADAPTER, tmp_path / "compact", Recipe(transform="ke", budget=0.5, shared_size=32))
     expand(tmp_path / "compact", tmp_path / "lora", base_model="my-org/my-model")
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "expansion.json",

@@ -86,6 +86,7 @@ def test_what_needs_an_extra_names_it_in_one_line_before_anything_is_written(lor
         ("analyze", lora, "--prompts", prompts, *on_base): ("base", "--base-model"),
         ("verify", lora, "--reference", lora, "--tasks", "local_svamp"): ("eval", "--tasks"),
         ("batch", lora.parent, out, "--engine", "ray"): ("ray", "--engine ray"),
+        ("expand", lora, out, "--for", "llama.cpp", *on_base): ("gguf", "--format gguf"),
         ("analyze", lora, "--out", out): ("analysis", "analyze"),
         ("compare", lora, "--out", out): ("analysis", "the form vb_lora"),
         ("compress", lora, out, "--groups", "auto"): ("analysis", "--groups auto"),

@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bslora_convert"
 ROOT = {"errors", "extras", "version"}  # anyone may ask for these
 ORDER = (
-    "files", "modules", "process", "metric", "lora", "bslora", "layers", "recipe", "fit", "coding", "analysis", "baselines",
-    "comparison", "conversion", "behaviour", "peft", "report", "library", "verbs", "cli",
+    "files", "modules", "process", "metric", "lora", "bslora", "layers", "serving", "recipe", "fit", "coding", "analysis",
+    "baselines", "comparison", "conversion", "behaviour", "peft", "vllm", "report", "library", "verbs", "cli",
 )  # fmt: skip
 PURE = ("modules", "metric", "fit", "coding", "analysis")
 SILENT = {"click", "rich", "safetensors", "json", "pathlib", "fsspec", "bslora_convert.files"}

@@ -12,6 +12,7 @@ from bslora_convert.cli.chosen import chosen, given
 from bslora_convert.cli.compress import recipe_options
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import training_options
+from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
 from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
 
@@ -60,8 +61,18 @@ class Shard(click.ParamType[tuple[int, int]]):
 )
 @click.option("--overwrite", is_flag=True, help="Replace finished results of another recipe in OUT.")
 @click.option("--dry-run", is_flag=True, help="Check every header and say what would be done.")
+@push_options
 @verb
-def batch(output: Output, library: str, out: Path | None, workers: int | None, dry_run: bool, **options: Any) -> None:
+def batch(
+    output: Output,
+    library: str,
+    out: Path | None,
+    workers: int | None,
+    dry_run: bool,
+    push: str | None,
+    push_dry_run: bool,
+    **options: Any,
+) -> None:
     """Converts a library of adapters: a directory tree, a manifest (JSONL, CSV) or an fsspec URL.
 
     OUT is new, empty or batch's own. One bad adapter never stops the rest. The same command again goes on where an
@@ -74,6 +85,7 @@ def batch(output: Output, library: str, out: Path | None, workers: int | None, d
       bslora-convert batch ./adapters ./compact --share-across
       bslora-convert batch ./compact --resume
     """
+    look_at_push(push, push_dry_run)
     if "://" not in library:
         look([library])
     from bslora_convert.verbs.batch import batch as run
@@ -93,6 +105,8 @@ def batch(output: Output, library: str, out: Path | None, workers: int | None, d
     try:
         with output.bar("batch") as progress:
             summary = run(progress=progress)
+            if not dry_run:
+                summary |= pushed(out, push, push_dry_run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done stays in {out}, and the same command goes on from there"
@@ -173,6 +187,8 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
     if summary["adapters_per_second"]:
         say(f"{summary['adapters_per_second']:.2f} adapters a second")
     say(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")
+    if (line := push_line(summary)) is not None:
+        say(line)
 
 
 @click.command()

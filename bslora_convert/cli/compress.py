@@ -9,6 +9,7 @@ from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.cli.chosen import chosen
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options
+from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
 from bslora_convert.cli.scaling import SCALING
 from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
@@ -164,6 +165,7 @@ def recipe_options(function: Any) -> Any:
 @training_options
 @click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
+@push_options
 @verb
 def compress(
     output: Output,
@@ -172,6 +174,8 @@ def compress(
     recipe_file: Path | None,
     report_html: bool,
     overwrite: bool,
+    push: str | None,
+    push_dry_run: bool,
     **options: Any,
 ) -> None:
     """Converts one LoRA adapter into BSLoRA form.
@@ -189,6 +193,7 @@ def compress(
     """
     recipe, training = chosen(options, recipe_file)
     files = recipe.evidence.files.values()
+    look_at_push(push, push_dry_run)
     look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.evidence.base_model)
     from bslora_convert.verbs.compress import compress as run
 
@@ -202,6 +207,7 @@ def compress(
             report_html=report_html,
             progress=progress,
         )
+        record |= pushed(out_dir, push, push_dry_run)
     output.notes(record["notes"])
     from bslora_convert.report import commands
     from bslora_convert.report.verdict import without_gain
@@ -268,3 +274,5 @@ def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
         f"{record['seconds']['total']:.1f} s. Written to {out_dir}",
         style="dim",
     )
+    if (line := push_line(record)) is not None:
+        console.print(line)

@@ -1,4 +1,4 @@
-"""`expand`: a compact adapter back as a standard PEFT LoRA, or in the BSLoRA authors' layout."""
+"""`expand`: a compact adapter back as a standard PEFT LoRA, as an engine loads it, or in the BSLoRA authors' layout."""
 
 import sys
 from pathlib import Path
@@ -7,9 +7,11 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
+from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
 from bslora_convert.cli.verb import Output, accept_changed_option, verb
 from bslora_convert.files.address import is_library
-from bslora_convert.recipe.storage import DTYPES, FORMATS
+from bslora_convert.recipe.expansion import DTYPES, FORMATS
+from bslora_convert.serving.engines import ENGINES
 
 
 class Rank(click.ParamType[int | str]):
@@ -34,53 +36,70 @@ class Rank(click.ParamType[int | str]):
 @click.argument("compact_dir", metavar="COMPACT", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--rank",
-    type=Rank(),
-    metavar="N|uniform",
-    help="Re-truncate to at most N, or pad every module to the largest rank.",
-)
-@click.option("--base-model", help="Sets base_model_name_or_path, as some servers compare it letter by letter.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
+    "--for",
+    "engine",
+    type=click.Choice(list(ENGINES)),
+    help="What this engine loads correctly: format, ranks, missing layers, names; or why there is no such file.",
 )
 @click.option(
     "--format",
     type=click.Choice(FORMATS),
-    default="lora",
-    show_default=True,
-    help="lora, or official for the layout of the BSLoRA authors' code.",
+    help="lora (default), gguf for llama.cpp, mlx for MLX-LM, or official for the layout of the BSLoRA authors' code.",
+)
+@click.option(
+    "--rank",
+    type=Rank(),
+    metavar="N|uniform",
+    help="Re-truncate to at most N, or fill every module up to the largest rank.",
+)
+@click.option(
+    "--base-model",
+    metavar="NAME_OR_DIR",
+    help="Sets base_model_name_or_path, as some servers compare it letter by letter. For gguf the directory of the base model, "
+    "whose config.json is read.",
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
 )
 @accept_changed_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
+@push_options
 @verb
-def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
-    """Writes a compact adapter back as a standard PEFT LoRA.
+def expand(
+    output: Output, compact_dir: Path, out_dir: Path, push: str | None, push_dry_run: bool, **options: Any
+) -> None:
+    """Writes a compact adapter back as a standard PEFT LoRA, or as what an engine reads.
 
-    All scaling is in B and lora_alpha equals r. Engines that divide by a tensor's own rank, or that take one rank only,
-    compute the same update of what --rank uniform writes. COMPACT may also be in the BSLoRA authors' layout, which
-    --format official writes. Of a library that batch made every adapter is written, to OUT_DIR/<id>; one that is broken
-    stops no other, and makes the exit code 1.
+    All scaling is in B, and lora_alpha equals r, the largest rank of any module. Engines that take one rank only, or divide by
+    a tensor's own rank, need --for ENGINE or --rank uniform: without it they would scale modules of smaller rank wrongly, or
+    refuse the file. COMPACT may also be in the BSLoRA authors' layout, which --format official writes. Of a library that batch
+    made every adapter is written, to OUT_DIR/<id>; one that is broken stops no other, and makes the exit code 1.
 
     \b
     Example:
       bslora-convert expand ./my-lora-compact ./my-lora-again
-      bslora-convert expand ./my-lora-compact ./for-server --rank 8 --base-model my-org/my-model
-      bslora-convert expand ./my-lora-compact ./as-the-authors --format official
-      bslora-convert expand ./compact-library ./for-the-servers
+      bslora-convert expand ./my-lora-compact ./for-sglang --for sglang
+      bslora-convert expand ./my-lora-compact ./for-server --for vllm --rank 8 --base-model my-org/my-model
+      bslora-convert expand ./my-lora-compact ./for-llama-cpp --for llama.cpp --base-model ./base --dtype q8_0
+      bslora-convert expand ./compact-library ./for-the-servers --for vllm
     """
+    look_at_push(push, push_dry_run)
     if is_library(compact_dir):
-        _library(output, compact_dir, out_dir, options)
+        _library(output, compact_dir, out_dir, options, push, push_dry_run)
         return
     look([compact_dir], out=out_dir, overwrite=options["overwrite"])
     from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
         result = run(compact_dir, out_dir, **options)
+        result |= pushed(out_dir, push, push_dry_run)
     output.notes(result["notes"])
     output.result(result, lambda console: _show(console, result, out_dir))
 
 
-def _library(output: Output, library: Path, out_dir: Path, options: dict[str, Any]) -> None:
+def _library(
+    output: Output, library: Path, out_dir: Path, options: dict[str, Any], repo: str | None, dry_run: bool
+) -> None:
     """Every adapter of a library; exit code 1 where something went wrong with one."""
     if not options["overwrite"]:  # with it, each adapter's own directory is what is looked at
         look([library], out=out_dir)
@@ -89,6 +108,7 @@ def _library(output: Output, library: Path, out_dir: Path, options: dict[str, An
     try:
         with output.bar("expand") as progress:
             result = expand_library(library, out_dir, progress=progress, **options)
+            result |= pushed(out_dir, repo, dry_run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
     output.notes(result["notes"])
@@ -113,11 +133,11 @@ def _show_library(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     for row in result["rows"]:
         if row["status"] != "ok":
             console.print(f"{row['id']}: {row['message']}", style="yellow", soft_wrap=True)
-    rank = f", a server needs rank {result['rank']}" if result["rank"] else ""
     console.print(
-        f"{len(good)} of {result['adapters']} adapters, {result['bytes']:,} bytes{rank}. Written to {out_dir}",
+        f"{len(good)} of {result['adapters']} adapters, {result['bytes']:,} bytes. {_slot(result)}Written to {out_dir}",
         style="bold", soft_wrap=True,
     )  # fmt: skip
+    _say_pushed(console, result)
 
 
 def _ranks(result: dict[str, Any]) -> str:
@@ -127,11 +147,31 @@ def _ranks(result: dict[str, Any]) -> str:
     return f"{ranks['max']}" if ranks["min"] == ranks["max"] else f"{ranks['min']} to {ranks['max']}"
 
 
+def _slot(result: dict[str, Any]) -> str:
+    """What a server reserves, as a sentence; nothing where it reserves no slots."""
+    served = result["served"]
+    if served is None:
+        return ""
+    if served["max_lora_rank"] is None:
+        return "No server slot holds its rank. "
+    return f"A server's slot: rank {served['max_lora_rank']} (--max-lora-rank), {served['slot_bytes']:,} bytes. "
+
+
 def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     ranks = _ranks(result)
     rank = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
+    original = result["original"]
+    against = f", against the original LoRA at most {original['relative_error']:.4f}" if original else ""
     console.print(
         f"{result['modules']} modules, {rank}, {result['parameters']:,} parameters, {result['bytes']:,} bytes "
-        f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}. Written to {out_dir}",
+        f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}{against}. {_slot(result)}"
+        f"Written to {out_dir}",
         soft_wrap=True,
     )
+    _say_pushed(console, result)
+
+
+def _say_pushed(console: Any, result: dict[str, Any]) -> None:
+    line = push_line(result)
+    if line is not None:
+        console.print(line, soft_wrap=True)

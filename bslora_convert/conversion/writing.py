@@ -13,6 +13,7 @@ from bslora_convert.bslora.bases import Cores
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
+from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import FIDELITY_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
@@ -110,6 +111,7 @@ def _numbers(compact: CompactAdapter) -> int:
 
 
 def _source_record(adapter: LoraAdapter, digest: str, dtype: str, name: str) -> dict[str, Any]:
+    card = carried(adapter.weights.parent)
     ranks: dict[str, int] = {}
     for module in adapter.modules.values():
         ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
@@ -122,6 +124,7 @@ def _source_record(adapter: LoraAdapter, digest: str, dtype: str, name: str) -> 
         "ranks": ranks,
         "width": sum(sum(module.shape) for module in adapter.modules.values()),
         "dtype": dtype,
+        **({"card": card} if card else {}),
     }
 
 

@@ -1,9 +1,10 @@
-"""How an adapter is named on the command line and in Python: a directory, or `LIBRARY::ID` for one of a library."""
+"""How an adapter is named on the command line and in Python: a directory, `LIBRARY::ID` for one of a library, or a URL."""
 
 import re
 from pathlib import Path
 
 from bslora_convert.errors import InputError
+from bslora_convert.files.remote import fetched, is_url
 
 MARK = "::"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
@@ -13,14 +14,19 @@ MANIFEST, SUMMARY, PAGE = OWN_FILES = ("manifest.jsonl", "summary.json", "report
 
 
 def resolve(path: str | Path) -> Path:
-    """The directory or file that is meant; a path that is there as it is written is never taken apart.
+    """The directory or file that is meant; a path that is there as it is written is never taken apart. A URL is fetched.
 
-    :raises InputError: for an identity that no library gives out, or a library that is no directory.
+    :raises InputError: for an identity that no library gives out, a library that is no directory, or a URL that can't be fetched.
+    :raises RecipeError: when fetching needs a package that is missing.
     """
-    if MARK not in str(path) or _is_there(Path(path)):
+    if _is_there(Path(path)) or (MARK not in str(path) and not is_url(path)):
         return Path(path)
+    if MARK not in str(path):
+        return fetched(str(path))
     library, _, name = str(path).rpartition(MARK)
     check_id(name, str(path))
+    if is_url(library):
+        return fetched(library, name)
     if not Path(library).is_dir():
         raise InputError(f"{path}: {library or 'the library'} is no directory; LIBRARY{MARK}ID is expected")
     return Path(library) / name

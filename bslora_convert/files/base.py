@@ -5,10 +5,12 @@ from pathlib import Path
 
 from bslora_convert.errors import InputError, reason_of
 from bslora_convert.extras import need
+from bslora_convert.files.jsonfile import read_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS = (".safetensors", ".bin")
 SECONDS = 5.0  # that the hub has to answer
+MOST_LAYERS = 1 << 12  # that a configuration is believed to have
 
 
 def check_base(name: str | Path) -> None:
@@ -45,6 +47,20 @@ def base_bytes(name: str | Path | None) -> int:
         place = Path(config).parent
     sizes = {suffix: sum(file.stat().st_size for file in place.glob(f"*{suffix}")) for suffix in WEIGHTS}
     return sizes[".safetensors"] or sizes[".bin"]  # one of both is read
+
+
+def base_layers(name: str | Path | None) -> int | None:
+    """How many layers a base model has, by the `config.json` of its directory; None where it is none, or does not say.
+
+    :raises InputError: when that file is damaged.
+    """
+    path = Path(name or "") / CONFIG_NAME
+    if name is None or not path.is_file():
+        return None
+    config = read_json(path)
+    inner = config.get("text_config")
+    count = (inner if isinstance(inner, dict) else config).get("num_hidden_layers")
+    return count if type(count) is int and 0 < count <= MOST_LAYERS else None
 
 
 def _check_hub(name: str) -> None:

@@ -53,15 +53,22 @@ def save_lora(
         if kinds[name] == "tied_embedding" and (head := head_of(name)) not in modules
     }
     tensors = {PREFIX + name: tensor for name, tensor in carried.items()}
-    for name, factors in (*modules.items(), *copies.items()):
-        side_a, side_b = SIDES[kinds.get(name, "linear")]
-        tensors[f"{PREFIX}{name}.{side_a}"] = factors.a.to(dtype)
-        tensors[f"{PREFIX}{name}.{side_b}"] = factors.b.to(dtype)
+    tensors |= factor_tensors({**modules, **copies}, kinds, dtype)
     write_tensors(directory / WEIGHTS_NAME, tensors)
     ranks = {name: factors.rank for name, factors in modules.items()}
     tied = {name: factors.rank for name, factors in copies.items()}
     text = json.dumps(peft_config(ranks, config, tied), indent=2)
     (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def factor_tensors(modules: Mapping[str, Factors], kinds: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Each factor by its key in a PEFT LoRA's file: A (r, in), B (out, r)."""
+    tensors = {}
+    for name, factors in modules.items():
+        side_a, side_b = SIDES[kinds.get(name, "linear")]
+        tensors[f"{PREFIX}{name}.{side_a}"] = factors.a.to(dtype)
+        tensors[f"{PREFIX}{name}.{side_b}"] = factors.b.to(dtype)
+    return tensors
 
 
 def peft_config(

@@ -8,7 +8,6 @@ from bslora_convert.recipe.checks import check_choice
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GAINS = ("auto", "unbiased", "least-squares")
-FORMATS = ("lora", "official")  # what `expand` writes
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.report import verdict
+from bslora_convert.report.metadata import front_matter, metadata, model_class
 from bslora_convert.report.page import environment
 
 
@@ -17,6 +18,8 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     words += Recipe.from_dict(record["recipe"]).arguments()
     if "training" in record:
         words += Training(**record["training"]["options"]).arguments()
+    base_model, task = config.get("base_model_name_or_path"), config.get("task_type")
+    said = metadata(record["source"].get("card", {}), "peft", base_model, task, ("lora", "bslora"))
     urgent, notes = verdict.attention(record["notes"])
     invocation = shlex.join(words)
     return (
@@ -24,7 +27,9 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         .get_template("card.md")
         .render(
             record=record,
-            base_model=config.get("base_model_name_or_path"),
+            front_matter=front_matter(said),
+            base_model=base_model,
+            model_class=model_class(task),
             invocation=invocation,
             fence="`" * (1 + max(map(len, re.findall("`{2,}", invocation)), default=2)),  # longer than any within
             verdict=verdict.sentences(record),

@@ -1,4 +1,4 @@
-"""A compact adapter in a layout that others read: the standard PEFT LoRA that equals it, or the BSLoRA authors' layout.
+"""A compact adapter in a layout that others read: a standard PEFT LoRA, what an engine loads of it, or the authors' layout.
 
 In a LoRA the ranks of the parts add up and scaling is folded into B. The authors' layout keeps the form, with a copy of what is
 shared under every module.
@@ -13,22 +13,31 @@ import torch
 from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import is_official, load_official, save_official
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
-from bslora_convert.errors import RecipeError, Refused
+from bslora_convert.errors import Refused
+from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
+from bslora_convert.files.base import base_layers
+from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_output, landing
-from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, seal
+from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, recorded, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
+from bslora_convert.layers.slots import bytes_of, width_of
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
-from bslora_convert.recipe.checks import check_choice
-from bslora_convert.recipe.storage import DTYPES, FORMATS
+from bslora_convert.recipe.expansion import UNIFORM, Expansion
+from bslora_convert.serving import mlx
+from bslora_convert.serving.engines import ENGINES, Engine
+from bslora_convert.serving.gguf import GGUF_NAME, Base, read_base, read_gguf, write_gguf
+from bslora_convert.serving.shape import listed, reasons, shaped
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1  # of expansion.json
+USUAL = ENGINES["vllm"]  # whose slots are told where no engine is named
+Modules = Mapping[str, Factors]
 
 
 def expand(
@@ -38,67 +47,68 @@ def expand(
     rank: int | str | None = None,
     base_model: str | None = None,
     dtype: str = "auto",
-    format: str = "lora",
+    format: str | None = None,
+    engine: str | None = None,
     overwrite: bool = False,
     accept_changed: bool = False,
 ) -> dict[str, Any]:
-    """Writes a compact directory, or one in the authors' layout, as a PEFT LoRA directory and returns what was written.
+    """Writes a compact directory, or one in the authors' layout, as others read it and returns what was written.
 
-    compact: a directory, or `LIBRARY::ID` for an adapter of a library.
-
-    rank: a number re-truncates every module that has more; "uniform" pads every module with zeros to the largest rank.
-    base_model: replaces `base_model_name_or_path`. dtype: storage, auto = the compact adapter's.
-    format: "lora", or "official" for the authors' layout. accept_changed: as for `load_compact`.
+    compact: a directory, or `LIBRARY::ID` for an adapter of a library. rank, base_model, dtype, format, engine: of `Expansion`;
+    without any a PEFT LoRA. accept_changed: as for `load_compact`.
 
     :raises InputError: when the source directory is missing or damaged.
-    :raises Refused: when the authors' layout can't hold the adapter, or the source in it can't be read faithfully.
-    :raises RecipeError: for a rank, dtype or format that is not allowed.
+    :raises Refused: when the format can't hold the adapter or the engine can't serve it, or the source can't be read faithfully.
+    :raises RecipeError: for an option that is not allowed, or an extra that is missing.
     :raises OutputError: when the output place can't be used.
     """
-    out = Path(out)
-    check_options(rank, dtype, format)
-    source = resolve(compact)
+    plan = planned(rank=rank, base_model=base_model, dtype=dtype, format=format, engine=engine)
+    out, source = Path(out), resolve(compact)
     check_output(out, overwrite, source)
     adapter, weights = _load(source, accept_changed)
+    own = recorded(adapter.path)
     config = dict(adapter.config)
-    if base_model is not None:
-        config["base_model_name_or_path"] = base_model
-    stored = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
+    if plan.base_model is not None and plan.layout != "gguf":
+        config["base_model_name_or_path"] = plan.base_model
+    stored = plan.stored(dtype_name(adapter.dtype))
+    if plan.layout != "official":
+        modules = _modules(adapter, plan)
     with landing(out, overwrite) as place:
-        if format == "official":
+        if plan.layout == "official":
             result = _write_official(adapter, place, config, stored)
         else:
-            result = _write_lora(adapter, place, config, stored, rank)
-        notes = (*adapter.notes, *copy_travelling(adapter.path, place))
-        return seal(
-            place,
-            EXPANSION_NAME,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "tool_version": __version__,
-                "source": {"path": str(compact), "sha256": sha256(weights)},
-                "format": format,
-                **result,
-                "bytes": (place / WEIGHTS_NAME).stat().st_size,
-                "dtype": dtype_name(stored),
-                "base_model": config.get("base_model_name_or_path"),
-                "notes": list(notes),
-            },
-        )
+            result = WRITERS[plan.layout](adapter, modules, place, config, stored, plan)
+            result["relative_error"] = _error(adapter.form, result.pop("written"))
+        notes = [*adapter.notes, *(copy_travelling(adapter.path, place) if plan.layout in ("lora", "official") else ())]
+        for name in plan.reader.left if plan.reader else ():
+            (place / name).unlink(missing_ok=True)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "tool_version": __version__,
+            "source": {"path": str(compact), "sha256": sha256(weights)},
+            "format": plan.layout,
+            "engine": plan.engine,
+            **result,
+            "original": _original(own, result["relative_error"]),
+            "dtype": stored,
+            "base_model": config.get("base_model_name_or_path"),
+            "notes": notes,
+        }
+        from bslora_convert.report import expansion
+
+        expansion.write(place, record, config, carried(adapter.path))
+        return seal(place, EXPANSION_NAME, record)
 
 
-def check_options(rank: int | str | None, dtype: str, format: str) -> None:
-    """:raises RecipeError: for a rank, dtype or format that is not allowed, or two that exclude each other."""
-    if rank is not None and rank != "uniform" and not (isinstance(rank, int) and rank > 0):
-        raise RecipeError(f"rank is {rank!r}: a positive whole number or uniform is allowed", "rank")
-    check_choice("dtype", dtype, DTYPES)
-    check_choice("format", format, FORMATS)
-    if rank is not None and format != "lora":
-        raise RecipeError(
-            f"rank is {rank!r}: only a LoRA can be re-truncated or padded; leave it out or use format lora",
-            "rank",
-            "format",
-        )
+def planned(**options: Any) -> Expansion:
+    """The options of `expand`, checked before anything is read.
+
+    :raises RecipeError: for one that is not allowed, or an extra that is missing.
+    """
+    plan = Expansion(**options)
+    if plan.layout == "gguf":
+        need("gguf", "format gguf", "format")
+    return plan
 
 
 def _load(path: Path, accept_changed: bool) -> tuple[CompactAdapter, Path]:
@@ -110,44 +120,116 @@ def _load(path: Path, accept_changed: bool) -> tuple[CompactAdapter, Path]:
     return found, official.weights
 
 
-def _write_lora(
-    adapter: CompactAdapter, place: Path, config: Mapping[str, Any], dtype: torch.dtype, rank: int | str | None
-) -> dict[str, Any]:
+def _modules(adapter: CompactAdapter, plan: Expansion) -> Modules:
+    """The modules' factors as they are to be written.
+
+    :raises Refused: when the engine can't serve them.
+    """
     form = adapter.form
-    limit = rank if isinstance(rank, int) else None
-    modules = {name: _shrink(form.delta(name), limit) for name in form.modules}
-    if rank == "uniform":
-        largest = max(factors.rank for factors in modules.values())
+    limit = plan.rank if isinstance(plan.rank, int) else None
+    modules: Modules = {name: _shrink(form.delta(name), limit) for name in form.modules}
+    largest = max(1, *(factors.rank for factors in modules.values()))
+    if plan.rank == UNIFORM:
         modules = {name: factors.padded(largest) for name, factors in modules.items()}
+    if plan.reader is None:
+        return modules
     kinds = {name: module.kind for name, module in form.modules.items()}
-    save_lora(place, modules, kinds, adapter.carried, config, dtype)
+    why = reasons(plan.reader, kinds, adapter.carried, largest)
+    if why:
+        raise Refused(f"{adapter.path}: {plan.reader.title} can't serve it: " + "; ".join(why))
+    return shaped(modules, plan.reader, base_layers(plan.base_model))
+
+
+def _write_lora(
+    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: Expansion
+) -> dict[str, Any]:
+    known = adapter.form.modules
+    kinds = {name: known[name].kind if name in known else "linear" for name in modules}
+    config = listed(config, modules) if plan.reader else config
+    save_lora(place, modules, kinds, adapter.carried, config, getattr(torch, dtype))
     written = load_lora(place)
-    ranks = [module.rank for module in written.modules.values()]
     return {
-        "modules": len(ranks),
-        "ranks": {"min": min(ranks), "max": max(ranks)},
-        "parameters": written.parameters,
-        "relative_error": _error(form, lambda name: written.modules[name].factors()),
+        **_sizes({name: module.stored for name, module in written.modules.items()}, place / WEIGHTS_NAME),
+        "served": _served(written.modules, plan.reader or USUAL),
+        "written": lambda name: written.modules[name].factors(),
     }
 
 
-def _write_official(
-    adapter: CompactAdapter, place: Path, config: Mapping[str, Any], dtype: torch.dtype
+def _write_gguf(
+    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: Expansion
 ) -> dict[str, Any]:
+    assert plan.base_model is not None  # `Expansion` asks for it
+    base: Base = read_base(plan.base_model)
+    path = place / GGUF_NAME
+    write_gguf(path, {name: factors.padded(1) for name, factors in modules.items()}, base, dtype)
+    written = read_gguf(path, modules, base)
+    return {
+        **_sizes(written, path),
+        "architecture": base.architecture.name,
+        "served": None,
+        "written": written.__getitem__,
+    }
+
+
+def _write_mlx(
+    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: Expansion
+) -> dict[str, Any]:
+    mlx.write_mlx(place, modules, config.get("base_model_name_or_path"), getattr(torch, dtype))
+    written = mlx.read_mlx(place, modules)
+    return {**_sizes(written, place / mlx.WEIGHTS_NAME), "served": None, "written": written.__getitem__}
+
+
+WRITERS: dict[str, Callable[..., dict[str, Any]]] = {"lora": _write_lora, "gguf": _write_gguf, "mlx": _write_mlx}
+
+
+def _write_official(adapter: CompactAdapter, place: Path, config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if adapter.carried:
         raise Refused(
             f"{adapter.path}: the adapter carries {next(iter(adapter.carried))}, and the authors' layout holds factors only; "
             "expand it to a LoRA instead"
         )
-    save_official(adapter.form.to(dtype), place, config)
+    save_official(adapter.form.to(getattr(torch, dtype)), place, config)
     written = load_official(place)
     local = max(module.local.rank for module in written.form.modules.values())
     return {
         "modules": len(written.form.modules),
         "ranks": {"local": local, **{level: written.form.shared_rank(level) for level in LEVELS}},
         "parameters": written.stored,
+        "bytes": (place / WEIGHTS_NAME).stat().st_size,
+        "served": None,
         "relative_error": _error(adapter.form, written.form.delta),
     }
+
+
+def _sizes(modules: Modules, file: Path) -> dict[str, Any]:
+    ranks = [factors.rank for factors in modules.values()]
+    return {
+        "modules": len(ranks),
+        "ranks": {"min": min(ranks), "max": max(ranks)},
+        "parameters": sum(factors.parameters for factors in modules.values()),
+        "bytes": file.stat().st_size,
+    }
+
+
+def _served(modules: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
+    """What a server reserves for it: the rank that it has to be started with, and the bytes of one slot in half precision.
+
+    Both are None where no slot holds the rank.
+    """
+    rank = engine.slot(max(module.rank for module in modules.values()))
+    width = width_of(module.shape for module in modules.values())
+    return {"max_lora_rank": rank, "slot_bytes": bytes_of(rank, width) if rank else None}
+
+
+def _original(own: Mapping[str, Any], added: float) -> dict[str, Any] | None:
+    """How far off the LoRA is that the compact adapter was made from, at most: ‖ΔW − ΔŴ‖ / ‖ΔW‖, by what its record says.
+
+    added: the error of what was written against the compact form.
+    """
+    known = own.get("weight", {}).get("relative_error") if isinstance(own.get("weight"), dict) else None
+    if not isinstance(known, int | float):
+        return None
+    return {"sha256": own.get("source", {}).get("sha256"), "relative_error": known + added * (1 + known)}
 
 
 def _error(form: BsloraForm, written: Callable[[str], Factors]) -> float:

@@ -1,5 +1,6 @@
 """`expand` of a library: every adapter of an output of `batch` as `expand` writes it, each into its own directory."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from bslora_convert.files.landing import check_apart, check_output, check_outsid
 from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.verbs.expand import check_options, expand
+from bslora_convert.verbs.expand import expand, planned
 
 
 def expand_library(
@@ -21,7 +22,7 @@ def expand_library(
     :raises OutputError: when the output place can't be used. What is wrong with one adapter is said in its row.
     """
     library, out = Path(library), Path(out)
-    check_options(options.get("rank"), options.get("dtype", "auto"), options.get("format", "lora"))
+    planned(**{name: value for name, value in options.items() if name != "accept_changed"})
     check_place(library, out, overwrite)
     there, gone = held(library)
 
@@ -30,6 +31,7 @@ def expand_library(
 
     rows = for_each(there, "expanding", one, progress)
     good = [row for row in rows if row["status"] == OK]
+    served = [row["served"] for row in good if row["served"]]
     return {
         "library": str(library),
         "rows": rows,
@@ -37,8 +39,15 @@ def expand_library(
         "bad": len(rows) - len(good),
         "bytes": sum(row["bytes"] for row in good),
         "rank": max((row["ranks"]["max"] for row in good if "max" in row["ranks"]), default=None),
+        "served": {name: _largest(slot[name] for slot in served) for name in served[0]} if served else None,
         "notes": gone,
     }
+
+
+def _largest(values: Iterable[int | None]) -> int | None:
+    """The largest of all; None where one is, for then no slot holds them all."""
+    values = list(values)
+    return None if None in values else max(value for value in values if value is not None)
 
 
 def check_place(library: Path, out: Path, overwrite: bool) -> None:

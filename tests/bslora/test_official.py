@@ -591,8 +591,8 @@ def test_fitted_adapters_are_written_in_the_authors_layout(tmp_path: Path) -> No
         assert torch.allclose(first.b @ first.a, second.b @ second.a, rtol=1e-4, atol=1e-5)
     with pytest.raises(RecipeError, match="only a LoRA"):
         expand(tmp_path / "compact", tmp_path / "other", format="official", rank=4)
-    with pytest.raises(RecipeError, match="one of lora, official"):
-        expand(tmp_path / "compact", tmp_path / "other", format="gguf")
+    with pytest.raises(RecipeError, match="one of lora, gguf, mlx, official"):
+        expand(tmp_path / "compact", tmp_path / "other", format="onnx")
 
 
 def test_carried_tensors_have_no_place_in_the_authors_layout(tmp_path: Path) -> None:

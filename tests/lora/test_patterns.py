@@ -90,7 +90,9 @@ def test_one_rank_needs_no_pattern(family: str) -> None:
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
-PART = st.sampled_from(["a", "b", "model", "layers", "0", "1", "10", "q"])
+PART = st.sampled_from(
+    ["a", "b", "model", "layers", "0", "1", "10", "q", "(?:", "[q", "q|a", "a$", "^a", "\\d", "*", "{2}"]
+)
 
 
 @settings(max_examples=300, deadline=None)

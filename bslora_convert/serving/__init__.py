@@ -1,0 +1,1 @@
+"""What serving engines ask of an adapter, and the formats other than PEFT's that they read."""

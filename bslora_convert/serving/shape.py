@@ -1,0 +1,96 @@
+"""An adapter's factors in the shape that an engine takes, or why there is none.
+
+Ranks are filled up with zeros, and so are layers that lack a kind of module; zeros change no update: [B 0] [A; 0] = B A.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from bslora_convert.errors import Refused
+from bslora_convert.lora.experts import stacked
+from bslora_convert.modules.factors import Factors, Shape
+from bslora_convert.modules.names import kind_of, layer_of, natural_order
+from bslora_convert.serving.engines import Engine
+
+SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+WHOLE = ("modules_to_save", "trainable_token_indices", "ensure_weight_tying")  # an engine's reader stops at these
+
+
+def reasons(engine: Engine, kinds: Mapping[str, str], carried: Collection[str], largest: int) -> list[str]:
+    """Why an engine can't serve an adapter; empty where it can.
+
+    kinds: by module. carried: names of tensors that are no factors. largest: rank of any module.
+    """
+    found = []
+    other = next((name for name, kind in kinds.items() if kind not in engine.kinds), None)
+    if other is not None:
+        words = "an embedding whose head is tied to it" if kinds[other] == "tied_embedding" else "an embedding"
+        found.append(
+            f"{other} is {words}, and {engine.title} takes updates of {' and '.join(sorted(engine.kinds))} layers"
+        )
+    if carried:
+        found.append(f"it carries {next(iter(carried))} whole, which {engine.title} does not load beside a LoRA")
+    expert = None if engine.experts else next(iter(stacked(kinds)), None)
+    if expert is not None:
+        found.append(f"{expert} belongs to a mixture of experts, which {engine.title} does not take one by one")
+    unknown = [name for name in kinds if engine.modules and name.rpartition(".")[2] not in engine.modules]
+    if unknown and expert is None:
+        found.append(
+            f"{unknown[0]} is none of the modules that {engine.title} knows: {', '.join(sorted(engine.modules))}"
+        )
+    if engine.rank(largest) is None:
+        most = (engine.filled or engine.slots or (0,))[-1]
+        found.append(
+            f"rank {largest} is more than {most}, the largest that {engine.title} takes; give --rank {most} or less"
+        )
+    return found
+
+
+def shaped(modules: Mapping[str, Factors], engine: Engine, layers: int | None = None) -> dict[str, Factors]:
+    """The modules as the engine takes them, by name.
+
+    layers: of the base model; the adapter's last one counts where that is not known.
+
+    :raises Refused: when a layer lacks a kind of module whose shape differs from layer to layer.
+    """
+    found = filled_layers(modules, layers) if engine.every_layer else dict(modules)
+    if not engine.one_rank:
+        return found
+    largest = max(1, *(factors.rank for factors in found.values()))
+    rank = engine.rank(largest) or largest
+    return {name: factors.padded(rank) for name, factors in found.items()}
+
+
+def filled_layers(modules: Mapping[str, Factors], layers: int | None = None) -> dict[str, Factors]:
+    """The modules with one of zeros wherever a layer lacks a kind that another layer has.
+
+    :raises Refused: as `shaped`.
+    """
+    shapes: dict[tuple[str, str], Shape] = {}  # of (what the layers are called, kind)
+    seen: dict[str, int] = {}
+    for name, factors in modules.items():
+        layer = layer_of(name)
+        if layer is None:
+            continue
+        stack, _, number = layer.rpartition(".")
+        seen[stack] = max(seen.get(stack, 0), int(number))
+        kind = (stack, kind_of(name))
+        if shapes.setdefault(kind, factors.shape) != factors.shape:
+            raise Refused(
+                f"{name} is {factors.shape[0]} x {factors.shape[1]}, and other layers have {kind[1]} of another size: layers "
+                "without it can't be filled with zeros"
+            )
+    like = next(iter(modules.values())).b
+    whole = dict(modules)
+    for (stack, kind_name), (out, width) in shapes.items():
+        for layer_number in range(max(seen[stack] + 1, layers or 0)):
+            name = f"{stack}.{layer_number}.{kind_name}"
+            if name not in whole:
+                whole[name] = Factors(like.new_zeros((out, 1)), like.new_zeros((1, width)))
+    return {name: whole[name] for name in sorted(whole, key=natural_order)}
+
+
+def listed(config: Mapping[str, Any], modules: Mapping[str, object]) -> dict[str, Any]:
+    """A configuration that names modules by the last parts of their names in a list, and nothing that only PEFT understands."""
+    kept = {name: value for name, value in config.items() if name not in (*SELECTING, *WHOLE)}
+    return kept | {"target_modules": sorted({name.rpartition(".")[2] for name in modules})}

@@ -1,0 +1,63 @@
+"""What the plugin is told by the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bslora_convert.errors import RecipeError
+
+GIB = 1 << 30
+DEFAULT_CACHE = "~/.cache/bslora-convert/vllm"
+PLANS = ("lora", "compact")  # what is handed out to vLLM
+ANY = "*"  # as an alias: whatever the adapter says that its base is called
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """library: the output of `batch` that is served. cache: where snapshots are written. cache_bytes: the most they may take.
+
+    aliases: further names of the served base model in adapters' configurations; "*" is any. plan: `lora` hands out a LoRA that
+    was written once, `compact` a copy of the compact adapter, which vLLM's workers decode whenever they load it (`worker.py`).
+
+    :raises RecipeError: naming the variable, its value and what is allowed.
+    """
+
+    library: Path
+    cache: Path
+    cache_bytes: int = 20 * GIB
+    aliases: frozenset[str] = frozenset()
+    plan: str = PLANS[0]
+
+    def __post_init__(self) -> None:
+        if not self.library.is_dir():
+            raise RecipeError(f"BSLORA_LIBRARY is {self.library}: a directory that `batch` made is expected")
+        if self.cache_bytes <= 0:
+            raise RecipeError(f"BSLORA_CACHE_GIB is {self.cache_bytes / GIB:g}: a positive number is expected")
+        if self.plan not in PLANS:
+            raise RecipeError(f"BSLORA_PLAN is {self.plan!r}: one of {', '.join(PLANS)} is allowed")
+        if self.library.resolve() in (self.cache.resolve(), *self.cache.resolve().parents):
+            raise RecipeError(f"BSLORA_CACHE is {self.cache}: a place outside of the library is expected")
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> "Settings | None":
+        """The settings of an environment; None where no library is named.
+
+        :raises RecipeError: as the class.
+        """
+        library = environment.get("BSLORA_LIBRARY")
+        if not library:
+            return None
+        gib = environment.get("BSLORA_CACHE_GIB", "20")
+        try:
+            most = int(float(gib) * GIB)
+        except (ValueError, OverflowError):
+            raise RecipeError(f"BSLORA_CACHE_GIB is {gib!r}: a positive number is expected") from None
+        aliases = environment.get("BSLORA_BASE_ALIASES", "")
+        return cls(
+            Path(library),
+            Path(environment.get("BSLORA_CACHE") or DEFAULT_CACHE).expanduser(),
+            most,
+            frozenset(name.strip() for name in aliases.split(",") if name.strip()),
+            environment.get("BSLORA_PLAN") or PLANS[0],
+        )

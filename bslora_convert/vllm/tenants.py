@@ -1,0 +1,194 @@
+"""A tenant's name -> the directory that vLLM loads: found, checked, decoded, written once."""
+
+import json
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bslora_convert.bslora import bases
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.storage import (
+    CONFIG_NAME,
+    LIBRARY_VERSION,
+    PEFT_TYPE,
+    WEIGHTS_NAME,
+    CompactAdapter,
+    check_version,
+    load_compact,
+)
+from bslora_convert.errors import InputError, Refused
+from bslora_convert.files.jsonfile import LARGEST_JSON
+from bslora_convert.files.record import FIDELITY_NAME
+from bslora_convert.lora.writer import save_lora
+from bslora_convert.modules.factors import Shape
+from bslora_convert.serving.engines import ENGINES
+from bslora_convert.serving.shape import listed, reasons
+from bslora_convert.version import __version__
+from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
+from bslora_convert.vllm.names import being_replaced, find
+from bslora_convert.vllm.settings import Settings
+from bslora_convert.vllm.snapshots import PARTIAL, Snapshots, digest_of, read_small
+
+FIELDS_NAME = "lora.json"  # in a compact snapshot: the fields of a LoRA's configuration that vLLM reads
+LARGEST_WEIGHTS = 2 << 30
+TRIES, PAUSE = 3, 0.1  # `batch` puts a new result into an old one's place by two renames
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """path: what vLLM loads. bytes: of the compact weights. written: whether it had to be decoded."""
+
+    path: Path
+    bytes: int
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What one adapter consists of, as it was read: weights and configuration, and the record that has their hash."""
+
+    config: bytes
+    weights: bytes
+    record: bytes | None
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what is written."""
+        return digest_of(__version__, self.config, self.weights, self.record or b"")
+
+
+class Tenants:
+    """A compact library as one server sees it.
+
+    :raises OSError: when the cache can't be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.snapshots = Snapshots(settings.cache, settings.cache_bytes, settings.plan)
+        self._shapes: dict[str, dict[str, Shape]] = {}
+
+    def find(self, name: str, base: str) -> Tenant | None:
+        """The tenant of a name, for the base model that is served; None where the library holds none.
+
+        :raises InputError: when it is damaged. :raises Refused: when it is for another base, can't be served, or has no room.
+        """
+        for left in reversed(range(TRIES)):
+            place = find(self.settings.library, name)
+            try:
+                if place is not None:
+                    return self._tenant(place, base)
+                if not left or not being_replaced(self.settings.library, name):
+                    return None
+            except InputError:
+                if not left:
+                    raise
+            time.sleep(PAUSE)
+        return None
+
+    def _tenant(self, place: Path, base: str) -> Tenant:
+        files = read_files(place)
+        config, layout = parsed(files, place)
+        check_name(config.get("base_model_name_or_path"), base, self.settings.aliases)
+        if base not in self._shapes:
+            self._shapes[base] = shapes_of(base)
+        check_shapes(layout.modules, self._shapes[base])
+        fill = WRITERS[self.settings.plan]
+        path, written = self.snapshots.get(files.digest, lambda out: fill(files, config, place, out))
+        return Tenant(path, len(files.weights), written)
+
+
+def read_files(place: Path) -> Files:
+    """An adapter's files.
+
+    :raises InputError: when one is missing or too large.
+    """
+    record = place / FIDELITY_NAME
+    return Files(
+        read_small(place / CONFIG_NAME, LARGEST_JSON),
+        read_small(place / WEIGHTS_NAME, LARGEST_WEIGHTS),
+        read_small(record, LARGEST_JSON) if record.is_file() else None,
+    )
+
+
+def parsed(files: Files, place: Path) -> tuple[dict[str, Any], Layout]:
+    """The configuration and the layout that it describes.
+
+    :raises InputError: when they are not those of a compact adapter.
+    """
+    where = place / CONFIG_NAME
+    try:
+        config = json.loads(files.config)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        raise InputError(f"{where}: no compact adapter")
+    check_version(config, where)
+    return config, Layout.parse(config, where)
+
+
+def copy_to(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Writes an adapter's files into a directory, with the bases that it takes from its library. place: where it lies there."""
+    for name, data in ((CONFIG_NAME, files.config), (WEIGHTS_NAME, files.weights), (FIDELITY_NAME, files.record)):
+        if data is not None:
+            (out / name).write_bytes(data)
+    named = config.get("bases")
+    if config["format_version"] == LIBRARY_VERSION and isinstance(named, str) and bases.HASH.fullmatch(named):
+        shared = bases.find(place, named)
+        (out.parent / bases.DIRECTORY).mkdir(exist_ok=True)
+        copy = out.parent / bases.DIRECTORY / shared.name
+        if not copy.is_file():
+            partial = copy.with_name(f"{PARTIAL}{secrets.token_hex(4)}")
+            shutil.copyfile(shared, partial)
+            partial.rename(copy)
+
+
+def write_lora(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Decodes an adapter into an empty directory, as a LoRA for vLLM.
+
+    :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
+    """
+    with tempfile.TemporaryDirectory(prefix="bslora-") as room:
+        copy = Path(room) / "adapter"
+        copy.mkdir()
+        copy_to(files, config, place, copy)
+        adapter = servable(copy)
+    form = adapter.form
+    kinds = {name: module.kind for name, module in form.modules.items()}
+    modules = {name: form.delta(name) for name in form.modules}
+    save_lora(out, modules, kinds, {}, listed(config, modules), adapter.dtype)
+
+
+def write_compact(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+    """Copies an adapter into an empty directory, with what a worker has to know of it before it decodes it.
+
+    :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
+    """
+    copy_to(files, config, place, out)
+    form = servable(out).form
+    ranks = {name: form.expanded_rank(name) for name in form.modules}
+    largest = max(1, *ranks.values())
+    fields = {"r": largest, "lora_alpha": largest, **listed({}, ranks)}
+    (out / FIELDS_NAME).write_text(json.dumps(fields), encoding="utf-8")
+
+
+def servable(directory: Path) -> CompactAdapter:
+    """An adapter that vLLM can serve.
+
+    :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
+    """
+    adapter = load_compact(directory)
+    form = adapter.form
+    kinds = {name: module.kind for name, module in form.modules.items()}
+    why = reasons(ENGINES["vllm"], kinds, adapter.carried, max(form.expanded_rank(name) for name in form.modules))
+    if why:
+        raise Refused("; ".join(why))
+    return adapter
+
+
+WRITERS: dict[str, Callable[[Files, dict[str, Any], Path, Path], None]] = {"lora": write_lora, "compact": write_compact}
