@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, spread
 from bslora_convert.bslora.coding.levels import EDGES, LEVELS
-from bslora_convert.bslora.coding.trellis import tables, windows_of
+from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, windows_of
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
@@ -37,15 +37,16 @@ from bslora_convert.modules.lowrank import Grams, residual_energy
 SMALLEST_SCALE = 1e-30
 SMALLEST_NORM = 1e-300
 DISTORTIONS = {
-    1: 0.2766,
-    2: 0.0735,
-    3: 0.01946,
-    4: 0.00527,
-    5: 0.001415,
-    6: 0.000393,
+    1: 0.2723,
+    2: 0.0724,
+    3: 0.01936,
+    4: 0.00520,
+    5: 0.00140,
+    6: 0.00038,
     8: 6e-5,
     16: 2.7e-6,
-}  # of a normal vector's energy: `python benchmarks/trellis.py`; of 8 and 16 bits as a vector of a thousand numbers has them
+}  # of the energy of a long normal vector: `python benchmarks/trellis.py`
+BEGINNING = 9  # numbers' worth of it that the beginning of a vector adds
 PROBES, PROBE_SEED = 8, 0
 
 
@@ -149,12 +150,19 @@ def _cut(vectors: Tensor, length: int) -> Tensor:
     return filled.view(len(vectors), groups_of(length), -1)
 
 
+def distortions(length: int) -> Tensor:
+    """D of normal vectors at every width of WIDTHS, float64: more of short ones, whose first numbers have few windows."""
+    begun = {width: 1 + BEGINNING / max(length, 1) if width in TRELLIS_WIDTHS else 1.0 for width in WIDTHS}
+    shares = torch.tensor([DISTORTIONS[width] * begun[width] for width in WIDTHS], dtype=torch.float64)
+    return shares.clamp_max(1)
+
+
 def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
     """D of every vector at every width of WIDTHS, (n, widths), for allocation: that of normal numbers, in a metric.
 
     What coding adds points anywhere: in a metric it counts as much as a random direction does there, and the vector as it does.
     """
-    shares = torch.tensor([DISTORTIONS[width] for width in WIDTHS], dtype=torch.float64)
+    shares = distortions(vectors.shape[1])
     energy = vectors.double().square().sum(1)
     weight = torch.ones_like(energy)
     if weigh is not as_it_is and len(vectors):

@@ -5,7 +5,7 @@
 
 All successors of a state share its upper bits, so that the least of 2^w costs is taken once for 2^w states. Which it came from
 stands in the lowest w bits of the cost itself, which are of no account beside rounding: then the least whole number of two
-float32 patterns tells both. Operations are single ones of IEEE arithmetic in a given order, so that the compiled loop and that of torch
+float32 patterns tells both. Operations are single ones of IEEE arithmetic in a given order: the compiled loop and that of torch
 operations, for devices, give the same codes.
 """
 

@@ -27,7 +27,6 @@ from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
 
-TINIEST = 1e-300
 SIZE_ERRORS, SIZE_SHARES = (0.05, 0.1, 0.2, 0.3), (1 / 4, 1 / 8, 1 / 16)  # that are forecast
 
 
@@ -223,17 +222,15 @@ def _sizes(source: Source, adapter: LoraAdapter, weights: Path, path: Path) -> l
 
     def row(option: str, value: float, bits: float, lost: float) -> dict[str, Any]:
         count = beside + math.ceil(bits / 8)
-        error = (
-            math.sqrt(max(lost, 0.0) / max(source.energy - lost, TINIEST)) if source.energy else 0.0
-        )  # once it is unbiased
+        error = math.sqrt(max(lost, 0.0) / source.energy) if source.energy else 0.0
         command = f"bslora-convert compress {shlex.quote(str(path))} OUT --transform none {option} {value:g}"
         return {"option": option, "value": value, "bytes": count, "byte_ratio": count / size, "relative_error": error,
                 "command": command}  # fmt: skip
 
     rows = []
     for error in SIZE_ERRORS:
-        lost = error**2 / (1 + error**2) * source.energy
-        rows.append(row("--max-error", error, expected.bits_for(lost), lost))
+        lost = error**2 * source.energy  # unbiased: least squares lose a little less
+        rows.append(row("--max-error", error, expected.bits_for(lost / (1 + error**2)), lost))
     for share in SIZE_SHARES:
         bits = 8 * (math.floor(share * size) - beside)
         if bits > 0:
