@@ -278,3 +278,13 @@ def test_a_greatest_rank_is_kept_to_and_may_be_lifted(tmp_path: Path) -> None:
         compress(lora, tmp_path / "never", Recipe(transform="gt", ranks=(1, 1, 1), max_rank=1), report_html=False)
     by_hand = compress(lora, tmp_path / "hand", Recipe(transform="ke", ranks=(2, 4, 8)), report_html=False)
     assert by_hand["compact"]["expanded_rank"] == 14
+
+
+def test_a_flipped_bit_of_codes_is_found_before_anything_is_decoded(tmp_path: Path) -> None:
+    compress(TINY, tmp_path / "out", Recipe(transform="none", bytes=0.1), report_html=False)
+    path = tmp_path / "out" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not the file that was written"):
+        load_compact(tmp_path / "out")
