@@ -43,7 +43,7 @@ from tests.planting import random_products, write_lora
         ({"min_shared": 1.5}, "min_shared is 1.5"),
         ({"shared_size": 0}, "shared_size is 0"),
         ({"shared_size": 64, "transform": "ss"}, "no meaning"),
-        ({"slice": "top-left"}, "no windows"),
+        ({"slice": "top-left", "transform": "ke"}, "no windows"),
         ({"kernel": "2_r", "transform": "ss"}, "no kernels"),
         ({"metric": "two-sided"}, "needs prompts"),
     ],

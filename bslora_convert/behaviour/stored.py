@@ -29,10 +29,20 @@ class Stored:
 
     def encoded(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's code tensors, as many bytes as those that it began with; nothing where floats are stored."""
-        return to_file({**self.start, **self._coded(trained)}) if self.start else {}
+        if not self.start:
+            return {}
+        kept = {key: coded if coded.trellis else _anew(coded) for key, coded in self.start.items()}
+        return to_file({**kept, **self._coded(trained)})
 
     def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Coded]:
         return {
-            key: encode(to_vectors(key, tensor.detach()), self.start[key].widths.tolist())
+            key: encode(
+                to_vectors(key, tensor.detach().cpu()), self.start[key].widths.tolist(), self.start[key].scales, True
+            )
             for key, tensor in trained.items()
         }
+
+
+def _anew(coded: Coded) -> Coded:
+    """Codes of the first version in the present one."""
+    return encode(coded.decode(), coded.widths.tolist(), unbiased=True)

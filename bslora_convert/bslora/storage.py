@@ -30,7 +30,8 @@ from torch import Tensor
 
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.coded import GROUP
-from bslora_convert.bslora.coding.file import NAMES, VERSION, from_file
+from bslora_convert.bslora.coding.file import NAMES, from_file, version_of
+from bslora_convert.bslora.coding.file import VERSIONS as CODING_VERSIONS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
@@ -55,7 +56,7 @@ FORMAT_VERSION = 1
 LIBRARY_VERSION = 2  # of an adapter that takes bases from its library
 CODED_VERSION = 3  # of an adapter in codes
 VERSIONS = (FORMAT_VERSION, LIBRARY_VERSION, CODED_VERSION)
-CODING = {"version": VERSION, "group": GROUP}
+CODINGS = {version: {"version": version, "group": GROUP} for version in CODING_VERSIONS}
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -139,7 +140,7 @@ def save_compact(
     config = {
         "peft_type": PEFT_TYPE,
         "format_version": CODED_VERSION if codes else FORMAT_VERSION if cores is None else LIBRARY_VERSION,
-        **({"coding": CODING} if codes else {}),
+        **({"coding": CODINGS[version_of(codes)]} if codes else {}),
         "inference_mode": True,
         **inherited(source_config),
         **target_fields(form.modules, source_config),
@@ -192,7 +193,9 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
     codes: dict[str, Tensor] = {}
     if config["format_version"] == CODED_VERSION:
         codes = {name: tensors.pop(name) for name in NAMES if name in tensors}
-        taken = from_file(codes, layout.tensors(), decoded_dtype(config, config_path), weights_path)
+        taken = from_file(
+            codes, layout.tensors(), decoded_dtype(config, config_path), weights_path, config["coding"]["version"]
+        )
     else:
         expected = uses.tensors(layout) if uses else layout.tensors()
         taken = {key: _take(weights_path, tensors, key, shape) for key, shape in expected}
@@ -228,10 +231,11 @@ def check_version(config: Mapping[str, Any], where: object) -> None:
         raise InputError(f"{where}: format_version is {version!r}, this version reads {known}")
     if version != LIBRARY_VERSION and config.get("bases") is not None:
         raise InputError(f"{where}: bases are given in format_version {version}, which has none")
-    expected = CODING if version == CODED_VERSION else None
-    if config.get("coding") != expected:
+    expected = list(CODINGS.values()) if version == CODED_VERSION else [None]
+    if config.get("coding") not in expected:
+        said = " or ".join(map(repr, expected))
         raise InputError(
-            f"{where}: coding is {config.get('coding')!r}, with format_version {version} {expected!r} is expected"
+            f"{where}: coding is {config.get('coding')!r}, with format_version {version} {said} is expected"
         )
 
 

@@ -1,22 +1,21 @@
-"""Vectors into codes: the scale of each group searched, the product of two coded sides refitted.
+"""Vectors into codes: the best way through the trellis, the scale of each group, the product of two coded sides refitted.
 
-For a group x (g numbers) and a scale s the codes are c_i = argmin |x_i − s·level(c_i)|, and for codes c the best scale is
+Numbers of a vector x, over the root mean square of their group, are about normal ones of unit variance, for which the trellis's
+tables were made. `viterbi` finds the values t of least ‖x / rms − t‖²; the scale that is stored for them is, group by group,
 
-    s = ⟨x, level(c)⟩ / ‖level(c)‖²        so that   ‖x − x̂‖² = ‖x‖² − ‖x̂‖²
-
-The search starts from several scales (CLIPS, parts of the group's root mean square, and its largest number), turns the two around
-once, rounds s as it is stored, and keeps the codes of least error under the rounded scale.
+    s = ⟨x, t⟩ / ‖t‖²        so that   ‖x − x̂‖² = ‖x‖² − ‖x̂‖²
 
 A component σ u vᵀ stands balanced, √σ on each side. With each side's lost share D (of ‖x‖²) its product loses
 
     ‖σ u vᵀ − û v̂ᵀ‖² = σ² (1 − (1 − D_u)(1 − D_v))                     by the identity above
 
-Fit of a module's local part T ≈ B A (out, r)(r, in) at given widths: B̂ = coded(B), then in turns, keeping what lowers the error,
+Fit of a module's local part T ≈ B A (out, r)(r, in) at given widths, each number coded once:
 
-    A = (B̂ᵀB̂)⁻¹ B̂ᵀT,  Â = coded(A)        B = T Âᵀ(ÂÂᵀ)⁻¹,  B̂ = coded(B)
+    B̂ = coded(B)        A = (B̂ᵀB̂)⁻¹ B̂ᵀT        Â = diag(c) coded(A)
+    c: the r lengths of least error,  (B̂ᵀB̂ ∘ ÂÂᵀ) c = diag(B̂ᵀTÂᵀ)  with Â = coded(A)
 
 so that each row of A is fitted to what all coded columns of B left, and the errors of coding don't add up blindly. In a metric
-(`metric`) lengths are those of weighed vectors, and the turns are A = (B̂ᵀΓB̂)⁻¹ B̂ᵀΓT and B = T Σ Âᵀ (ÂΣÂᵀ)⁻¹.
+(`metric`) lengths are those of weighed vectors, and A = (B̂ᵀΓB̂)⁻¹ B̂ᵀΓT.
 """
 
 from collections.abc import Sequence
@@ -26,26 +25,41 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of
+from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, spread
 from bslora_convert.bslora.coding.levels import EDGES, LEVELS
+from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, windows_of
 from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, residual_energy
 
-CLIPS = (0.8, 0.9, 1.0, 1.1, 1.25)
-TURNS = 2
 SMALLEST_SCALE = 1e-30
 SMALLEST_NORM = 1e-300
+DISTORTIONS = {
+    1: 0.2723,
+    2: 0.0724,
+    3: 0.01936,
+    4: 0.00520,
+    5: 0.00140,
+    6: 0.00038,
+    8: 6e-5,
+    16: 2.7e-6,
+}  # of the energy of a long normal vector: `python benchmarks/trellis.py`
+BEGINNING = 9  # numbers' worth of it that the beginning of a vector adds
+PROBES, PROBE_SEED = 8, 0
 
 
-def encode(vectors: Tensor, widths: Sequence[int]) -> Coded:
+def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, unbiased: bool = False) -> Coded:
     """(n, L) vectors, one width each.
+
+    like: scales (n, groups) that may fit better than those of the vectors' own size: of codes that they were decoded from.
+    unbiased: every vector's scales such that ⟨x, x̂⟩ = ‖x‖² instead of least error.
 
     :raises ValueError: for a width that is not one of WIDTHS.
     """
     n, length = vectors.shape
-    vectors = vectors.float().cpu()
+    vectors = vectors.float()
     named = torch.tensor(widths, dtype=torch.uint8)
     codes = torch.zeros(n, length, dtype=torch.uint8)
     scales = torch.zeros(n, groups_of(length), dtype=SCALES)
@@ -54,63 +68,110 @@ def encode(vectors: Tensor, widths: Sequence[int]) -> Coded:
         if width not in WIDTHS:
             raise ValueError(f"width {width}: one of {WIDTHS} is allowed")
         chosen = named == width
+        own = vectors[chosen.to(vectors.device)]
         if width == 16:
             exact = torch.zeros(n, length, dtype=SCALES)
-            exact[chosen] = vectors[chosen].to(SCALES)
+            exact[chosen] = own.cpu().to(SCALES)
+            continue
+        groups = _Groups.of(own)
+        if width == 8:
+            found = groups.levelled()
         else:
-            codes[chosen], scales[chosen] = _searched(vectors[chosen], width)
+            found = groups.searched(groups.rms(), width)
+            if like is not None:
+                found = groups.better(found, groups.searched(like[chosen].float(), width), width)
+        codes[chosen] = found
+        scales[chosen] = groups.scales(found, width, unbiased)
     return Coded(named, codes, scales, exact)
 
 
-def _searched(vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Codes (n, L) and scales (n, groups) of least error among the scales tried."""
-    n, length = vectors.shape
-    groups = pad(vectors, (0, -length % GROUP) if length > GROUP else (0, 0)).view(n, groups_of(length), -1)
-    counted = torch.full((groups.shape[1],), float(groups.shape[2]))
-    counted[-1] = length - (groups.shape[1] - 1) * groups.shape[2]
-    rms = (groups.square().sum(2) / counted).sqrt()
-    levels = LEVELS[width]
-    starts = [clip * rms for clip in CLIPS] if width < 8 else []
-    tried = torch.stack([*starts, groups.abs().amax(2) / levels[-1]])  # (starts, n, groups)
-    real = torch.arange(groups.shape[2]) < counted[:, None]
-    values = levels[_nearest(groups, tried, width).int()] * real
-    stored = ((groups * values).sum(3) / values.square().sum(3)).to(SCALES)
-    nearest = _nearest(groups, stored.float(), width)
-    values = levels[nearest.int()] * stored.float()[..., None]
-    best = ((groups - values) * real).square().sum(3).argmin(0)[None]
-    codes = nearest.gather(0, best[..., None].expand(1, *groups.shape))[0]
-    return codes.view(n, -1)[:, :length], stored.gather(0, best)[0]
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Vectors (n, L) of one width, on the CPU and where they came from, and their numbers by group, zeros behind the last."""
+
+    vectors: Tensor
+    held: Tensor
+    cut: Tensor
+
+    @classmethod
+    def of(cls, held: Tensor) -> "_Groups":
+        vectors = held.cpu()
+        length = vectors.shape[1]
+        return cls(vectors, held, _cut(vectors, length))
+
+    def rms(self) -> Tensor:
+        """(n, groups)."""
+        length = self.vectors.shape[1]
+        counted = torch.full((self.cut.shape[1],), float(self.cut.shape[2]))
+        counted[-1] = length - (self.cut.shape[1] - 1) * self.cut.shape[2]
+        return (self.cut.square().sum(2) / counted).sqrt()
+
+    def levelled(self) -> Tensor:
+        """Codes of the nearest of 8 bits' levels, the largest number at the last of them."""
+        largest = self.cut.abs().amax(2, keepdim=True) / LEVELS[8][-1]
+        nearest = torch.bucketize(self.cut / largest.clamp_min(SMALLEST_SCALE), EDGES[8], out_int32=True)
+        return nearest.to(torch.uint8).view(len(self.vectors), -1)[:, : self.vectors.shape[1]]
+
+    def searched(self, scales: Tensor, width: int) -> Tensor:
+        """Codes of the best way through the trellis under these scales."""
+        length, table = self.vectors.shape[1], tables()[width]
+        spread_scales = spread(scales.clamp_min(SMALLEST_SCALE), length)
+        if self.held.is_cuda:
+            return paths_on_device(self.held / spread_scales.to(self.held.device), table, width)
+        return torch.from_numpy(paths((self.vectors / spread_scales).numpy(), table.numpy(), width))
+
+    def values(self, codes: Tensor, width: int) -> Tensor:
+        """What the codes stand for before scales, by group."""
+        table = LEVELS[8][codes.int()] if width == 8 else tables()[width][windows_of(codes, width)]
+        return _cut(table, codes.shape[1])
+
+    def scales(self, codes: Tensor, width: int, unbiased: bool = False) -> Tensor:
+        """Those of least error, or with which each vector is unbiased, rounded as they are stored."""
+        values = self.values(codes, width)
+        cross = (self.cut * values).sum(2)
+        found = cross / values.square().sum(2).clamp_min(SMALLEST_NORM)
+        if unbiased:
+            along = (found * cross).sum(1)
+            found *= torch.where(along > 0, self.cut.square().sum((1, 2)) / along, 1.0)[:, None]
+        return found.to(SCALES)
+
+    def better(self, first: Tensor, second: Tensor, width: int) -> Tensor:
+        """Of two codings of each vector the one of less error."""
+        lost = []
+        for codes in (first, second):
+            values = self.values(codes, width)
+            lost.append((self.cut - values * self.scales(codes, width).float()[..., None]).square().sum((1, 2)))
+        return torch.where((lost[1] < lost[0])[:, None], second, first)
 
 
-def _nearest(groups: Tensor, scales: Tensor, width: int) -> Tensor:
-    return torch.bucketize(groups / scales.clamp_min(SMALLEST_SCALE)[..., None], EDGES[width], out_int32=True).to(
-        torch.uint8
-    )
+def _cut(vectors: Tensor, length: int) -> Tensor:
+    """(n, L) -> (n, groups, numbers), zeros behind the last."""
+    filled = pad(vectors, (0, -length % GROUP) if length > GROUP else (0, 0))
+    return filled.view(len(vectors), groups_of(length), -1)
+
+
+def distortions(length: int) -> Tensor:
+    """D of normal vectors at every width of WIDTHS, float64: more of short ones, whose first numbers have few windows."""
+    begun = {width: 1 + BEGINNING / max(length, 1) if width in TRELLIS_WIDTHS else 1.0 for width in WIDTHS}
+    shares = torch.tensor([DISTORTIONS[width] * begun[width] for width in WIDTHS], dtype=torch.float64)
+    return shares.clamp_max(1)
 
 
 def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
-    """D of every vector at every width of WIDTHS, (n, widths), at the scale of its root mean square: for allocation.
+    """D of every vector at every width of WIDTHS, (n, widths), for allocation: that of normal numbers, in a metric.
 
-    weigh: the metric that D is measured in.
+    What coding adds points anywhere: in a metric it counts as much as a random direction does there, and the vector as it does.
     """
-    n = vectors.shape[0]
-    vectors = vectors.contiguous()
-    weighed = weigh(vectors)
-    energy = weighed.double().square().sum(1)
-    found = torch.zeros(n, len(WIDTHS), dtype=torch.float64)
-    for column, width in enumerate(WIDTHS):
-        if width == 16:
-            kept = vectors.to(torch.bfloat16).float()
-        else:
-            rms = vectors.square().mean(1, keepdim=True).sqrt()
-            if width == 8:
-                rms = vectors.abs().amax(1, keepdim=True) / LEVELS[8][-1]
-            kept = LEVELS[width][_nearest(vectors, rms[:, 0], width).int()] * rms
-        kept = weigh(kept)
-        norms = kept.double().square().sum(1) * energy
-        found[:, column] = 1 - (weighed * kept).double().sum(1) ** 2 / norms.clamp_min(SMALLEST_NORM)
-    found[energy == 0] = 0.0  # nothing can be lost of nothing
-    return found.clamp_(0, 1)
+    shares = distortions(vectors.shape[1])
+    energy = vectors.double().square().sum(1)
+    weight = torch.ones_like(energy)
+    if weigh is not as_it_is and len(vectors):
+        drawn = torch.randn(PROBES, vectors.shape[1], generator=torch.Generator().manual_seed(PROBE_SEED))
+        power = float(weigh(drawn.to(vectors)).double().square().sum() / drawn.double().square().sum())
+        weight = power * energy / weigh(vectors).double().square().sum(1).clamp_min(SMALLEST_NORM)
+    found: Tensor = (shares * weight[:, None].cpu()).clamp_(0, 1)
+    found[energy.cpu() == 0] = 0.0  # nothing can be lost of nothing
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,29 +190,18 @@ class CodedPair:
 def code_pair(
     target: Factors, start: Factors, b_widths: Sequence[int], a_widths: Sequence[int], metric: Metric = PLAIN
 ) -> CodedPair:
-    """The coded product nearest to `target` in the metric that turns from `start` (out, r), (r, in) find."""
+    """The coded product nearest to `target` in the metric that follows from `start` (out, r), (r, in)."""
     weighed = metric.weighed(target)
-    grams = Grams.of(weighed)
-
-    def measured(b: Coded, a: Coded) -> CodedPair:
-        found = metric.weighed(Factors(b.decode().T, a.decode()))
-        return CodedPair(b, a, residual_energy(weighed, grams, found))
-
     b = encode(start.b.T, b_widths)
-    best = measured(b, encode(start.a, a_widths))
-    if not len(b_widths):
-        return best
-    for _ in range(TURNS):
-        before = best.lost
-        kept = metric.left(best.b.decode()).double()  # B̂ᵀ
-        rows = _solved(kept @ kept.T, (kept @ weighed.b.double()) @ target.a.double())
-        best = min(best, measured(best.b, encode(rows, a_widths)), key=lambda pair: pair.lost)
-        kept = metric.right(best.a.decode()).double()
-        columns = _solved(kept @ kept.T, (kept @ weighed.a.double().T) @ target.b.double().T)
-        best = min(best, measured(encode(columns, b_widths), best.a), key=lambda pair: pair.lost)
-        if best.lost == before:
-            break
-    return best
+    kept = metric.left(b.decode().to(start.b)).double()  # B̂ᵀ
+    gram = kept @ kept.T
+    rows = _solved(gram, (kept @ weighed.b.double()) @ target.a.double())
+    a = encode(rows, a_widths)
+    other = metric.right(a.decode().to(start.a)).double()
+    along = ((kept @ weighed.b.double()) * (other @ weighed.a.double().T)).sum(1)
+    a = a.scaled(_solved(gram * (other @ other.T), along).cpu()[:, None])
+    found = metric.weighed(Factors(b.decode().T, a.decode()).to(device=start.b.device))
+    return CodedPair(b, a, residual_energy(weighed, Grams.of(weighed), found))
 
 
 def _solved(gram: Tensor, right: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import Coded, bits_of, from_vectors, to_vectors
+from bslora_convert.bslora.coding.coded import Coded, bits_of, from_vectors, to_vectors, vectors_shape
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
@@ -37,6 +37,7 @@ from bslora_convert.process.progress import Progress, silent
 Found = TypeVar("Found")
 
 PAIRS = tuple(product(range(len(WIDTHS)), repeat=2))
+WIDTHS_OF = tuple(product(WIDTHS, repeat=2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Aim:
 
     width: one width for everything. ranks: each module's local rank, given; the components are then not chosen.
     most_rank: greatest rank of a module, its shared parts counted. unbiased: every update as strong as the original's.
+    hollow: widths alone are wanted, and what they promise to lose: no number is coded.
     """
 
     bits: int | None = None
@@ -53,6 +55,7 @@ class Aim:
     ranks: Mapping[str, int] | None = None
     most_rank: int | None = None
     unbiased: bool = False
+    hollow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,8 @@ def code_form(
     )
     taken = 0
     tensors: dict[str, Coded] = {}
+    if aim.hollow:
+        return _hollow(form, shared, locals_, chosen, storage)
     if shared:
         form, tensors, taken = _coded_shared(form, shared, chosen)
         locals_ = _locals(source, form, aim, counted)
@@ -122,6 +127,31 @@ def code_form(
     decoded = form.to(storage)
     ordered = {key: tensors[key] for key, _ in Layout.of(decoded).tensors()}
     return CodedForm(decoded, ordered, sum(lost.values()), sum(map(_bits, ordered.values())))
+
+
+def _hollow(
+    form: BsloraForm, shared: Mapping[tuple[str, int], object], locals_: Mapping[str, _Local], chosen: np.ndarray,
+    storage: torch.dtype,
+) -> CodedForm:  # fmt: skip
+    """The widths chosen, over codes of nothing."""
+    rows: dict[str, list[int]] = {}
+    for (key, _), option in zip(shared, chosen, strict=False):
+        rows.setdefault(key, []).append(WIDTHS[option])
+    modules, lost, at = {}, 0.0, len(shared)
+    for name, local in locals_.items():
+        options = chosen[at : at + len(local.items.bits)]
+        lost += local.items.lost_at(options)
+        at += len(options)
+        kept = [WIDTHS_OF[option - 1] for option in options if option]
+        rows[f"{name}.bslora_local_B"], rows[f"{name}.bslora_local_A"] = (
+            [pair[side] for pair in kept] for side in (0, 1)
+        )
+        out, width = form.modules[name].shape
+        empty = Factors(torch.empty(out, len(kept), dtype=storage), torch.empty(len(kept), width, dtype=storage))
+        modules[name] = replace(form.modules[name], local=empty)
+    sized = replace(form, modules=modules)
+    tensors = {key: Coded.hollow(rows[key], vectors_shape(key, shape)[1]) for key, shape in Layout.of(sized).tensors()}
+    return CodedForm(sized, tensors, lost, sum(map(_bits, tensors.values())))
 
 
 def _unbiased(

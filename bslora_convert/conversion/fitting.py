@@ -94,7 +94,11 @@ def fit_stored(
                 continue
             plain = fit if candidate.form.transform == "none" else plain
             make = partial(_coded, source, fit.form, candidate, dtype=dtype, progress=progress)
-            found.append((fit, make(None, "") if room is None else room.filled(make)))
+            if room is None:
+                found.append((fit, make(None, "")))
+            else:
+                sized = room.filled(partial(make, hollow=True))
+                found.append((fit, room.filled(make, -(-sized.bits // 8))))
         except RecipeError as error:
             refused = error  # of several transforms another may fit
     if not found:
@@ -138,14 +142,15 @@ class Room:
         """Bytes of codes that fit where all of them are of one width."""
         return self.allowed - coded_bytes(EMPTY_CODES, self.carried)
 
-    def filled(self, coded: Callable[[int, str], CodedForm]) -> CodedForm:
+    def filled(self, coded: Callable[[int, str], CodedForm], room: int | None = None) -> CodedForm:
         """The codes that lose least of those whose file fits. coded: makes codes of at most so many bytes, and names the attempt.
 
-        How long the header is follows from the codes: what they leave or lack is given or taken, and they are made anew.
+        room: bytes to begin with. How long the header is follows from the codes: what they leave or lack is given or taken, and
+        they are made anew.
 
         :raises RecipeError: where none fit.
         """
-        room, best, before = self.most, None, -1
+        room, best, before = self.most if room is None else room, None, -1
         refused = RecipeError(
             f"bytes: {self.allowed:,} bytes can't hold the header and any codes; raise bytes", "bytes"
         )
@@ -212,14 +217,19 @@ def _coded(
     *,
     dtype: torch.dtype,
     progress: Progress,
+    hollow: bool = False,
 ) -> CodedForm:
-    """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress."""
+    """The form in codes; for an error, the fewest bits whose result still has it once written. words: of progress.
+
+    hollow: its widths alone.
+    """
     phase = f"coding {recipe.form.transform}{words}"
     aim = Aim(
         bits=None if room is None else 8 * room,
         width=recipe.storage.bits,
         most_rank=_most_rank(source, recipe),
         unbiased=recipe.storage.is_unbiased,
+        hollow=hollow,
     )
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}

@@ -11,7 +11,6 @@ from bslora_convert.coding.forecast import Forecast
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
 
-TINIEST = 1e-300
 ERRORS, SHARES = (0.05, 0.1, 0.2, 0.3), (1 / 4, 1 / 8, 1 / 16)  # that are forecast
 
 
@@ -23,16 +22,15 @@ def sizes(source: Source, adapter: LoraAdapter, path: Path) -> list[dict[str, An
 
     def row(option: str, value: float, bits: float, lost: float) -> dict[str, Any]:
         count = beside + math.ceil(bits / 8)
-        unbiased = max(lost, 0.0) / max(source.energy - lost, TINIEST)
-        error = math.sqrt(unbiased) if source.energy else 0.0
+        error = math.sqrt(max(lost, 0.0) / source.energy) if source.energy else 0.0
         command = f"bslora-convert compress {shlex.quote(str(path))} OUT --transform none {option} {value:g}"
         return {"option": option, "value": value, "bytes": count, "byte_ratio": count / size, "relative_error": error,
                 "command": command}  # fmt: skip
 
     rows = []
     for error in ERRORS:
-        lost = error**2 / (1 + error**2) * source.energy
-        rows.append(row("--max-error", error, expected.bits_for(lost), lost))
+        lost = error**2 * source.energy  # unbiased: least squares lose a little less
+        rows.append(row("--max-error", error, expected.bits_for(lost / (1 + error**2)), lost))
     for share in SHARES:
         bits = 8 * (math.floor(share * size) - beside)
         if bits > 0:

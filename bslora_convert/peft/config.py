@@ -141,7 +141,7 @@ class BsloraConfig(PeftConfig):
         if self.coding is not None:
             dtype = decoded_dtype({"dtype": self.dtype}, CONFIG_NAME)
             codes = {name: tensors[PREFIX + name] for name in NAMES if PREFIX + name in tensors}
-            decoded = from_file(codes, self._stored.tensors(), dtype, WEIGHTS_NAME)
+            decoded = from_file(codes, self._stored.tensors(), dtype, WEIGHTS_NAME, self.coding["version"])
             self.coding, self.format_version = None, FORMAT_VERSION
             rest = {key: tensor for key, tensor in tensors.items() if key.removeprefix(PREFIX) not in codes}
             return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}

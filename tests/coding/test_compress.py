@@ -115,7 +115,7 @@ def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
     [
         ({"bytes": 0.0}, "bytes is 0.0"),
         ({"bytes": 1.5}, "bytes is 1.5"),
-        ({"bits": 5}, "bits is 5"),
+        ({"bits": 7}, "bits is 7"),
         ({"bytes": 0.5, "budget": 0.5}, "exclude each other"),
         ({"bytes": 0.5, "ranks": (1, 1, 1)}, "exclude each other"),
     ],
@@ -161,7 +161,7 @@ def test_damaged_directories_are_refused(tmp_path: Path) -> None:
     compress(TINY, out, Recipe(transform="none", bytes=0.2), report_html=False)
     whole, config = load_file(out / WEIGHTS), (out / "adapter_config.json").read_text()
     for fields, words in (
-        ({"coding": None}, "coding is None"), ({"coding": {"version": 2, "group": 1024}}, "coding is"),
+        ({"coding": None}, "coding is None"), ({"coding": {"version": 3, "group": 1024}}, "coding is"),
         ({"format_version": 1}, "coding is"), ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"format_version": 4}, "this version reads"),
     ):  # fmt: skip
@@ -278,3 +278,13 @@ def test_a_greatest_rank_is_kept_to_and_may_be_lifted(tmp_path: Path) -> None:
         compress(lora, tmp_path / "never", Recipe(transform="gt", ranks=(1, 1, 1), max_rank=1), report_html=False)
     by_hand = compress(lora, tmp_path / "hand", Recipe(transform="ke", ranks=(2, 4, 8)), report_html=False)
     assert by_hand["compact"]["expanded_rank"] == 14
+
+
+def test_a_flipped_bit_of_codes_is_found_before_anything_is_decoded(tmp_path: Path) -> None:
+    compress(TINY, tmp_path / "out", Recipe(transform="none", bytes=0.1), report_html=False)
+    path = tmp_path / "out" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not the file that was written"):
+        load_compact(tmp_path / "out")

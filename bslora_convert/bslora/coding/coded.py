@@ -1,6 +1,9 @@
 """A matrix in codes, its vectors coded one by one.
 
-    x̂_v = s_{v,g} · level[w_v](c_v)      v: vector, g: its groups of GROUP numbers (the last may be shorter), w_v its width
+    x̂_v = s_{v,g} · value      v: vector, g: its groups of GROUP numbers (the last may be shorter)
+
+A value is the table's entry for a window of the vector's codes (`trellis`), or, in the first version of the coding and at eight
+bits, a level for each code (`levels`).
 
 Vectors run along what a component has: the columns of B, the rows of A. A kernel or a gate is one vector. A vector of 16 bits is
 in bfloat16, as scales are, and has none.
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.levels import LEVELS
+from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, windows_of
 from bslora_convert.modules.factors import Shape
 
 GROUP = 1024
@@ -31,6 +35,7 @@ class Coded:
     codes: Tensor
     scales: Tensor
     exact: Tensor | None = None
+    trellis: bool = True
 
     def decode(self) -> Tensor:
         """(n, L), float32."""
@@ -42,11 +47,22 @@ class Coded:
                 assert self.exact is not None  # stated by the class
                 values[chosen] = self.exact[chosen].float()
             else:
-                values[chosen] = LEVELS[width][self.codes[chosen].int()] * spread(self.scales[chosen], length)
+                codes = self.codes[chosen]
+                by_window = self.trellis and width in TRELLIS_WIDTHS
+                found = tables()[width][windows_of(codes, width)] if by_window else LEVELS[width][codes.int()]
+                values[chosen] = found * spread(self.scales[chosen], length)
         return values
 
-    def scaled(self, by: float) -> "Coded":
-        """The same codes under scales times `by`, numbers of 16 bits times it; rounded as they are stored."""
+    @classmethod
+    def hollow(cls, widths: Sequence[int], length: int) -> "Coded":
+        """Codes of nothing, for the room that they take."""
+        n = len(widths)
+        exact = torch.zeros(n, length, dtype=SCALES) if 16 in widths else None
+        codes, scales = torch.zeros(n, length, dtype=torch.uint8), torch.zeros(n, groups_of(length), dtype=SCALES)
+        return cls(torch.tensor(widths, dtype=torch.uint8), codes, scales, exact)
+
+    def scaled(self, by: float | Tensor) -> "Coded":
+        """The same codes under scales times `by`, numbers of 16 bits times it; rounded as they are stored. A tensor: (n, 1)."""
         exact = None if self.exact is None else (by * self.exact.float()).to(SCALES)
         return replace(self, scales=(by * self.scales.float()).to(SCALES), exact=exact)
 

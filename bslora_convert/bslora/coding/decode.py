@@ -1,6 +1,6 @@
 """Numbers of a whole file's codes: all vectors of one width after another, then cut into tensors.
 
-    x̂ = s_g · level[w](c)      g: the number's group, in the order of the file
+    x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes, or a level
 
 A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
 for each width and one to put the vectors of a tensor together.
@@ -14,19 +14,30 @@ from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import GROUP, from_vectors, vectors_shape
 from bslora_convert.bslora.coding.packing import levels_of
+from bslora_convert.bslora.coding.trellis import values_of
 from bslora_convert.modules.factors import Shape
 
-GROUPS_AT_ONCE = 512
+GROUPS_AT_ONCE = 64
 
 
-def numbers_of(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers of all vectors of one width, in `dtype`. scales: of all their groups, float32. lengths: (vectors,) int64."""
+def numbers_of(
+    packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype, trellis: bool
+) -> Tensor:
+    """The numbers of all vectors of one width, in `dtype`. scales: of all their groups, float32. lengths: (vectors,) int64.
+
+    trellis: whether they are read by windows.
+    """
     sizes = group_sizes(lengths)
     values = torch.empty(int(lengths.sum()), dtype=dtype)
+    begins = lengths.cumsum(0) - lengths
     at = 0
     for size, scale in zip(sizes.split(GROUPS_AT_ONCE), scales.split(GROUPS_AT_ONCE), strict=True):
         count, largest = int(size.sum()), int(size.max())
-        levels = levels_of(packed, width, at, count)
+        if trellis:
+            first, last = torch.searchsorted(begins, torch.tensor([at, at + count])).tolist()
+            levels = values_of(packed, width, at, count, begins[first:last] - at, lengths[first:last])
+        else:
+            levels = levels_of(packed, width, at, count)
         if count == largest * size.numel():
             levels.view(-1, largest).mul_(scale[:, None])
         else:

@@ -2,11 +2,15 @@
 
     bslora_widths    uint8    width of every vector, tensors in the layout's order
     bslora_scales    bfloat16 scales of the vectors of 1 to 8 bits, in the same order
-    bslora_codes_<w> uint8    codes of the vectors of w bits, in the same order, packed (`packing`)
+    bslora_trellis_<w> uint8  codes of the vectors of 1 to 6 bits, in the same order, packed (`packing`), read by `trellis`
+    bslora_codes_8   uint8    codes of the vectors of 8 bits, each of a level (`levels`)
     bslora_floats    bfloat16 numbers of the vectors of 16 bits
 
 A tensor for each module would cost a header entry each, at a sixteenth of a small adapter a tenth of the file. How many vectors
 there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
+
+Version 1, which is read as it was: widths 1, 2, 3, 4, 8 and 16, and `bslora_codes_<w>` for all of up to 8 bits, a level for each
+code.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,20 +22,29 @@ from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, 
 from bslora_convert.bslora.coding.decode import numbers_of, tensors_of
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables
+from bslora_convert.bslora.coding.widths import FIRST_WIDTHS, WIDTHS
 from bslora_convert.errors import InputError
 from bslora_convert.modules.factors import Shape
 
-VERSION = 1
+FIRST, VERSION = 1, 2
+VERSIONS = (FIRST, VERSION)
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
 CODED_WIDTHS = [width for width in WIDTHS if width < 16]
 # A file's tensors where nothing is coded and all of it would be of one width: the least header.
-EMPTY_CODES = dict.fromkeys((WIDTHS_NAME, SCALES_NAME, "bslora_codes_4"), torch.zeros(0, dtype=torch.uint8))
-NAMES = (WIDTHS_NAME, SCALES_NAME, FLOATS_NAME, *(f"bslora_codes_{width}" for width in CODED_WIDTHS))
+EMPTY_CODES = dict.fromkeys((WIDTHS_NAME, SCALES_NAME, "bslora_trellis_4"), torch.zeros(0, dtype=torch.uint8))
+NAMES = (
+    WIDTHS_NAME,
+    SCALES_NAME,
+    FLOATS_NAME,
+    *(f"bslora_codes_{width}" for width in FIRST_WIDTHS if width < 16),
+    *(f"bslora_trellis_{width}" for width in TRELLIS_WIDTHS),
+)
 
 
 def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
-    """The file's tensors; an empty one is left out."""
+    """The file's tensors, all of the present version; an empty one is left out."""
+    assert all(coded.trellis for coded in tensors.values())
     codes: dict[int, list[Tensor]] = {width: [] for width in WIDTHS}
     scales = []
     for coded in tensors.values():
@@ -48,18 +61,26 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     for width, vectors in codes.items():
         if vectors:
             whole = torch.cat(vectors)
-            found[_name(width)] = whole if width == 16 else pack(whole, width)
+            found[_name(width, VERSION)] = whole if width == 16 else pack(whole, width)
     return found
 
 
-def _name(width: int) -> str:
-    return FLOATS_NAME if width == 16 else f"bslora_codes_{width}"
+def version_of(tensors: Mapping[str, Tensor]) -> int:
+    """The version of a file's code tensors, which their names tell."""
+    first = {_name(width, FIRST) for width in TRELLIS_WIDTHS}
+    return FIRST if first & set(tensors) else VERSION
+
+
+def _name(width: int, version: int) -> str:
+    if width == 16:
+        return FLOATS_NAME
+    return f"bslora_{'trellis' if version == VERSION and width in TRELLIS_WIDTHS else 'codes'}_{width}"
 
 
 def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
     """What `to_file` made the file's tensors from, by key; they have been checked by `from_file`."""
-    widths = tensors[WIDTHS_NAME]
-    left = {width: unpack(tensors[f"bslora_codes_{width}"], width) for width in CODED_WIDTHS if width in widths}
+    widths, version = tensors[WIDTHS_NAME], version_of(tensors)
+    left = {width: unpack(tensors[_name(width, version)], width) for width in CODED_WIDTHS if width in widths}
     left[16] = tensors.get(FLOATS_NAME, torch.zeros(0, dtype=SCALES))
     scales = tensors.get(SCALES_NAME, torch.zeros(0, dtype=SCALES))
     found, row = {}, 0
@@ -72,15 +93,19 @@ def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Sha
             (exact if width == 16 else codes)[at], left[width] = left[width][:length], left[width][length:]
             if width != 16:
                 held[at], scales = scales[: held.shape[1]], scales[held.shape[1] :]
-        found[key] = Coded(own, codes, held, exact)
+        found[key] = Coded(own, codes, held, exact, version == VERSION)
         row += count
     return found
 
 
 def from_file(
-    tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]], dtype: torch.dtype, where: object
+    tensors: Mapping[str, Tensor],
+    shapes: Iterable[tuple[str, Shape]],
+    dtype: torch.dtype,
+    where: object,
+    version: int = VERSION,
 ) -> dict[str, Tensor]:
-    """The form's tensors in `dtype`, by key. shapes: key and shape of each, in the layout's order.
+    """The form's tensors in `dtype`, by key. shapes: key and shape of each, in the layout's order. version: of the coding.
 
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
@@ -89,44 +114,52 @@ def from_file(
     widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), sum(count for count, _ in sizes), where)
     each = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)  # (vectors, length) of every tensor
     lengths = each[:, 1].repeat_interleave(each[:, 0])
-    unknown = set(widths.tolist()) - set(WIDTHS)
+    allowed = WIDTHS if version == VERSION else FIRST_WIDTHS
+    unknown = set(widths.tolist()) - set(allowed)
     if unknown:
-        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, WIDTHS))} are allowed")
-    counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
+        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, allowed))} are allowed")
+    counts = {width: int(lengths[widths == width].sum()) for width in allowed}
     scaled = widths != 16
     groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
     scales = _taken(tensors, SCALES_NAME, (SCALES,), int(groups[scaled].sum()), where).float()
     if not bool(scales.isfinite().all()):
         raise InputError(f"{where}: {SCALES_NAME} holds NaN or infinite values; the adapter is damaged")
-    used = {WIDTHS_NAME, SCALES_NAME} | {_name(width) for width, count in counts.items() if count}
+    used = {WIDTHS_NAME, SCALES_NAME} | {_name(width, version) for width, count in counts.items() if count}
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
-    stored = {width: _stored(tensors, width, count, where) for width, count in counts.items() if count}
+    stored = {width: _stored(tensors, width, count, where, version) for width, count in counts.items() if count}
     owned = {width: scales[(widths == width).repeat_interleave(groups * scaled)] for width in stored}
     for width, values in stored.items():
-        largest = values if width == 16 else owned[width] * LEVELS[width][-1]
+        if width == 16:
+            largest = values
+        else:
+            largest = owned[width] * (tables()[width].abs().max() if _by_window(width, version) else LEVELS[width][-1])
         if float(largest.abs().max()) > torch.finfo(dtype).max:
             raise InputError(
-                f"{where}: {_name(width)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
+                f"{where}: {_name(width, version)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
             )
     numbers = {
         width: values.to(dtype)
         if width == 16
-        else numbers_of(values, width, owned[width], lengths[widths == width], dtype)
+        else numbers_of(values, width, owned[width], lengths[widths == width], dtype, _by_window(width, version))
         for width, values in stored.items()
     }
     return tensors_of(shapes, widths, numbers, dtype)
 
 
-def _stored(tensors: Mapping[str, Tensor], width: int, count: int, where: object) -> Tensor:
+def _by_window(width: int, version: int) -> bool:
+    return version == VERSION and width in TRELLIS_WIDTHS
+
+
+def _stored(tensors: Mapping[str, Tensor], width: int, count: int, where: object, version: int) -> Tensor:
     """The bytes of all codes of one width; (count,) numbers where it is 16."""
     if width == 16:
         floats = _taken(tensors, FLOATS_NAME, (SCALES,), count, where)
         if not bool(floats.isfinite().all()):
             raise InputError(f"{where}: {FLOATS_NAME} holds NaN or infinite values; the adapter is damaged")
         return floats
-    name = f"bslora_codes_{width}"
+    name = _name(width, version)
     packed = _taken(tensors, name, (torch.uint8,), packed_bytes(count, width), where)
     fill = -count % 8 * width
     if fill and bool(unpack(packed[-width:], width)[count % 8 :].any()):

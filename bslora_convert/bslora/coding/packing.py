@@ -25,9 +25,8 @@ def pack(codes: Tensor, width: int) -> Tensor:
     """(n,) codes -> (bytes,), uint8 both."""
     if width == EIGHT:
         return pad(codes, (0, -codes.numel() % EIGHT))
-    eights = pad(codes, (0, -codes.numel() % EIGHT)).view(-1, EIGHT).int()
-    places = torch.arange(EIGHT, dtype=torch.int32) * width
-    words = (eights << places).sum(1, dtype=torch.int64)
+    eights = pad(codes, (0, -codes.numel() % EIGHT)).view(-1, EIGHT).long()
+    words = (eights << torch.arange(EIGHT) * width).sum(1)
     return torch.stack([words >> (8 * byte) & 255 for byte in range(width)], 1).to(torch.uint8).view(-1)
 
 
