@@ -13,7 +13,7 @@ from tests.conftest import FIXTURES
 
 ROOT = FIXTURES.parent
 TAKEN = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "constraints.txt", "pyproject.toml")
-CORE = {"click", "fsspec", "jinja2", "matplotlib", "numpy", "psutil", "rich", "safetensors", "torch"}
+CORE = {"click", "fsspec", "jinja2", "matplotlib", "numba", "numpy", "psutil", "rich", "safetensors", "torch"}
 
 
 @pytest.fixture(scope="module")
