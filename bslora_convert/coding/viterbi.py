@@ -11,13 +11,13 @@ operations, for devices, give the same codes.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.trellis import STATES, WINDOW, reversed_bits
+from bslora_convert.process.compiled import compiled
 
 FAR = 1e30
 EVERY = 16  # numbers after which costs are brought back to zero
@@ -65,15 +65,8 @@ def paths_on_device(x: Tensor, table: Tensor, width: int) -> Tensor:
 
 @cache
 def _compiled(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
-    """The search for one width, compiled once and kept beside the package where that can be written to."""
-    from numba import njit
-
-    search = _search(width)
-    try:
-        found: Any = njit(nogil=True, cache=True)(search)
-    except RuntimeError:  # no place to keep it
-        found = njit(nogil=True)(search)
-    return found  # type: ignore[no-any-return]
+    """The search for one width."""
+    return compiled(_search(width))
 
 
 def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:

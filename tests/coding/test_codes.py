@@ -113,6 +113,24 @@ def test_windows_are_the_last_bits_of_each_vector(width: int, lengths: list[int]
 
 
 @pytest.mark.parametrize("width", TRELLIS_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_reader_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    lengths = torch.randint(1, 3000, (150,), generator=generator)
+    lengths[:4] = torch.tensor([1, GROUP, GROUP + 1, 2 * GROUP])
+    groups = int(torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor").sum())
+    packed = pack(torch.randint(2**width, (int(lengths.sum()),), generator=generator, dtype=torch.uint8), width)
+    scales = torch.rand(groups, generator=generator)
+    found = {}
+    for many in (0, 1 << 60):
+        monkeypatch.setattr(decode, "MANY", many)
+        found[many] = decode.numbers_of(packed, width, scales, lengths, dtype, trellis=True)
+    assert found[0].dtype == dtype and torch.equal(found[0], found[1 << 60])
+
+
+@pytest.mark.parametrize("width", TRELLIS_WIDTHS)
 def test_no_way_through_the_trellis_is_better_and_devices_find_the_same(width: int) -> None:
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(width))
     table = tables()[width]

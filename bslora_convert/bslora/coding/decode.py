@@ -3,7 +3,7 @@
     x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes, or a level
 
 A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
-for each width and one to put the vectors of a tensor together.
+for each width and one to put the vectors of a tensor together. Many numbers of a trellis are read by a compiled loop (`walk`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,14 @@ from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import GROUP, from_vectors, vectors_shape
 from bslora_convert.bslora.coding.packing import levels_of
-from bslora_convert.bslora.coding.trellis import values_of
+from bslora_convert.bslora.coding.trellis import tables, values_of
+from bslora_convert.bslora.coding.walk import walk
 from bslora_convert.modules.factors import Shape
+from bslora_convert.process.compiled import can_compile
 
 GROUPS_AT_ONCE = 64
+VECTORS_AT_ONCE = 64
+MANY = 1 << 18  # numbers of one width from which starting the compiler is worth it
 
 
 def numbers_of(
@@ -27,6 +31,8 @@ def numbers_of(
 
     trellis: whether they are read by windows.
     """
+    if trellis and int(lengths.sum()) >= MANY and can_compile():
+        return _walked(packed, width, scales, lengths, dtype)
     sizes = group_sizes(lengths)
     values = torch.empty(int(lengths.sum()), dtype=dtype)
     begins = lengths.cumsum(0) - lengths
@@ -44,6 +50,21 @@ def numbers_of(
             levels.mul_(scale.repeat_interleave(size, output_size=count))
         values[at : at + count] = levels
         at += count
+    return values
+
+
+def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """`numbers_of` a trellis, some whole vectors at a time."""
+    values = torch.empty(int(lengths.sum()), dtype=dtype)
+    stream, table = packed.numpy(), tables()[width].numpy()
+    groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
+    at = group = 0
+    for own, counts in zip(lengths.split(VECTORS_AT_ONCE), groups.split(VECTORS_AT_ONCE), strict=True):
+        size, several = int(own.sum()), int(counts.sum())
+        read = torch.empty(size)
+        walk()(stream, width, at, own.numpy(), scales[group : group + several].numpy(), table, read.numpy())
+        values[at : at + size] = read
+        at, group = at + size, group + several
     return values
 
 
