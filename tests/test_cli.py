@@ -100,7 +100,9 @@ def test_the_table_is_for_readers_and_quiet_means_quiet(lora: Path, tmp_path: Pa
     silent = run("compress", lora, tmp_path / "b", "--transform", "none", "--quiet")
     assert (silent.exit_code, silent.stdout, silent.stderr) == (0, "", "")
     assert "convert" in run("inspect", lora).stdout
-    verbose = run("compress", lora, tmp_path / "c", "--budget", "0.8", "--shared-size", "32", "--verbose")
+    verbose = run(
+        "compress", lora, tmp_path / "c", "--transform", "ke", "--budget", "0.8", "--shared-size", "32", "--verbose"
+    )
     assert "sweep 1" in verbose.stderr
 
 

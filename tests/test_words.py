@@ -131,7 +131,7 @@ def test_a_screen_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "said"),
     [
         (("compress", "--max-error", "2"), "--max-error is 2.0"),
-        (("compress", "--budget", "0.5", "--max-error", "0.1"), "--budget and --max-error exclude each other"),
+        (("compress", "--budget", "0.5", "--max-error", "0.1"), "--max-error and --budget exclude each other"),
         (("compress", "--min-shared", "-1"), "--min-shared is -1"),
         (("compress", "--shared-size", "8", "--transform", "none"), "--shared-size is 8: with --transform none"),
         (("compress", "--ranks", "0,0,0"), "--ranks is 0,0,0"),
@@ -146,7 +146,7 @@ def test_a_screen_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch) ->
         (("batch", "--max-failures", "0"), "--max-failures is 0"),
         (("batch", "--shard", "3/2"), "--shard is 3/2"),
         (("batch", "--workers", "-1"), "--workers is -1"),
-        (("batch", "--share-across", "--bits", "4"), "--share-across with --bytes or --bits"),
+        (("batch", "--share-across", "--bits", "4"), "--share-across: bases hold floats; give --budget or --ranks"),
         (("analyze", "--draws", "1"), "--draws is 1"),
         (("analyze", "--base-model", "x"), "--base-model and --prompts are given together"),
         (("compare", "--budgets", "2"), "--budgets holds 2.0"),

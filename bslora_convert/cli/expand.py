@@ -94,7 +94,10 @@ def expand(
         result = run(compact_dir, out_dir, **options)
         result |= pushed(out_dir, push, push_dry_run)
     output.notes(result["notes"])
-    output.result(result, lambda console: _show(console, result, out_dir))
+    from bslora_convert.report import commands
+
+    following = commands.after_expand(result, str(out_dir))
+    output.result(result, lambda console: _show(console, result, out_dir), following)
 
 
 def _library(
@@ -112,7 +115,10 @@ def _library(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
     output.notes(result["notes"])
-    output.result(result, lambda console: _show_library(console, result, out_dir))
+    from bslora_convert.report import commands
+
+    following = commands.after_expand(result, str(out_dir)) if not result["bad"] else None
+    output.result(result, lambda console: _show_library(console, result, out_dir), following)
     if result["bad"]:
         sys.exit(1)
 

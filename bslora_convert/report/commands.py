@@ -92,6 +92,19 @@ def after_batch(summary: Mapping[str, Any], place: str) -> str:
     return verify(place)
 
 
+def after_expand(result: Mapping[str, Any], place: str) -> str | None:
+    """How vLLM is started with it; nothing where another engine reads it, or no server's slot holds it."""
+    served = result["served"]
+    if served is None or served["max_lora_rank"] is None or result.get("engine") not in (None, "vllm"):
+        return None
+    rank = str(served["max_lora_rank"])
+    said = shlex.join(
+        ["vllm", "serve", result.get("base_model") or UNKNOWN_BASE, "--enable-lora", "--max-lora-rank", rank]
+    )
+    name = place.rstrip("/").rpartition("/")[2]
+    return f"{said} --lora-modules {shlex.quote(f'{name}={place}')}" if "modules" in result else said
+
+
 def after_capacity(place: str) -> str:
     """Adapters as a server loads them."""
     return expand(place)
