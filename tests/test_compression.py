@@ -81,7 +81,7 @@ def test_the_default_job_writes_exactly_its_files(real_adapter: Path, tmp_path: 
 
 
 def test_fidelity_follows_the_schema(real_adapter: Path, tmp_path: Path) -> None:
-    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none"), report_html=False)
+    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none", budget=0.25), report_html=False)
     assert names(tmp_path / "out") == [name for name in FILES if name != "report.html"]
     assert record["schema_version"] == 1
     expected: dict[str, set[str]] = {
@@ -259,7 +259,8 @@ def test_bad_places_are_refused_before_any_work(real_adapter: Path, tmp_path: Pa
 )
 def test_a_killed_run_leaves_no_output(real_adapter: Path, tmp_path: Path, end: signal.Signals, step: str) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bslora_convert", "compress", str(real_adapter), str(out), "--verbose"]
+    size = ["--transform", "ke", "--budget", "0.25"]
+    command = [sys.executable, "-m", "bslora_convert", "compress", str(real_adapter), str(out), *size, "--verbose"]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(), text=True, bufsize=1
     )
@@ -275,8 +276,8 @@ def test_a_killed_run_leaves_no_output(real_adapter: Path, tmp_path: Path, end: 
     assert code == (-signal.SIGKILL if end == signal.SIGKILL else 130)
     if end != signal.SIGKILL:
         assert names(tmp_path) == []
-    record = compress(real_adapter, out, Recipe(transform="none"), report_html=False)
-    assert record["compact"]["byte_ratio"] <= 0.25
+    record = compress(real_adapter, out, Recipe(transform="none", budget=0.25), report_html=False)
+    assert record["compact"]["parameter_ratio"] <= 0.25
     assert names(tmp_path) == ["out"]
 
 

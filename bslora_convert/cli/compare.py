@@ -1,5 +1,6 @@
 """`compare`: every known form at one size."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def compare(output: Output, lora_dir: Path, **options: Any) -> None:
     output.result(record, lambda console: _show(console, record, options["out"]))
 
 
-def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
+def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
     from rich.table import Table
 
     from bslora_convert.report import commands

@@ -1,5 +1,6 @@
 """`compress`: one LoRA adapter into BSLoRA form."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def compress(
     from bslora_convert.verbs.compress import compress as run
 
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:
-        record = run(
+        written = run(
             lora_dir,
             out_dir,
             recipe,
@@ -207,7 +208,7 @@ def compress(
             report_html=report_html,
             progress=progress,
         )
-        record |= pushed(out_dir, push, push_dry_run)
+        record = {**written, **pushed(out_dir, push, push_dry_run)}
     output.notes(record["notes"])
     from bslora_convert.report import commands
     from bslora_convert.report.verdict import without_gain
@@ -219,7 +220,7 @@ def compress(
         raise ThresholdMissed(f"{reason} ({out_dir} was written all the same)")
 
 
-def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
+def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
     from bslora_convert.report.verdict import evidence, is_unbiased, reached, rival_error, sentences

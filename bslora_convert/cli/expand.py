@@ -1,6 +1,7 @@
 """`expand`: a compact adapter back as a standard PEFT LoRA, as an engine loads it, or in the BSLoRA authors' layout."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def expand(
     from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
-        result = run(compact_dir, out_dir, **options)
-        result |= pushed(out_dir, push, push_dry_run)
+        written = run(compact_dir, out_dir, **options)
+        result = {**written, **pushed(out_dir, push, push_dry_run)}
     output.notes(result["notes"])
     from bslora_convert.report import commands
 
@@ -123,7 +124,7 @@ def _library(
         sys.exit(1)
 
 
-def _show_library(console: Any, result: dict[str, Any], out_dir: Path) -> None:
+def _show_library(console: Any, result: Mapping[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
     table = Table()
@@ -146,14 +147,14 @@ def _show_library(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     _say_pushed(console, result)
 
 
-def _ranks(result: dict[str, Any]) -> str:
+def _ranks(result: Mapping[str, Any]) -> str:
     ranks = result["ranks"]
     if result["format"] == "official":
         return f"{ranks['local']},{ranks['intra']},{ranks['inter']}"
     return f"{ranks['max']}" if ranks["min"] == ranks["max"] else f"{ranks['min']} to {ranks['max']}"
 
 
-def _slot(result: dict[str, Any]) -> str:
+def _slot(result: Mapping[str, Any]) -> str:
     """What a server reserves, as a sentence; nothing where it reserves no slots."""
     served = result["served"]
     if served is None:
@@ -163,7 +164,7 @@ def _slot(result: dict[str, Any]) -> str:
     return f"A server's slot: rank {served['max_lora_rank']} (--max-lora-rank), {served['slot_bytes']:,} bytes. "
 
 
-def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
+def _show(console: Any, result: Mapping[str, Any], out_dir: Path) -> None:
     ranks = _ranks(result)
     rank = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
     original = result["original"]
@@ -177,7 +178,7 @@ def _show(console: Any, result: dict[str, Any], out_dir: Path) -> None:
     _say_pushed(console, result)
 
 
-def _say_pushed(console: Any, result: dict[str, Any]) -> None:
+def _say_pushed(console: Any, result: Mapping[str, Any]) -> None:
     line = push_line(result)
     if line is not None:
         console.print(line, soft_wrap=True)

@@ -1,6 +1,6 @@
 """`finetune`: distils a compact adapter against the LoRA that it came from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _heldout(value: str) -> tuple[float, Path | None]:
         return 0.1, Path(value)
 
 
-def _show(console: Any, record: dict[str, Any], out_dir: Path) -> None:
+def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:
     show_training(console, record["training"])
     compact, weight = record["compact"], record["weight"]
     console.print(

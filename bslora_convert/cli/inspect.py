@@ -1,5 +1,6 @@
 """`inspect`: what an adapter holds."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def inspect(output: Output, directory: Path, **scaling: Any) -> None:
     output.result(result, lambda console: _show(console, result, directory), following)
 
 
-def _show(console: Any, result: dict[str, Any], directory: Path) -> None:
+def _show(console: Any, result: Mapping[str, Any], directory: Path) -> None:
     from rich.table import Table
 
     def say(text: str, **style: Any) -> None:

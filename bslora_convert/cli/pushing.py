@@ -1,6 +1,6 @@
 """`--push`: a result onto the Hub, once it lies here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def pushed(place: Path, repo: str | None, dry_run: bool) -> dict[str, Any]:
     return {} if repo is None else {"push": hub.push(place, repo, dry_run=dry_run)}
 
 
-def push_line(result: dict[str, Any]) -> str | None:
+def push_line(result: Mapping[str, Any]) -> str | None:
     """What was pushed, as a sentence."""
     done = result.get("push")
     if done is None:

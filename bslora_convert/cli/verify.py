@@ -1,6 +1,7 @@
 """`verify`: behaviour on prompts and benchmark tasks, against the adapter that a compact one came from."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
     from bslora_convert.verbs.verify import verify as run
 
     unsaved = None
+    record: Mapping[str, Any]
     try:
         with output.bar("verify") as progress:
             record = run(compact_dir, tasks=names, progress=progress, **options)
@@ -119,7 +121,7 @@ def _library(output: Output, library: Path, options: dict[str, Any]) -> None:
         sys.exit(1)
 
 
-def _show_library(console: Any, result: dict[str, Any]) -> None:
+def _show_library(console: Any, result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     from bslora_convert.behaviour.intervals import too_few
@@ -157,7 +159,7 @@ def _show_library(console: Any, result: dict[str, Any]) -> None:
     console.print(f"{words}.", style="bold")
 
 
-def _show(console: Any, record: dict[str, Any], where: Path | None) -> None:
+def _show(console: Any, record: Mapping[str, Any], where: Path | None) -> None:
     from rich.table import Table
 
     from bslora_convert.behaviour.intervals import too_few

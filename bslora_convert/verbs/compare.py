@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from bslora_convert.modules.lowrank import residual_energy
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_choice, check_on_base
 from bslora_convert.recipe.storage import DTYPES
+from bslora_convert.results import Comparison
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
@@ -54,7 +55,7 @@ def compare(
     use_rslora: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Comparison:
     """Fits every form to a LoRA at each budget and returns what `comparison.json` holds.
 
     out: a directory for `comparison.json` and `comparison.html`, and with `save` for each form as an adapter that PEFT loads.
@@ -109,7 +110,7 @@ def compare(
                 _save(found, place, adapter, storage)
             report.write(place, record)
             record = seal(place, COMPARISON_NAME, record)
-    return record
+    return cast(Comparison, record)
 
 
 def _row(

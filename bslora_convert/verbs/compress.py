@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -37,6 +37,7 @@ from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
+from bslora_convert.results import Fidelity
 
 if TYPE_CHECKING:
     from bslora_convert.behaviour.distill import Distilled
@@ -57,7 +58,7 @@ def compress(
     source_name: str | None = None,
     timed: bool = True,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Fidelity:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
 
     An adapter in the authors' BSLoRA layout is kept as it is, each tensor once; the recipe's fit is not made.
@@ -106,7 +107,7 @@ def compress(
                 fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, distil, progress)
             notes = (*adapter.notes, *fit.notes)
     if recipe.evidence.finetune is not None and not is_writer():
-        return written_by_another(out)
+        return cast(Fidelity, written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         record = write_result(
@@ -123,7 +124,7 @@ def compress(
         forget_completions(out)
     if recipe.evidence.finetune is not None:
         meet()
-    return record
+    return cast(Fidelity, record)
 
 
 def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:

@@ -6,7 +6,7 @@ shared under every module.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.recipe.expansion import UNIFORM, Expansion
+from bslora_convert.results import Expanded
 from bslora_convert.serving import mlx
 from bslora_convert.serving.engines import ENGINES, Engine
 from bslora_convert.serving.gguf import GGUF_NAME, Base, read_base, read_gguf, write_gguf
@@ -51,7 +52,7 @@ def expand(
     engine: str | None = None,
     overwrite: bool = False,
     accept_changed: bool = False,
-) -> dict[str, Any]:
+) -> Expanded:
     """Writes a compact directory, or one in the authors' layout, as others read it and returns what was written.
 
     compact: a directory, or `LIBRARY::ID` for an adapter of a library. rank, base_model, dtype, format, engine: of `Expansion`;
@@ -97,7 +98,7 @@ def expand(
         from bslora_convert.report import expansion
 
         expansion.write(place, record, config, carried(adapter.path))
-        return seal(place, EXPANSION_NAME, record)
+        return cast(Expanded, seal(place, EXPANSION_NAME, record))
 
 
 def planned(**options: Any) -> Expansion:

@@ -27,7 +27,7 @@ def expand_library(
     there, gone = held(library)
 
     def one(row: Any, _: Progress) -> dict[str, Any]:
-        return expand(library / row["id"], out / row["id"], overwrite=overwrite, **options)
+        return {**expand(library / row["id"], out / row["id"], overwrite=overwrite, **options)}
 
     rows = for_each(there, "expanding", one, progress)
     good = [row for row in rows if row["status"] == OK]

@@ -6,7 +6,7 @@ read both -> base model -> distil -> write beside -> read back -> measure agains
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
 from bslora_convert.behaviour.prompts import Prompts, Row
@@ -23,6 +23,7 @@ from bslora_convert.lora import load_lora
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_count
 from bslora_convert.recipe.training import Training
+from bslora_convert.results import Fidelity
 
 
 def finetune(
@@ -43,7 +44,7 @@ def finetune(
     accept_changed: bool = False,
     report_html: bool = True,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Fidelity:
     """Distils a compact adapter on one base model and returns what the new directory's `fidelity.json` holds.
 
     prompts: JSONL rows; the reference writes missing completions, greedily, at most `max_new_tokens` each, once for all runs.
@@ -103,7 +104,7 @@ def finetune(
         began=began,
     )
     if not is_writer():
-        return written_by_another(out)
+        return cast(Fidelity, written_by_another(out))
     known = recorded(compact)
     extras = Extras(
         known.get("evidence"),
@@ -126,7 +127,7 @@ def finetune(
         )  # fmt: skip
     forget(out)
     meet()
-    return record
+    return cast(Fidelity, record)
 
 
 def _shared(rows: Prompts, held: Prompts | None) -> tuple[str, ...]:

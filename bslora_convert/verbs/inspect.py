@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -23,9 +23,10 @@ from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
+from bslora_convert.results import Inspection
 
 
-def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> dict[str, Any]:
+def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> Inspection:
     """Describes a LoRA directory, a compact one or one in the BSLoRA authors' layout.
 
     lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
@@ -37,12 +38,12 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
     config = read_json(directory / CONFIG_NAME)
     kind = config.get("peft_type", "LORA")
     if kind == PEFT_TYPE:
-        return _compact(directory, weights)
+        return cast(Inspection, _compact(directory, weights))
     reasons: list[str] = []
     adapter = None
     try:
         if kind == OFFICIAL_TYPE:
-            return _official(load_official(path))
+            return cast(Inspection, _official(load_official(path)))
         adapter = load_lora(path, alpha=lora_alpha, rslora=use_rslora)
     except Refused as refusal:
         reasons = [str(refusal)]
@@ -53,12 +54,12 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
         "base_model": config.get("base_model_name_or_path"),
     }
     if adapter is None:
-        return result | _raw(weights, config)
+        return cast(Inspection, result | _raw(weights, config))
     shapes = {name: module.shape for name, module in adapter.modules.items()}
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     source = measure(adapter.modules, adapter.kinds)
     check_magnitude(source, adapter.weights)
-    return result | {
+    found = result | {
         "modules": len(adapter.modules),
         "parameters": adapter.parameters,
         "bytes": weights.stat().st_size,
@@ -72,6 +73,7 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
         "sizes": sizes(source, adapter, path),
         "notes": list(adapter.notes),
     }
+    return cast(Inspection, found)
 
 
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
@@ -24,6 +24,7 @@ from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_count
+from bslora_convert.results import Verification
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file
@@ -58,7 +59,7 @@ def verify(
     dtype: str = "auto",
     seed: int = 0,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Verification:
     """Compares two adapters of one base model and returns what `verify.json` holds.
 
     compact: a compact directory, or a plain LoRA. reference: a LoRA, or a compact directory; base_model: both default to what the
@@ -152,7 +153,7 @@ def verify(
     record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
     if saving is not None:
         saving.keep(record)
-    return record
+    return cast(Verification, record)
 
 
 def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
