@@ -31,7 +31,7 @@ from bslora_convert.recipe.recipe import Recipe
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
 ERROR_ATTEMPTS = 4
-HEAD_START = 1.04  # of the energy that may be lost: what refits gain, as a rule, on what the widths promise
+HEAD_START = 0.985  # of the energy that may be lost: where the first attempt is aimed at, as codes lose what their widths promise
 LEAST_BUDGET = 0.02  # of the parameters, for a float fit that only seeks shared parts
 WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
 ROOM_ATTEMPTS = 6
