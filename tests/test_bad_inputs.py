@@ -164,7 +164,7 @@ ON = "--reference LORA --prompts rows.jsonl --base-model BASE"  # a base model o
 # options that no verb takes: verb -> those that are tried
 OPTIONS: dict[str, list[str]] = {
     "compress": [
-        "--budget 0", "--budget 2", "--budget nan", "--budget x", "--bytes 0", "--bytes 7", "--bytes -1", "--bits 5",
+        "--budget 0", "--budget 2", "--budget nan", "--budget x", "--bytes 0", "--bytes 7", "--bytes -1", "--bits 7",
         "--ranks 1,2", "--ranks 0,0,0", "--ranks a,b,c", "--ranks 1,1,-1", "--max-error 0", "--max-error 2",
         "--budget 0.5 --ranks 1,1,1", "--bytes 0.5 --budget 0.5", "--transform spline", "--min-shared -1",
         "--transform none --min-shared 1", "--shared-size 0", "--transform ss --shared-size 8",
@@ -174,7 +174,7 @@ OPTIONS: dict[str, list[str]] = {
         "--prompts rows.jsonl", "--finetune", "--finetune rows.jsonl", "--finetune none.jsonl --base-model BASE",
         "--finetune rows.jsonl --base-model ./nowhere", "--finetune rows.jsonl --base-model BASE", "--max-steps 3",
         "--max-minutes 0",
-        "--epochs nan", "--learning-rate -1", "--unknown", "--bytes 0.001", "--transform auto --ranks 1,1,1",
+        "--epochs nan", "--learning-rate -1", "--unknown", "--bytes 0.001",
         "--transform none --ranks 1,1,1", "--lora-alpha nan", "--lora-alpha 3",
     ],
     "expand": ["--rank 0", "--rank x", "--rank -3", "--dtype int4", "--format gguff", "--format official --rank 2"],

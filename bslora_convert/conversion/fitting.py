@@ -39,6 +39,7 @@ ROOM_LEFT, LEAST_LEFT = 0.005, 16  # share of the bytes, and bytes, that may sta
 FINEST_ERROR = 1e-4  # to which an error that could be had is recorded
 AIMED = 0.99  # of the energy that may be lost: where the next attempt is aimed at
 LEAST_SLOPE, LARGEST_STEP = 0.1, 4.0  # of what is lost against what was to be lost; of what is to be lost, downwards
+FINER = (0.9, 0.75, 0.5, 0.25)  # of what was to be lost, where no attempt kept to what is allowed
 NEAR_LEAST = 1.02  # times the least error that a form can have: what will do where the error was not asked for
 CLOSE = 0.97  # share of the energy that may be lost which is worth no further attempt
 
@@ -205,7 +206,12 @@ def _float_for_codes(
         assert share is not None  # one of the two is given
         budget = share * 8 * dtype.itemsize / TYPICAL_WIDTH
         recipe = recipe.but(bytes=None, max_error=None, budget=min(1.0, max(budget, LEAST_BUDGET)))
-    return _fit_grouped(source, recipe, torch.float32, progress)
+    try:
+        return _fit_grouped(source, recipe, torch.float32, progress)
+    except RecipeError as error:  # the shared parts alone are more than that; an error has no size to keep to
+        if aim.max_error is None or "budget" not in error.fields:
+            raise
+        return _fit_grouped(source, recipe.but(budget=1.0), torch.float32, progress)
 
 
 def _coded(
@@ -223,7 +229,7 @@ def _coded(
 
     hollow: its widths alone.
     """
-    phase = f"coding {recipe.form.transform}{words}"
+    phase = f"{'sizing' if hollow else 'coding'} {recipe.form.transform}{words}"
     aim = Aim(
         bits=None if room is None else 8 * room,
         width=recipe.storage.bits,
@@ -287,7 +293,24 @@ def _fewest_bits(
             slope = max((at_b - at_a) / (b - a), LEAST_SLOPE * slope)
         lost = max(lost + (AIMED * allowed - reached) / slope, lost / LARGEST_STEP)
     assert best is not None  # there was an attempt
-    return best
+    return best if best[1] <= allowed else _finer(make, allowed, lost, best)
+
+
+def _finer(
+    make: Callable[[float], tuple[CodedForm, float]], allowed: float, lost: float, nearest: tuple[CodedForm, float]
+) -> tuple[CodedForm, float]:
+    """What loses at most `allowed` where the attempts around it don't, as with the few sizes of small adapters.
+
+    lost: where the last attempt was aimed at. nearest: what is left where not even the finest codes reach it.
+    """
+    finest = make(0.0)
+    if finest[1] > allowed:
+        return nearest
+    for step in FINER:
+        found = make(lost * step)
+        if found[1] <= allowed:
+            return found
+    return finest
 
 
 def _most_rank(source: Source, recipe: Recipe) -> int | None:

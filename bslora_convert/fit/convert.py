@@ -23,7 +23,7 @@ from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import finish, fit_at, problem_of, search
 from bslora_convert.fit.source import Fit, Options, Progress, Source, leading, local_most, measure, quiet, within
 
-SHARING = ("ke", "ss", "gt")
+SHARING = ("ke", "ss")  # of ranks by hand: gates at the same ranks are a form of more numbers
 
 __all__ = ["Fit", "Options", "Source", "fit_by_hand", "fit_to_budget", "measure"]
 

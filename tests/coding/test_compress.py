@@ -127,7 +127,7 @@ def test_wrong_use_names_the_field(fields: dict[str, Any], words: str) -> None:
 
 def test_too_small_a_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="bytes"):
-        compress(TINY, tmp_path / "out", Recipe(bytes=0.004))
+        compress(TINY, tmp_path / "out", Recipe(transform="ke", bytes=0.004))
     assert not (tmp_path / "out").exists()
 
 

@@ -241,7 +241,7 @@ def test_a_run_goes_on_by_its_output_alone(tmp_path: Path) -> None:
         ((out,), "Missing argument 'OUT'"),
         ((out, "--resume", "--budget", "0.25"), "--budget with OUT alone"),
         ((str(tmp_path / "in"), "--resume"), "not made by `batch`"),
-        ((str(tmp_path / "in"), out), "--transform (there none, now ke)"),
+        ((str(tmp_path / "in"), out), "--transform (there none, now auto)"),
     ):
         refused = CliRunner().invoke(main, ["batch", *words, "--workers", "0"])
         assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
