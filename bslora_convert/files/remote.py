@@ -17,7 +17,7 @@ from bslora_convert.extras import need
 URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+]+):/+(?P<rest>[^/].*)")
 HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<sub>.+))?")
 LOCAL = ("file", "local")
-BASES = ".bases/*"
+BASES = ".bases"  # of a library: what its adapters share
 WANTED = (
     "*.json",
     "*.jsonl",
@@ -65,7 +65,7 @@ def _from_hub(rest: str, inner: str | None) -> Path:
 
     above = f"{match['sub']}/" if match["sub"] else ""
     folder = f"{above}{inner}/" if inner else above
-    patterns = [f"{folder}{kind}" for kind in WANTED] + ([f"{above}{BASES}"] if inner else [])
+    patterns = [f"{folder}{kind}" for kind in WANTED] + ([f"{above}{BASES}/*"] if inner else [])
     try:
         root = snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=patterns, endpoint=os.environ.get("HF_ENDPOINT")
@@ -89,10 +89,13 @@ def _from_store(scheme: str, rest: str, inner: str | None) -> Path:
     place = Path(held.name)
     try:
         filesystem, root = fsspec.core.url_to_fs(f"{scheme}://{rest}")
-        wanted = [f"{root}/{inner}", f"{root}/.bases"] if inner else [root]
+        wanted = [f"{root}/{inner}", f"{root}/{BASES}"] if inner else [root]
         for top in wanted:
             for name in filesystem.find(top):
-                path = place / PurePosixPath(name).relative_to(PurePosixPath(root))
+                inside = PurePosixPath(name).relative_to(PurePosixPath(root))
+                if ".." in inside.parts:
+                    raise InputError(f"{name} leads out of it")
+                path = place / inside
                 path.parent.mkdir(parents=True, exist_ok=True)
                 filesystem.get_file(name, str(path))
     except Exception as error:  # what a remote file system raises has no common base

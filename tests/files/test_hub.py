@@ -204,3 +204,22 @@ def test_the_client_is_imported_only_when_it_is_asked_for() -> None:
     code = "import sys; import bslora_convert.cli, bslora_convert.files.remote; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
     assert remote.WANTED
+
+
+def test_a_store_writes_nothing_outside_of_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listing is a stranger's: a name that leads up is refused before anything of it is fetched."""
+    import fsspec
+
+    asked: list[str] = []
+
+    class Store:
+        def find(self, top: str) -> list[str]:
+            return [f"{top}/../../outside.json"]
+
+        def get_file(self, name: str, path: str) -> None:
+            asked.append(path)
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Store(), "bucket/hostile"))
+    with pytest.raises(InputError, match="leads out of it"):
+        fetched("memory://bucket/hostile")
+    assert not asked
