@@ -111,6 +111,7 @@ class _Walk:
         def lost(share: float) -> float:
             return expected.lost_for(int(8 * share * size)) / source.energy if source.energy else 0.0
 
+        asked = distil is not None
         first = expected.bits_for(first_lost(self.aim, self.allowed) * source.energy) / 8 / size
         while True:
             best, tried = smallest(self.make, first, lost, power)
@@ -122,7 +123,7 @@ class _Walk:
                     yield trained
                     distil = None
             if best is None:
-                raise ThresholdMissed(_unreached(self, distil is not None))
+                raise ThresholdMissed(_unreached(self, asked))
             yield best.made
             first = predicted(replace(best, allowed=self.allowed), lost, power)
 
@@ -137,7 +138,7 @@ class _Walk:
         try:
             if self.fit is None:
                 self.fit = self.judge.fit(self.recipe.but(**sized))
-                name = _transform(self.fit.stored)
+                name = self.fit.stored.form.transform_name
                 self.recipe = next((one for one in by_name(self.recipe) if one.form.transform == name), self.recipe)
                 return self.fit.stored
             judge = self.judge
@@ -158,7 +159,7 @@ class _Walk:
             {
                 "bytes": taken,
                 "byte_ratio": taken / self.size,
-                "transform": _transform(made),
+                "transform": made.form.transform_name,
                 "distilled": isinstance(made, Distilled),
                 **measures(means(rows)),
                 "bound": bound,
@@ -179,14 +180,9 @@ class _Walk:
 
     def proved(self, made: Made) -> dict[str, Any]:
         """What it does on the rows that prove."""
-        rows = self.judge.rows(made.form, self.judge.evidence.prove)
-        found = measures(means(rows))
-        met = missed_of(self.aim, found[MEASURE[self.aim]]) <= missed_of(self.aim, self.limit)
-        return {**self.judge.evidence.proof(rows, self.recipe.seed), "met": met}
-
-
-def _transform(made: Made) -> str:
-    return made.form.transform.name if made.form.transform else "none"
+        evidence = self.judge.evidence
+        found = evidence.proof(self.judge.rows(made.form, evidence.prove), self.recipe.seed)
+        return {**found, "met": missed_of(self.aim, found[MEASURE[self.aim]]) <= missed_of(self.aim, self.limit)}
 
 
 def _option(walk: _Walk) -> str:

@@ -29,10 +29,8 @@ EDGE = 0.1  # of what lies between two known sizes: how near to one of them the 
 FINE = 1.001  # ratio of two sizes that are the same
 STEP = 16.0  # most by which a size changes from one attempt to the next
 POWER = {"min_retention": 1.0, "max_kl": 1.0, "min_agreement": 0.5}  # p
-USUAL, USUAL_KL = (
-    0.03,
-    0.5,
-)  # missed retention against lost energy, and the bare base's KL, of adapters that were looked at
+USUAL = 0.03  # missed retention against lost energy, of adapters that were looked at
+USUAL_KL = 0.5  # of the bare base
 MOST_LOST = 0.9  # share of the energy that a first guess may lose
 
 

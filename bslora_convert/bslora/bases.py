@@ -24,10 +24,11 @@ from torch import Tensor
 from bslora_convert.bslora.layout import LARGEST_SIDE, Entry, Layout
 from bslora_convert.errors import InputError
 from bslora_convert.files.hashing import sha256
+from bslora_convert.files.remote import BASES
 from bslora_convert.files.tensorfile import check_finite, read_tensors
 from bslora_convert.modules.factors import Factors, Shape
 
-DIRECTORY = ".bases"
+DIRECTORY = BASES
 HASH = re.compile(r"[0-9a-f]{64}")
 
 

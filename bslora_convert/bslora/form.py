@@ -97,6 +97,11 @@ class BsloraForm:
         return counts
 
     @property
+    def transform_name(self) -> str:
+        """`none` without shared parts."""
+        return self.transform.name if self.transform else "none"
+
+    @property
     def parameters(self) -> int:
         """Stored numbers in all."""
         return sum(self.parts_parameters().values())

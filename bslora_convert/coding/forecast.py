@@ -46,8 +46,7 @@ class Forecast:
         chosen = least_loss(self.items, bits)
         energies = np.bincount(self.owners, self.items.lost[:, 0])  # of a component that is left out, all of it
         kept = energies - np.bincount(self.owners, self.items.lost[np.arange(len(chosen)), chosen])
-        scales = np.array([Strength(*pair).scale for pair in zip(energies, kept, strict=True)])
-        return float((energies - 2 * scales * kept + scales**2 * kept).sum())
+        return float(sum(Strength(*pair).lost for pair in zip(energies, kept, strict=True)))
 
 
 def _items(spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Items | None:

@@ -185,12 +185,8 @@ def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict
 
 def _lost_unbiased(source: Source, ranks: Ranks) -> float:
     """Energy that truncations to these ranks lose once every module is unbiased."""
-    lost = 0.0
-    for name, values in source.spectra.items():
-        energy, kept = float(values.sum()), float(values[: ranks[name]].sum())
-        scale = Strength(energy, kept).scale
-        lost += energy - 2 * scale * kept + scale**2 * kept
-    return lost
+    spectra = source.spectra.items()
+    return sum(Strength(float(values.sum()), float(values[: ranks[name]].sum())).lost for name, values in spectra)
 
 
 def _ratio(lost: float, energy: float) -> float:

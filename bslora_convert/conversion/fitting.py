@@ -107,19 +107,21 @@ def fit_stored(
         raise refused
     wanted = None if recipe.aim.max_error is None else recipe.aim.max_error**2 * source.energy
 
-    def rank(one: tuple[Fit, CodedForm]) -> tuple[bool, float, float]:
-        coded = one[1]
-        if wanted is not None and _lost(source, coded) <= wanted:
+    lost = [_lost(source, coded) if wanted is not None else 0.0 for _, coded in found]
+
+    def rank(at: int) -> tuple[bool, float, float]:
+        coded = found[at][1]
+        if wanted is not None and lost[at] <= wanted:
             return False, coded.bits, coded.lost
         return True, coded.lost, coded.bits
 
-    fit, coded = min(found, key=rank)
-    notes = fit.notes
+    best = min(range(len(found)), key=rank)
+    (fit, coded), notes = found[best], found[best][0].notes
     if not recipe.aim.asked:  # what is recorded asks for it
         assert wanted is not None  # that is the default
         allowed = recipe.aim.max_error
-        if (lost := _lost(source, coded)) > wanted:
-            reached = math.sqrt(lost / source.energy)
+        if lost[best] > wanted:
+            reached = math.sqrt(lost[best] / source.energy)
             notes = (*notes, f"ATTENTION: {missed(recipe, reached, fitted=True)}; what comes nearest was written")
             allowed = min(math.ceil(reached / FINEST_ERROR) * FINEST_ERROR, 1 - FINEST_ERROR)
         recipe = recipe.but(max_error=allowed)

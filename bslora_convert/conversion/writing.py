@@ -134,7 +134,7 @@ def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter) 
     same = len(set(locals_.values())) == 1
     size = (place / WEIGHTS_NAME).stat().st_size
     return {
-        "transform": form.transform.name if form.transform else "none",
+        "transform": form.transform_name,
         "ranks": {
             "local": next(iter(locals_.values())) if same else locals_,
             "intra": form.shared_rank("intra"),

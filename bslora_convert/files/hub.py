@@ -11,10 +11,10 @@ from typing import Any
 
 from bslora_convert.errors import InputError, OutputError, RecipeError, reason_of
 from bslora_convert.extras import need
+from bslora_convert.files.remote import BASES
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST = 100  # files of a commit
-BASES = ".bases"  # the only hidden directory that belongs to a result
 
 
 def check_push(repo: str, dry_run: bool = False) -> None:

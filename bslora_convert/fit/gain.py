@@ -52,6 +52,11 @@ class Strength:
         scale = min(max((self.energy - self.fixed) / self.along, 1 / LARGEST), LARGEST)
         return 1.0 if abs(scale - 1) < SLIGHT else scale
 
+    @property
+    def lost(self) -> float:
+        """‖ΔW − s ΔŴ‖² of a least-squares approximation, of which ‖ΔŴ‖² = ⟨ΔW, ΔŴ⟩."""
+        return self.energy - 2 * self.scale * self.along + self.scale**2 * self.along
+
 
 def unbiased(source: Source, form: BsloraForm) -> BsloraForm:
     """A form in floats, whose local parts without shared ones are truncated SVDs, with every module's update unbiased."""

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bslora_convert.files.card import CARRIED
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # what the Hub takes as the name of a model
+from bslora_convert.files.hub import REPO
 
 RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
@@ -33,7 +32,7 @@ def metadata(
     own = source.get("tags", [])
     every = [*([own] if isinstance(own, str) else own), *tags]
     word = source.get("pipeline_tag") or (TASKS[task][0] if task in TASKS else None)
-    known = base_model is not None and HUB_ID.fullmatch(base_model) is not None
+    known = base_model is not None and REPO.fullmatch(base_model) is not None
     return {
         **kept,
         **({"library_name": library} if library else {}),

@@ -130,7 +130,7 @@ def _form(form: BsloraForm, weights: Path, beside: Mapping[str, int]) -> dict[st
         "ranks": {"min": min(locals_), "max": max(locals_)},
         "expanded_rank": max(ranks.values()),
         "slot_bytes": slot_bytes(shapes, max(ranks.values())),
-        "transform": form.transform.name if form.transform else "none",
+        "transform": form.transform_name,
         "shared_ranks": {"intra": form.shared_rank("intra"), "inter": form.shared_rank("inter")},
         "kinds": _kinds(shapes, ranks),
     }

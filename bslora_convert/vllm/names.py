@@ -4,8 +4,7 @@ from pathlib import Path
 
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import check_id
-
-CONFIG_NAME = "adapter_config.json"
+from bslora_convert.lora.place import CONFIG_NAME
 
 
 def find(library: Path, name: str) -> Path | None:

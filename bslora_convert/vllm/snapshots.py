@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from bslora_convert.errors import InputError, Refused
+from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.vllm.settings import PLANS
 
 LAYOUT = 1  # of what is written; part of every digest
@@ -43,7 +44,7 @@ class Snapshots:
         self.held.mkdir(exist_ok=True)
         self.refused = place / "refused"
         self.refused.mkdir(exist_ok=True)
-        (self.refused / "adapter_config.json").write_text(json.dumps(REFUSED_CONFIG), encoding="utf-8")
+        (self.refused / CONFIG_NAME).write_text(json.dumps(REFUSED_CONFIG), encoding="utf-8")
         self._writing: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self._lock = self._joined()

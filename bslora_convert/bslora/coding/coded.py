@@ -11,6 +11,7 @@ in bfloat16, as scales are, and has none.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -67,8 +68,11 @@ class Coded:
         return replace(self, scales=(by * self.scales.float()).to(SCALES), exact=exact)
 
 
-def groups_of(length: int) -> int:
-    """Scales of one vector."""
+Length = TypeVar("Length", int, Tensor)
+
+
+def groups_of(length: Length) -> Length:
+    """Scales of one vector, or of each of many, whole numbers."""
     return -(-length // GROUP)
 
 

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import GROUP, from_vectors, vectors_shape
+from bslora_convert.bslora.coding.coded import GROUP, from_vectors, groups_of, vectors_shape
 from bslora_convert.bslora.coding.packing import levels_of
 from bslora_convert.bslora.coding.trellis import tables, values_of
 from bslora_convert.bslora.coding.walk import walk
@@ -57,7 +57,7 @@ def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: 
     """`numbers_of` a trellis, some whole vectors at a time."""
     values = torch.empty(int(lengths.sum()), dtype=dtype)
     stream, table = packed.numpy(), tables()[width].numpy()
-    groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
+    groups = groups_of(lengths)
     at = group = 0
     for own, counts in zip(lengths.split(VECTORS_AT_ONCE), groups.split(VECTORS_AT_ONCE), strict=True):
         size, several = int(own.sum()), int(counts.sum())
@@ -70,7 +70,7 @@ def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: 
 
 def group_sizes(lengths: Tensor) -> Tensor:
     """(vectors,) -> numbers in each of their groups, (groups,): GROUP, and what is left in a vector's last."""
-    groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
+    groups = groups_of(lengths)
     sizes = torch.full((int(groups.sum()),), GROUP)
     sizes[groups.cumsum(0) - 1] = lengths - (groups - 1) * GROUP
     return sizes

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, vectors_shape
+from bslora_convert.bslora.coding.coded import SCALES, Coded, groups_of, vectors_shape
 from bslora_convert.bslora.coding.decode import numbers_of, tensors_of
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
@@ -120,7 +120,7 @@ def from_file(
         raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, allowed))} are allowed")
     counts = {width: int(lengths[widths == width].sum()) for width in allowed}
     scaled = widths != 16
-    groups = torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor")
+    groups = groups_of(lengths)
     scales = _taken(tensors, SCALES_NAME, (SCALES,), int(groups[scaled].sum()), where).float()
     if not bool(scales.isfinite().all()):
         raise InputError(f"{where}: {SCALES_NAME} holds NaN or infinite values; the adapter is damaged")
