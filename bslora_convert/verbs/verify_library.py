@@ -14,6 +14,7 @@ from bslora_convert.files.jsonfile import read_json
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.results import LibraryVerification
 from bslora_convert.verbs.verify import check_counts, verify
 
 SCHEMA_VERSION = 1
@@ -30,7 +31,7 @@ def verify_library(
     tasks: Sequence[str] = (),
     progress: Progress = silent,
     **options: Any,
-) -> dict[str, Any]:
+) -> LibraryVerification:
     """Measures every adapter of a library and returns a row for each, worst retention first, and what they say together.
 
     base_model, prompts: of all adapters; without them each has those of its row of the manifest, and the base model that it names
@@ -69,7 +70,9 @@ def verify_library(
         "adapters": len(rows),
         "bad": bad,
         "missed": missed,
-        **{name: _spread(rows, name) for name in ("retention", "kl", "agreement")},
+        "retention": _spread(rows, "retention"),
+        "kl": _spread(rows, "kl"),
+        "agreement": _spread(rows, "agreement"),
         "passed": not bad and not missed,
         "notes": gone,
     }
