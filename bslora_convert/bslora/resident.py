@@ -5,7 +5,7 @@ is counted by `Decoded`, which all adapters of a model share. Where it has room 
 once for all modules; where it has none, the module that is asked for, and nothing is kept.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -164,22 +164,22 @@ class Resident(nn.Module):
             return {name: self._put(name, tensors.__getitem__, moved) for name in self._names or self.layout.modules}
 
     def _one(self, name: str) -> Parts:
-        """The parts of one module, read from where they begin in the file."""
-        codes = self.codes
-        known: dict[str, tuple[Shape, Start]] = {}
+        """The parts of one module, read from where they begin in the file: what it holds, and the pairs that others own."""
         own = self._names[name] if self._names else name
-        groups = self.layout.modules[own].groups.items()
-        for module in dict.fromkeys((own, *(self.layout.owners[group] for group in groups))):
-            held = self._tensors_of(module)
-            begins = starts(codes[WIDTHS_NAME], held, self._start(module))
-            known |= {key: (shape, start) for (key, shape), start in zip(held, begins, strict=False)}
-
-        def tensor(key: str) -> Tensor:
-            shape, start = known[key]
-            return decoded(codes, [(key, shape)], self._stored, self._version, start, self._numbers)[key]
-
         with torch.inference_mode(False), torch.no_grad():
-            return self._put(name, tensor, Moved(self.like.dtype))
+            tensors = self._run(self._tensors_of(own), self._start(own))
+            for level, group in self.layout.modules[own].groups.items():
+                owner = self.layout.owners[level, group]
+                if owner != own:
+                    held, start = self._tensors_of(owner), self._start(owner)
+                    first = [key for key, _ in held].index(f"{owner}.bslora_{level}_A")
+                    *_, start = starts(self.codes[WIDTHS_NAME], held[:first], start)
+                    tensors |= self._run(held[first : first + 2], start)
+            return self._put(name, tensors.__getitem__, Moved(self.like.dtype))
+
+    def _run(self, held: Sequence[tuple[str, Shape]], start: Start) -> dict[str, Tensor]:
+        """Tensors that follow each other in the file."""
+        return decoded(self.codes, held, self._stored, self._version, start, self._numbers)
 
     def _start(self, module: str) -> Start:
         """Where the file's tensors of a module begin."""
