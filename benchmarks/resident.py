@@ -18,6 +18,7 @@ figure six, on two shared cores.
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import subprocess
@@ -46,8 +47,9 @@ LLAMA = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "se
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Bytes of this process in memory, without what was given back and is only kept for the next who asks."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
@@ -65,50 +67,59 @@ def base(dtype: str) -> Any:
     return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
-def loras(model: Any, count: int) -> Any:
-    """That many LoRAs on a model."""
+def loras(tuned: Any, model: Any, names: list[str]) -> Any:
+    """LoRAs more on a model, or the first."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    tuned = PeftModel.from_pretrained(model, str(LORA), "0", autocast_adapter_dtype=False)
+    if tuned is None:
+        first, *names = names
+        tuned = PeftModel.from_pretrained(model, str(LORA), first, autocast_adapter_dtype=False)
+    first = next(iter(tuned.peft_config))
     layers = [module for module in tuned.modules() if isinstance(module, LoraLayer)]
-    for number in range(1, count):
-        tuned.peft_config[str(number)] = copy.deepcopy(tuned.peft_config["0"])
+    for name in names:
+        tuned.peft_config[name] = copy.deepcopy(tuned.peft_config[first])
         for layer in layers:
             for attribute in layer.adapter_layer_names + layer.other_param_names:
                 held = getattr(layer, attribute)
-                if "0" in held:
-                    held[str(number)] = copy.deepcopy(held["0"])
+                if first in held:
+                    held[name] = copy.deepcopy(held[first])
     return tuned
 
 
-def loaded(model: Any, place: Path, kind: str, count: int) -> Any:
-    """That many adapters of a kind on a model."""
+def loaded(tuned: Any, model: Any, place: Path, kind: str, names: list[str]) -> Any:
+    """Adapters of a kind more on a model, or the first."""
     from bslora_convert import load_many
 
     what, _, held = KINDS[kind]
     if what == "lora":
-        return loras(model, count)
-    names = {str(number): what for number in range(count)}
-    return load_many(model, place, names, resident=held, autocast_adapter_dtype=False)
+        return loras(tuned, model, names)
+    return load_many(tuned or model, place, dict.fromkeys(names, what), resident=held, autocast_adapter_dtype=False)
 
 
-def grown(place: Path, kind: str, count: int) -> int:
-    """Growth of the resident set by `count` adapters."""
+def grown(place: Path, kind: str, counts: list[int], most_gib: float) -> dict[str, list[float]]:
+    """Growth of the resident set by so many adapters, and CPU milliseconds that loading one took, by count."""
     import torch
 
     import bslora_convert.peft  # noqa: F401  counts as there
 
     model = base(KINDS[kind][1])
-    warm = loaded(base(KINDS[kind][1]), place, kind, 1)  # what the first of all brings into a process, kept
+    warm = loaded(None, base(KINDS[kind][1]), place, kind, ["0"])  # what the first of all brings into a process, kept
     with torch.inference_mode():
         model(input_ids=torch.arange(8)[None])
         warm(input_ids=torch.arange(8)[None])
     before = resident()
-    tuned = loaded(model, place, kind, count)
-    size = resident() - before
-    assert len(tuned.peft_config) == count
-    return size
+    tuned, there, found = None, 0, {}
+    for count in counts:
+        if there and count * (resident() - before) / there > most_gib * 2**30:
+            break
+        began = time.process_time()
+        tuned = loaded(tuned, model, place, kind, [str(number) for number in range(there, count)])
+        seconds = time.process_time() - began
+        assert len(tuned.peft_config) == count
+        found[str(count)] = [resident() - before, 1e3 * seconds / (count - there)]
+        there = count
+    return found
 
 
 class Results:
@@ -145,22 +156,21 @@ def memory(place: Path, results: Results, counts: list[int], most_gib: float) ->
     from rich.table import Table
 
     table = Table(title="resident MB (adapters in the memory of one LoRA in bf16)")
-    for column in ("", *(f"{count:,}" for count in counts), "kB an adapter"):
+    for column in ("", *(f"{count:,}" for count in counts), "kB an adapter", "ms to load one"):
         table.add_column(column, justify="right")
     sizes: dict[str, list[float]] = {}
     marks: dict[str, list[str]] = {}
+    last: dict[str, float] = {}
     for kind in KINDS:
-        each = 5 * LORA_NUMBERS  # before anything is known
-        for count in counts:
-            if count > 1 and count * each > most_gib * 2**30:
-                sizes.setdefault(kind, []).append(count * each)
-                marks.setdefault(kind, []).append("*")
-                continue
-            command = [sys.executable, __file__, "--out", str(place), "--load", kind, str(count)]
-            size = results(f"{kind} x {count}", lambda command=command: int(_said(command)))
-            sizes.setdefault(kind, []).append(size)
-            marks.setdefault(kind, []).append("")
-            each = size / count
+        asked = ",".join(map(str, counts))
+        command = [sys.executable, __file__, "--out", str(place), "--most-gib", str(most_gib), "--load", kind, asked]
+        found = results(f"{kind} x {asked}", lambda command=command: json.loads(_said(command)))
+        largest = max(map(int, found))
+        known = [found.get(str(count)) for count in counts]
+        each = found[str(largest)][0] / largest
+        sizes[kind] = [size[0] if size else count * each for size, count in zip(known, counts, strict=True)]
+        marks[kind] = ["" if size else "*" for size in known]
+        last[kind] = found[str(largest)][1]
     one = [size / count for size, count in zip(sizes["LoRA r=16, bf16"], counts, strict=True)]
     for kind, of in sizes.items():
         each_of = [size / count for size, count in zip(of, counts, strict=True)]
@@ -168,7 +178,7 @@ def memory(place: Path, results: Results, counts: list[int], most_gib: float) ->
             f"{size / 1e6:,.1f}{mark} ({lora / mine:.1f})"
             for size, mark, lora, mine in zip(of, marks[kind], one, each_of, strict=True)
         ]
-        table.add_row(kind, *cells, f"{each_of[-1] / 1e3:,.0f}")
+        table.add_row(kind, *cells, f"{each_of[-1] / 1e3:,.0f}", f"{last[kind]:.0f}")
     Console(width=150).print(table, "* computed from the bytes an adapter of the largest count that was measured")
 
 
@@ -200,7 +210,10 @@ def timed(place: Path, repeats: int) -> dict[str, tuple[float, str]]:
     from bslora_convert.peft.model import shelf_of
 
     eight = {str(number): "0.125" for number in range(8)}
-    lora, floats = loras(base("float32"), 8), load_many(base("float32"), place, eight, resident="floats")
+    lora, floats = (
+        loras(None, base("float32"), list(eight)),
+        load_many(base("float32"), place, eight, resident="floats"),
+    )
     codes = load_many(base("float32"), place, eight)
     shelf = shelf_of(codes)
     assert shelf is not None
@@ -329,7 +342,8 @@ def main() -> None:
     options = parser.parse_args()
     place: Path = options.out
     if options.load:
-        print(grown(place, options.load[0], int(options.load[1])))
+        counts = [int(count) for count in options.load[1].split(",")]
+        print(json.dumps(grown(place, options.load[0], counts, options.most_gib), separators=(",", ":")))
         return
     if options.time:
         print(json.dumps(timed(place, int(options.time[0])), separators=(",", ":")).replace(" ", "\\u0020"))
