@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +108,10 @@ class Attached:
     def _in_codes(
         self, model: nn.Module, adapter: CodedAdapter, found: Mapping[str, Place], what: object
     ) -> Callable[[str], Parts]:
-        def device_of(name: str) -> torch.device:
-            return _device(model.get_submodule(found[name].layer))
+        layers = {name: ref(model.get_submodule(place.layer)) for name, place in found.items()}
+
+        def device_of(name: str) -> torch.device:  # holds no model, which is let go with its adapters on it
+            return _device(cast(nn.Module, layers[name]()))
 
         self.resident = Resident(adapter.layout, adapter.dtype, adapter.version, decoded_of(model), device_of)
         self.resident.to(device_of(next(iter(found))), torch.promote_types(adapter.dtype, torch.float32))

@@ -378,7 +378,10 @@ def test_without_peft(library: Path) -> None:
     assert decoded_of(model).bytes == 0 and torch.equal(logits(model), logits(base()))
     adapter = load_into(model, library / "ke", decoded_bytes=0)
     assert torch.equal(logits(model), expected["ke"]) and decoded_of(model).bytes == 0
-    adapter.remove()
+    gone = weakref.ref(model)
+    del model, adapter, adapters
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.filterwarnings("ignore")
