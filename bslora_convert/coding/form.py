@@ -23,7 +23,7 @@ from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
-from bslora_convert.coding.encode import code_pair, distortions, encode, lost_shares
+from bslora_convert.coding.encode import Encoded, code_pair, distortions, encode, lost_shares
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.gain import carrier_of, strength_in
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
@@ -215,14 +215,13 @@ def _lost_shares(
 def _items(energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, aim: Aim) -> Items:
     """Options of a module's components, left out first. left, right: D of each side."""
     dropped = 0.0 if aim.ranks is None else math.inf
-    bits, lost = [np.zeros(len(energies))], [np.maximum(energies, dropped)]
-    for u, v in PAIRS:
-        allowed = aim.width is None or WIDTHS[u] == WIDTHS[v] == aim.width
-        bits.append(np.full(len(energies), bits_of(shape[0], WIDTHS[u]) + bits_of(shape[1], WIDTHS[v])))
-        lost.append(
-            energies * (1 - (1 - left[:, u]) * (1 - right[:, v])) if allowed else np.full(len(energies), np.inf)
-        )
-    return Items(np.stack(bits, 1), np.stack(lost, 1))
+    kept = energies[:, None, None] * (1 - (1 - left[:, :, None]) * (1 - right[:, None, :]))
+    if aim.width is not None:
+        other = np.array(WIDTHS) != aim.width
+        kept[:, other[:, None] | other] = np.inf
+    taken = np.add.outer(*([float(bits_of(length, width)) for width in WIDTHS] for length in shape)).reshape(1, -1)
+    bits = np.pad(np.broadcast_to(taken, (len(energies), len(PAIRS))), ((0, 0), (1, 0)))
+    return Items(bits, np.column_stack([np.maximum(energies, dropped), kept.reshape(-1, len(PAIRS))]))
 
 
 def _coded_modules(
@@ -239,24 +238,25 @@ def _coded_modules(
         b_widths, a_widths = ([WIDTHS[PAIRS[options[name][k] - 1][side]] for k in kept] for side in (0, 1))
         start = locals_[name].svd.truncate([target], len(options[name]))
         pair = code_pair(target, Factors(start.b[:, kept], start.a[kept]), b_widths, a_widths, metric)
-        keys = {"B": f"{name}.bslora_local_B", "A": f"{name}.bslora_local_A"}
-        done = _Done(
-            replace(form.modules[name], local=pair.factors()), {keys["A"]: pair.a, keys["B"]: pair.b}, pair.lost
-        )
-        done = _unbiased(source, form, name, done, shared) if unbiased else done
+        local_a, local_b = f"{name}.bslora_local_A", f"{name}.bslora_local_B"
+        module = replace(form.modules[name], local=pair.factors())
+        done = _Done(module, {local_a: pair.a.coded, local_b: pair.b.coded}, pair.lost)
+        done = _unbiased(source, form, name, done, pair.b, shared) if unbiased else done
         return replace(done, module=replace(done.module, local=done.module.local.to(storage)))
 
     return dict(zip(locals_, counted(each(coded, locals_)), strict=True))
 
 
-def _unbiased(source: Source, form: BsloraForm, name: str, done: _Done, shared: Mapping[str, Coded]) -> _Done:
-    """A module with its update unbiased, as its codes decode that take the scale."""
+def _unbiased(
+    source: Source, form: BsloraForm, name: str, done: _Done, b: Encoded, shared: Mapping[str, Coded]
+) -> _Done:
+    """A module with its update unbiased, as its codes decode that take the scale: those of its B, and of what is shared."""
     module = done.module
     scale = strength_in(source, replace(form, modules={name: module}), name).scale
     if scale == 1:
         return done
-    carrier, key = carrier_of(form), f"{name}.bslora_local_B"
-    tensors = {**done.tensors, key: done.tensors[key].scaled(scale)}
+    carrier, b = carrier_of(form), b.scaled(scale)
+    tensors = {**done.tensors, f"{name}.bslora_local_B": b.coded}
     paths = dict(module.paths)
     for level, path in module.paths.items():
         if carrier is not None:
@@ -264,7 +264,7 @@ def _unbiased(source: Source, form: BsloraForm, name: str, done: _Done, shared: 
             tensors[own] = shared[own].scaled(scale)
             numbers = from_vectors(own, tensors[own].decode(), tuple(before.shape)).to(before.device)
             paths[level] = replace(path, own={**path.own, carrier: numbers})
-    module = replace(module, local=replace(module.local, b=tensors[key].decode().T), paths=paths)
+    module = replace(module, local=replace(module.local, b=b.decode().T), paths=paths)
     metric = source.metric(name)
     target = metric.weighed(source.deltas[name].factors())
     found = replace(form, modules={name: module}).delta(name)
@@ -327,8 +327,9 @@ def _coded_shared(
     tensors: dict[str, Coded] = {}
 
     def coded(key: str, tensor: Tensor) -> Tensor:
-        tensors[key] = encode(to_vectors(key, tensor), widths[key])
-        return from_vectors(key, tensors[key].decode(), tuple(tensor.shape)).to(tensor.device)
+        found = encode(to_vectors(key, tensor), widths[key])
+        tensors[key] = found.coded
+        return from_vectors(key, found.decode(), tuple(tensor.shape)).to(tensor.device)
 
     owners = Layout.of(form).owners
     pairs: dict[str, dict[str, Factors]] = {}
