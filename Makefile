@@ -11,7 +11,7 @@ DEMO := build/demo
 SERVER := build/vllm
 SERVER_VERSION := 0.32.0
 
-.PHONY: demo test serve-test lint types check format dist clean
+.PHONY: demo test serve-test lint types check format notebook dist clean
 
 demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it again
 	$(BIN)/bslora-convert inspect fixtures/smollm2-135m-math-r16
@@ -37,6 +37,9 @@ check: lint types test ## what CI runs
 format: $(READY) ## bring the code into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+notebook: $(READY) ## examples/library.ipynb, from the script beside it
+	$(BIN)/python examples/notebook.py
 
 dist: $(CORE) ## the wheel and the sdist
 	rm -rf dist
