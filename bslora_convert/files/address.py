@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from bslora_convert.errors import InputError
-from bslora_convert.files.remote import fetched, is_url
+from bslora_convert.files.remote import fetched
+from bslora_convert.files.store import is_url
 
 MARK = "::"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")

@@ -16,7 +16,8 @@ from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.files import remote
 from bslora_convert.files.hub import MOST, commits
-from bslora_convert.files.remote import fetched, is_url
+from bslora_convert.files.remote import fetched
+from bslora_convert.files.store import is_url
 from tests.conftest import FIXTURES
 from tests.hub import Hub, hub
 from tests.planting import random_products, write_lora
