@@ -93,9 +93,9 @@ class Store:
         try:
             self.filesystem.invalidate_cache()
             said = self.filesystem.info(self._path(name))
-        except FileNotFoundError:
-            return None
         except Exception as error:
+            if _is_missing(error):
+                return None
             raise self._unfetched(name, error) from None
         if said.get("type") != "file":
             return None
@@ -130,4 +130,11 @@ class Store:
         return inside.relative_to(root).as_posix()
 
     def _unfetched(self, name: str, error: Exception) -> InputError:
-        return InputError(f"{self.url}/{name}: can't be fetched ({reason_of(error)})")
+        return InputError(f"{self.url}/{name}: can't be fetched ({reason_of(error.__cause__ or error)})")
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a store said that it has no such file. fsspec's http takes whatever goes wrong for that, and keeps the cause."""
+    cause = error.__cause__
+    away = type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) not in (404, 410)
+    return isinstance(error, FileNotFoundError) and not away
