@@ -23,6 +23,12 @@ def is_url(address: object) -> bool:
     return URL.fullmatch(str(address)) is not None
 
 
+def as_written(address: object) -> str:
+    """An address as records name it: a URL with both of its slashes, whatever became of them, and anything else as it is."""
+    match = URL.fullmatch(str(address))
+    return f"{match['scheme']}://{match['rest']}" if match else str(address)
+
+
 def parts_of(address: object) -> tuple[str, str]:
     """(Scheme, what follows it) of a URL, which holds nothing that records must not.
 
