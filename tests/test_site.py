@@ -1,5 +1,6 @@
 """The site that `make docs` builds: strictly, with every link, picture and anchor there, and every public name on it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def test_every_link_leads_somewhere(site: Path) -> None:
                 assert unquote(parts.fragment) in pages[target].names, f"{path.name} leads to {link}"
             followed += 1
     assert followed > 500
+
+
+def test_no_list_or_table_runs_into_a_paragraph(site: Path) -> None:
+    """GitHub is more lenient with blank lines than what makes the site."""
+    for path in site.glob("*.html"):
+        text = re.sub(r"(?s)<(script|pre|code|nav)\b.*?</\1>", "", path.read_text(encoding="utf-8"))
+        assert not re.search(r"\* <strong>|\*\*|\|\s*-{3}|```", text), path.name
 
 
 def test_nothing_is_fetched_from_elsewhere_to_show_a_page(site: Path) -> None:
