@@ -162,3 +162,100 @@ class Expanded(TypedDict):
     base_model: str | None
     notes: list[str]
     files: dict[str, dict[str, Any]]
+
+
+class Analysis(TypedDict):
+    """`analysis.json`: what `analyze` returns. activations: entropy similarity of outputs, where prompts were given."""
+
+    schema_version: int
+    tool_version: str
+    source: dict[str, Any]
+    modules: list[dict[str, Any]]
+    ranks: dict[str, Any]
+    rmi_within: dict[str, dict[str, Any]]
+    rmi_across: dict[str, Any]
+    subspaces_within: list[dict[str, Any]]
+    subspaces_across: list[dict[str, Any]]
+    shared_energy: dict[str, Any]
+    draws: int
+    shared_initialisation: dict[str, Any]
+    groups: dict[str, Any]
+    sizes: list[dict[str, Any]]
+    recommendation: list[str]
+    activations: NotRequired[dict[str, Any]]
+    files: NotRequired[dict[str, dict[str, Any]]]
+
+
+class Batch(TypedDict):
+    """`summary.json`: what `batch` returns. serving: a server's slots before and after; sharing: of `share_across`."""
+
+    schema_version: int
+    items: int
+    ok: int
+    skipped: int
+    failed: int
+    refused: int
+    pending: int
+    duplicates: int
+    bytes_before: int
+    bytes_after: int
+    byte_ratio: float | None
+    relative_error: dict[str, float] | None
+    errors: dict[str, int]
+    seconds: float | None
+    adapters_per_second: float | None
+    source_bytes_per_second: float | None
+    run: dict[str, Any]
+    serving: NotRequired[dict[str, Any]]
+    sharing: NotRequired[dict[str, Any]]
+
+
+class BatchPlan(TypedDict):
+    """What `batch` returns with `dry_run`: what a run would do. bad: rows of what could not be converted."""
+
+    dry_run: bool
+    items: int
+    in_this_shard: int
+    to_convert: int
+    duplicates: int
+    done: int
+    bytes: int
+    bad: list[dict[str, Any]]
+
+
+class Capacity(TypedDict):
+    """What `capacity` returns: adapters by an engine's slots, and by an engine that keeps each one's own bytes."""
+
+    gpu_gib: float
+    base_gib: float
+    slots: dict[str, dict[str, Any]]
+    paged: dict[str, dict[str, Any]]
+
+
+class LibraryVerification(TypedDict):
+    """What `verify_library` returns: a row for each adapter, worst retention first, and how the measures spread over them."""
+
+    schema_version: int
+    library: str
+    rows: list[dict[str, Any]]
+    adapters: int
+    bad: list[str]
+    missed: list[str]
+    retention: dict[str, float] | None
+    kl: dict[str, float] | None
+    agreement: dict[str, float] | None
+    passed: bool
+    notes: list[str]
+
+
+class LibraryExpansion(TypedDict):
+    """What `expand_library` returns: a row for each adapter, and the largest rank and slot of them all."""
+
+    library: str
+    rows: list[dict[str, Any]]
+    adapters: int
+    bad: int
+    bytes: int
+    rank: int | None
+    served: dict[str, int | None] | None
+    notes: list[str]

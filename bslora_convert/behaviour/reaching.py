@@ -24,6 +24,7 @@ from bslora_convert.recipe.recipe import Recipe
 MEASURE = {"min_retention": "retention", "max_kl": "kl", "min_agreement": "agreement"}
 GAIN = 3.0  # times less that is missed once distilled, as a rule
 LOOKS = 3  # results that are proved at most
+FAR = 3.0  # times more missed than may be: such a fit tells little of which metric is best at the size that is sought
 STRICTER = 0.9  # of what may be missed, beside what the proof tells, once a proof has failed
 
 Made = Stored | Distilled
@@ -48,7 +49,7 @@ def fit_to_behaviour(judge: Judge, recipe: Recipe, distil: Distil | None = None)
     :raises ThresholdMissed: when none does, saying what was reached and what would help.
     :raises RecipeError: when nothing can be made of the adapter.
     """
-    walk = _Walk(judge, recipe)
+    walk = _Walk(judge, recipe, recipe)
     proofs: list[dict[str, Any]] = []
     for made in islice(walk.candidates(distil), LOOKS):
         proof = walk.proved(made)
@@ -65,9 +66,13 @@ def fit_to_behaviour(judge: Judge, recipe: Recipe, distil: Distil | None = None)
 
 @dataclass(slots=True)
 class _Walk:
-    """One search: what is asked for, what may be missed, every step so far; the fit whose metric and transform were kept."""
+    """One search: what is asked for, what may be missed, every step so far; the fit whose metric and transform were kept.
+
+    asked: the recipe, recipe: that with the transform that was kept.
+    """
 
     judge: Judge
+    asked: Recipe
     recipe: Recipe
     path: list[dict[str, Any]] = field(default_factory=list)
     fit: Judged | None = None
@@ -130,16 +135,21 @@ class _Walk:
     def make(self, share: float) -> Attempt[Stored] | None:
         """A fit of so many of the source's bytes, measured; None where they hold none."""
         stored = self.fitted(share)
-        return None if stored is None else Attempt(stored, share, *self.measured(stored))
+        if stored is None:
+            return None
+        missed, allowed = self.measured(stored)
+        if missed > FAR * allowed and not any(step["met"] for step in self.path):
+            self.fit, self.recipe = None, self.asked
+        return Attempt(stored, share, missed, allowed)
 
     def fitted(self, share: float) -> Stored | None:
-        """A fit of so many of the source's bytes; the first one decides on metric and transform."""
+        """A fit of so many of the source's bytes; the first one that is not far off decides on metric and transform."""
         sized = {"bytes": share, **dict.fromkeys(BEHAVIOURS)}
         try:
             if self.fit is None:
                 self.fit = self.judge.fit(self.recipe.but(**sized))
                 name = self.fit.stored.form.transform_name
-                self.recipe = next((one for one in by_name(self.recipe) if one.form.transform == name), self.recipe)
+                self.recipe = next((one for one in by_name(self.asked) if one.form.transform == name), self.asked)
                 return self.fit.stored
             judge = self.judge
             return fit_stored(self.fit.source, self.recipe.but(**sized), judge.dtype, judge.adapter, judge.progress)

@@ -1,5 +1,6 @@
 """`analyze`: is there anything to share?"""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
     output.result(record, lambda console: _show(console, record, options["out"]), commands.after_analyze(record))
 
 
-def _show(console: Any, record: dict[str, Any], out: Path | None) -> None:
+def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
     from rich.table import Table
 
     console.print(" ".join(record["recommendation"]), style="bold")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def batch(
         run = partial(run, library, out, **_new(options), **where)
     try:
         with output.bar("batch") as progress:
-            summary = run(progress=progress)
+            summary: dict[str, Any] = {**run(progress=progress)}
             if not dry_run:
                 summary |= pushed(out, push, push_dry_run)
     except KeyboardInterrupt:
@@ -212,7 +213,7 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
     output.result(result, lambda console: _show_capacity(console, result), commands.after_capacity(str(out)))
 
 
-def _show_capacity(console: Any, result: dict[str, Any]) -> None:
+def _show_capacity(console: Any, result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"adapters in {result['gpu_gib'] - result['base_gib']:g} GiB", title_justify="left")

@@ -223,7 +223,7 @@ def compress(
 def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:
     from rich.table import Table
 
-    from bslora_convert.report.verdict import evidence, is_unbiased, reached, rival_error, sentences
+    from bslora_convert.report.verdict import evidence, is_unbiased, rival_error, sentences
 
     source, compact, baselines = record["source"], record["compact"], record["baselines"]
     console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
@@ -260,8 +260,6 @@ def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:
         console.print(sentence)
     if "evidence" in record:
         console.print(" ".join(evidence(record["evidence"])))
-    for sentence in reached(record):
-        console.print(sentence)
     if "training" in record:
         show_training(console, record["training"])
     ranks = compact["ranks"]

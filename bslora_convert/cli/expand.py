@@ -111,8 +111,8 @@ def _library(
 
     try:
         with output.bar("expand") as progress:
-            result = expand_library(library, out_dir, progress=progress, **options)
-            result |= pushed(out_dir, repo, dry_run)
+            written = expand_library(library, out_dir, progress=progress, **options)
+            result = {**written, **pushed(out_dir, repo, dry_run)}
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
     output.notes(result["notes"])

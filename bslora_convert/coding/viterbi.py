@@ -20,6 +20,7 @@ from bslora_convert.bslora.coding.trellis import STATES, WINDOW, reversed_bits
 from bslora_convert.process.compiled import compiled
 
 FAR = 1e30
+APART = 4  # bits up to which states of one newest code stand side by side
 EVERY = 16  # numbers after which costs are brought back to zero
 
 
@@ -28,11 +29,12 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
 
     table: (4096,) float32, by window.
     """
-    search = _compiled(width)
-    ordered = np.ascontiguousarray(table[reversed_bits(np.arange(STATES), WINDOW)])
+    search, places = _compiled(width), _places(width)
+    ordered = np.empty(STATES, np.float32)
+    ordered[places] = table[reversed_bits(np.arange(STATES), WINDOW)]
     codes = np.empty(x.shape, np.uint8)
     for row, out in zip(np.ascontiguousarray(x, dtype=np.float32), codes, strict=True):
-        search(row, ordered, out)
+        search(row, ordered, places, out)
     return reversed_bits(codes, width)
 
 
@@ -64,20 +66,32 @@ def paths_on_device(x: Tensor, table: Tensor, width: int) -> Tensor:
 
 
 @cache
-def _compiled(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
+def _compiled(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
     """The search for one width."""
     return compiled(_search(width))
 
 
-def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
-    count, upper, shift = 1 << width, STATES >> width, WINDOW - width
-    low, high = np.int32(count - 1), np.int32(~(count - 1))
-    states, far, zero, every = STATES, np.float32(FAR), np.float32(0), EVERY
+def _places(width: int) -> np.ndarray:
+    """(4096,): where the cost of each state stands in the compiled loop.
 
-    def search(x: np.ndarray, table: np.ndarray, codes: np.ndarray) -> None:
-        length = x.shape[0]
-        cost = np.empty(states, np.float32)
-        best = np.empty(upper, np.float32)
+    Those of one newest code stand side by side where codes are few, so that both of its loops run over many neighbours.
+    """
+    states = np.arange(STATES)
+    if width > APART:
+        return states
+    return (states & ((1 << width) - 1)) * (STATES >> width) + (states >> width)
+
+
+def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
+    """Loops are cut so that the compiler makes vector instructions of each; `python benchmarks/trellis.py` times them."""
+    count, upper, shift, run = 1 << width, STATES >> width, WINDOW - width, STATES >> 2 * width
+    low, high = np.int32(count - 1), np.int32(~(count - 1))
+    states, far, zero, every, apart, few = STATES, np.float32(FAR), np.float32(0), EVERY, width <= APART, 4
+    block = min(count, 16)
+
+    def search(x: np.ndarray, table: np.ndarray, places: np.ndarray, codes: np.ndarray) -> None:
+        length, wide = x.shape[0], table.shape[0] // upper  # count, which the compiler must not unroll
+        cost, best, turned = np.empty(states, np.float32), np.empty(upper, np.float32), np.empty(upper, np.int32)
         keys, best_keys = cost.view(np.int32), best.view(np.int32)
         came = np.empty((length, upper), np.uint8)
         for s in range(states):
@@ -85,40 +99,56 @@ def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray], None]:
         cost[0] = zero
         for i in range(length):
             number, before = x[i], came[i]
-            for u in range(upper):
-                best_keys[u] = keys[u] & high
-            for p in range(1, count):
-                row = keys[p * upper : (p + 1) * upper]
-                for u in range(upper):
-                    best_keys[u] = min(best_keys[u], (row[u] & high) | np.int32(p))
-            for u in range(upper):
-                before[u] = np.uint8(best_keys[u] & low)
-            if count < 8:  # short runs are unrolled whole, longer ones go by vector instructions
-                for u in range(upper):
-                    least = best[u]
-                    for j in range(count):
-                        away = number - table[u * count + j]
-                        cost[u * count + j] = least + away * away
+            if apart and count <= few:
+                for h in range(run):
+                    for c in range(count):
+                        least = keys[c * upper + h] & high
+                        for p in range(1, count):
+                            least = min(least, (keys[c * upper + p * run + h] & high) | np.int32(p))
+                        best_keys[h * count + c] = least
+            elif apart:
+                for c in range(count):
+                    for h in range(run):
+                        least = keys[c * upper + h] & high
+                        for p in range(1, count):
+                            least = min(least, (keys[c * upper + p * run + h] & high) | np.int32(p))
+                        turned[c * run + h] = least
+                for c in range(count):
+                    for h in range(run):
+                        best_keys[h * count + c] = turned[c * run + h]
             else:
                 for u in range(upper):
-                    least = best[u]
-                    out, values = cost[u * count : (u + 1) * count], table[u * count : (u + 1) * count]
-                    for j in range(count):
-                        away = number - values[j]
-                        out[j] = least + away * away
+                    best_keys[u] = keys[u] & high
+                for first in range(0, count, block):
+                    for u in range(upper):
+                        least = best_keys[u]
+                        for p in range(block):
+                            least = min(least, (keys[(first + p) * upper + u] & high) | np.int32(first + p))
+                        best_keys[u] = least
+            if apart:
+                for c in range(count):
+                    for u in range(upper):
+                        away = number - table[c * upper + u]
+                        cost[c * upper + u] = best[u] + away * away
+            else:
+                for u in range(upper):
+                    begun = best[u]
+                    for c in range(wide):
+                        away = number - table[u * count + c]
+                        cost[u * count + c] = begun + away * away
+            for u in range(upper):
+                before[u] = np.uint8(best_keys[u] & low)
             if i % every == every - 1:
                 smallest = keys[0]
                 for s in range(states):
                     smallest = min(smallest, keys[s])
-                least = cost[0]
+                best_keys[0] = smallest
+                begun = best[0]
                 for s in range(states):
-                    if keys[s] == smallest:
-                        least = cost[s]
-                for s in range(states):
-                    cost[s] = cost[s] - least
+                    cost[s] = cost[s] - begun
         state = 0
         for s in range(states):
-            if cost[s] < cost[state]:
+            if cost[places[s]] < cost[places[state]]:
                 state = s
         for i in range(length - 1, -1, -1):
             codes[i] = state & (count - 1)

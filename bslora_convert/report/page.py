@@ -86,7 +86,6 @@ def render(
     improved = []
     if record.get("evidence"):
         improved += verdict.evidence(record["evidence"])
-    improved += verdict.reached(record)
     if record.get("training"):
         improved += verdict.trained(record["training"])
     if log:

@@ -184,8 +184,8 @@ def widths(by_part: Mapping[str, Mapping[str, int]]) -> Figure:
             left += share
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of the vectors, by bits a number")
-        figure.legend(fontsize=8, frameon=False, ncols=6, loc="outside upper center",
-                      columnspacing=0.9, handlelength=1.2)  # fmt: skip
+        figure.legend(fontsize=8, frameon=False, ncols=len(used), loc="outside upper center",
+                      columnspacing=0.7, handlelength=1.0)  # fmt: skip
     return figure
 
 

@@ -31,7 +31,7 @@ MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
-    """Two or three sentences that answer what a reader asks first."""
+    """The few sentences that answer what a reader asks first: whether it does what was asked for, what it kept."""
     compact, weight = record["compact"], record["weight"]
     if "deduplication" in record:
         return [_deduplicated(record)]
@@ -42,8 +42,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         ]
     kept = weight["cosine"] ** 2 if is_unbiased(record) else weight["energy_kept"]  # without what the scale adds
     said = [
+        *reached(record),
         f"Keeps {kept:.1%} of the update's energy in {compact['parameter_ratio']:.1%} of the parameters "
-        f"({compact['byte_ratio']:.1%} of the bytes)."
+        f"({compact['byte_ratio']:.1%} of the bytes).",
     ]
     svd = rival_error(record)
     if "bases" in compact:
@@ -252,15 +253,16 @@ def reached(record: Mapping[str, Any]) -> list[str]:
         return []
     name, limit = next(iter(aim["asked"].items()))
     met, size = [step for step in aim["path"] if step["met"]], record["compact"]["bytes"]
-    best = min(met, key=lambda step: abs(step["bytes"] - size))
+    best, proof = min(met, key=lambda step: abs(step["bytes"] - size)), aim["proofs"][-1]
+    measure = name.split("_")[1]
     bound = "at most" if name.startswith("max") else "at least"
-    said = (
-        f"--{name.replace('_', '-')} {limit:g}: of {len(aim['path'])} sizes that were tried the smallest that reaches it on the "
-        f"rows that choose takes {best['byte_ratio']:.1%} of the bytes (with 95 % certainty {bound} {best['bound']:.5g})"
-    )
-    failed = sum(not proof["met"] for proof in aim["proofs"])
-    again = f", after {failed} that failed there" if failed else ""
-    return [f"{said}; it holds on the rows that prove{again}."]
+    failed = sum(not one["met"] for one in aim["proofs"])
+    again = f" (after {failed} that failed there)" if failed else ""
+    return [
+        f"--{name.replace('_', '-')} {limit:g} is reached in {best['byte_ratio']:.1%} of the bytes, the smallest of "
+        f"{len(aim['path'])} sizes that were tried: with 95 % certainty {bound} {best['bound']:.5g} on the rows that choose, and "
+        f"{proof[measure]:.5g} on {proof['rows']} rows that nothing before has seen{again}."
+    ]
 
 
 def trained(training: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
 from bslora_convert.analysis.clusters import clustered
@@ -20,6 +20,7 @@ from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.modules.names import kind_of, natural_order
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_on_base
+from bslora_convert.results import Analysis
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
@@ -42,7 +43,7 @@ def analyze(
     use_rslora: bool | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Analysis:
     """Measures what a LoRA's modules and layers have in common, and returns what `analysis.json` holds.
 
     out: a directory for `analysis.json`, `analysis.html` and the plots; nothing is written without it.
@@ -89,7 +90,7 @@ def analyze(
         with landing(Path(out), overwrite) as place:
             write(place, record)
             record = seal(place, ANALYSIS_NAME, record)
-    return record
+    return cast(Analysis, record)
 
 
 def _measured(

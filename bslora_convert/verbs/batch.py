@@ -14,7 +14,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.errors import InputError, OutputError, RecipeError
@@ -43,6 +43,7 @@ from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_choice, check_count
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
+from bslora_convert.results import Batch, BatchPlan
 from bslora_convert.verbs.compress import compress
 
 FITTED = (
@@ -68,8 +69,8 @@ def batch(
     share_across: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds.
+) -> Batch | BatchPlan:
+    """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds; a dry run, what would be done.
 
     library: a directory, a manifest or an fsspec URL. workers: processes (0: in this one). shard: (I, N), from 1.
     retry_failed: bad input of an earlier run is tried again. fail_fast, max_failures: when to give up; the rest stays undone.
@@ -116,7 +117,7 @@ def batch(
     return _finish(items, rows, out, options, shard, seconds, gave_up, reasons)
 
 
-def resume(out: str | Path, **where: Any) -> dict[str, Any]:
+def resume(out: str | Path, **where: Any) -> Batch | BatchPlan:
     """Goes on with an output of `batch` with what it was made with; where: options that change no result, as of `batch`.
 
     :raises InputError: when it is no output of `batch`. Raises also what `batch` raises.
@@ -198,7 +199,7 @@ def _finish(
     seconds: float,
     gave_up: bool,
     reasons: Mapping[str, str],
-) -> dict[str, Any]:
+) -> Batch:
     """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options.
 
     reasons: why adapters could not be looked at for sharing, by identity.
@@ -214,7 +215,7 @@ def _finish(
     summary["run"] = {"shard": f"{shard[0]}/{shard[1]}", "items": len(rows), "bad": bad, "gave_up": gave_up}
     replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     replace_file(out / PAGE, report.render(summary, [row.to_dict() for row in final]))
-    return summary
+    return cast(Batch, summary)
 
 
 def _known(out: Path, name: str, options: str) -> Result | None:
@@ -225,7 +226,7 @@ def _known(out: Path, name: str, options: str) -> Result | None:
     return None
 
 
-def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> dict[str, Any]:
+def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> BatchPlan:
     """What a run would do."""
     return {
         "dry_run": True,

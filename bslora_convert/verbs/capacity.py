@@ -12,9 +12,10 @@ from typing import Any
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.library.serving import GIB, slots
+from bslora_convert.results import Capacity
 
 
-def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float) -> dict[str, Any]:
+def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float) -> Capacity:
     """Adapters that fit in what the base leaves of a GPU; rows: of a manifest.
 
     :raises RecipeError: when the base leaves nothing, or nothing was converted.

@@ -10,12 +10,13 @@ from bslora_convert.files.store import as_written, is_url
 from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.results import LibraryExpansion
 from bslora_convert.verbs.expand import expand, planned
 
 
 def expand_library(
     library: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **options: Any
-) -> dict[str, Any]:
+) -> LibraryExpansion:
     """Writes every adapter of a library to `out/<id>` and returns a row for each, with what `expand` says of it.
 
     library: a directory, or a URL, which is fetched whole. options: as of `expand`. overwrite: replaces adapters that `expand`

@@ -16,6 +16,7 @@ from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.results import LibraryVerification
 from bslora_convert.verbs.verify import check_counts, check_saved, verify
 
 SCHEMA_VERSION = 1
@@ -32,7 +33,7 @@ def verify_library(
     tasks: Sequence[str] = (),
     progress: Progress = silent,
     **options: Any,
-) -> dict[str, Any]:
+) -> LibraryVerification:
     """Measures every adapter of a library and returns a row for each, worst retention first, and what they say together.
 
     library: a directory, or a URL, which is fetched whole. base_model, prompts: of all adapters; without them each has those of
@@ -74,7 +75,9 @@ def verify_library(
         "adapters": len(rows),
         "bad": bad,
         "missed": missed,
-        **{name: _spread(rows, name) for name in ("retention", "kl", "agreement")},
+        "retention": _spread(rows, "retention"),
+        "kl": _spread(rows, "kl"),
+        "agreement": _spread(rows, "agreement"),
         "passed": not bad and not missed,
         "notes": gone,
     }

@@ -63,6 +63,15 @@ def test_the_smallest_file_that_reaches_it(tmp_path: Path, rows: Path, aim: dict
     assert any("too few for its interval" in note for note in record["notes"])
 
 
+def test_a_size_that_is_far_off_does_not_choose_the_metric(tmp_path: Path, rows: Path) -> None:
+    record = compress(LORA, tmp_path / "out", recipe(rows, metric="auto", min_retention=0.9))
+    chosen, path = record["evidence"]["metric"], record["aim"]["path"]
+    assert path[0]["retention"] < 0.7  # the first guess was far too small
+    where = next(step for step in path if step["kl"] == chosen["kl"][chosen["kept"]])
+    assert where["retention"] > 0.7
+    assert chosen["kl"][chosen["kept"]] == min(chosen["kl"].values())
+
+
 def test_a_miss_says_what_was_reached_and_leaves_nothing(tmp_path: Path, rows: Path) -> None:
     with pytest.raises(ThresholdMissed, match=r"not reached on the 6 rows that choose.* more rows of --prompts"):
         compress(LORA, tmp_path / "out", recipe(rows, min_agreement=0.9999))
