@@ -3,12 +3,14 @@
     import bslora_convert.peft
     model = PeftModel.from_pretrained(model, compact_dir)
     model = load_many(model, library, names)
+    model = get_peft_model(model, BsloraConfig.new(model))  # to be trained
 
 PEFT's list of methods is a closed enum, so registering adds a member to it; without the import PEFT answers `KeyError: 'BSLORA'`.
 `bslora_convert.load_into` needs neither.
 """
 
 from bslora_convert.peft.config import BsloraConfig
+from bslora_convert.peft.initial import Init
 from bslora_convert.peft.layer import BsloraLayer
 from bslora_convert.peft.many import load_many
 from bslora_convert.peft.model import BsloraModel
@@ -16,4 +18,4 @@ from bslora_convert.peft.register import register
 
 register()
 
-__all__ = ["BsloraConfig", "BsloraLayer", "BsloraModel", "load_many"]
+__all__ = ["BsloraConfig", "BsloraLayer", "BsloraModel", "Init", "load_many"]

@@ -1,7 +1,8 @@
 """`adapter_config.json` of a compact directory as PEFT reads it."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -9,11 +10,12 @@ from sys import intern
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.file import NAMES, from_file
+from bslora_convert.bslora.form import PARTS
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.resident import RESIDENT
 from bslora_convert.bslora.storage import (
@@ -27,10 +29,15 @@ from bslora_convert.bslora.storage import (
     check_version,
     decoded_dtype,
 )
-from bslora_convert.errors import InputError
+from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.record import CHANGED, integrity
-from bslora_convert.recipe.checks import check_choice
+from bslora_convert.peft.fresh import DEFAULT_RANKS, SCALING, TARGETS, Fresh, fields
+from bslora_convert.peft.initial import Init
+from bslora_convert.recipe.checks import check_choice, is_number
 from bslora_convert.recipe.training import TRAINED
+
+PAIR_B = re.compile(rf"\.bslora_(?:{'|'.join(PARTS)})_B(?:\.|$)")  # a file's key, or a model's with the adapter's name
+LIVE = ("resident", "decoded_bytes", "scaling", "init")  # of an adapter on a model
 
 
 @dataclass
@@ -46,7 +53,10 @@ class BsloraConfig(PeftConfig):
     train: which parts get gradients when the adapter is trainable: `local`, `shared` (pairs, kernels and gates) or `all`.
     resident: what an adapter that comes in codes is held as on a model: `codes`, decoded when it is used, or `floats`, as one
     that is trained always is. decoded_bytes: how much may be decoded at a time of all the adapters on the model; where None
-    what was said before, at first a GiB. Neither is saved.
+    what was said before, at first a GiB.
+    scaling: of every part while the adapter is on a model, where files have none: B is multiplied by it as it is saved and
+    divided by it as it is loaded, which a power of two does exactly. init: how a new adapter is drawn; None leaves it at zero, as
+    one is that will be loaded. None of resident, decoded_bytes, scaling and init is saved.
     """
 
     format_version: int = FORMAT_VERSION
@@ -59,6 +69,8 @@ class BsloraConfig(PeftConfig):
     train: str = "all"
     resident: str = "codes"
     decoded_bytes: int | None = None
+    scaling: float = 1.0
+    init: Init | None = None
     target_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
@@ -71,7 +83,8 @@ class BsloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Checks what a wrong file would get wrong later.
 
-        :raises InputError: for an unknown format or a broken layout. :raises RecipeError: for an unknown value of `train`.
+        :raises InputError: for an unknown format or a broken layout. :raises RecipeError: for a wrong value of `train`,
+            `resident` or `scaling`.
         """
         super().__post_init__()  # type: ignore[no-untyped-call]
         from peft.utils.peft_types import PeftType
@@ -81,6 +94,8 @@ class BsloraConfig(PeftConfig):
         check_version({"format_version": self.format_version, **fields}, CONFIG_NAME)
         check_choice("train", self.train, TRAINED)
         check_choice("resident", self.resident, RESIDENT)
+        if not (is_number(self.scaling) and self.scaling > 0):
+            raise RecipeError(f"scaling is {self.scaling!r}: a number above zero is allowed", "scaling")
         if self.coding is not None:
             self.modules = {intern(name): _module(json.dumps(module)) for name, module in self.modules.items()}
         self._stored = self._layout = self._parsed()  # as the file has it, and in the model's names
@@ -99,6 +114,47 @@ class BsloraConfig(PeftConfig):
         self.layers: frozenset[str] = frozenset()  # of the model, those that it changes
         self.target_modules_to_tie: list[str] = []
         self.modules_to_tie: list[str] | None = None
+
+    @classmethod
+    def new(
+        cls,
+        model: nn.Module,
+        transform: str = "ke",
+        ranks: Sequence[int] | str = DEFAULT_RANKS,
+        target_modules: Sequence[str] | str = TARGETS,
+        *,
+        shared_size: int | None = None,
+        kernel: str = "r_1",
+        slice: str = "center",
+        groups: str | Path | Mapping[str, list[str]] = "layer",
+        init: Init | str = "kaiming_normal",
+        scaling: float = SCALING,
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        layers_pattern: list[str] | str | None = None,
+        modules_to_save: list[str] | None = None,
+        **others: Any,
+    ) -> "BsloraConfig":
+        """The configuration of an adapter that is to be trained on a model, for `get_peft_model` and trainers.
+
+        model: what it will be put on; nothing but names and sizes is read, so it may be on the meta device.
+        transform to groups: as of `Fresh`. target_modules (`all-linear` too), exclude_modules, layers_to_transform,
+        layers_pattern, modules_to_save: as of PEFT's `LoraConfig`. init: how kernels and gates are drawn, or an `Init`.
+        others: any other field.
+
+        :raises RecipeError: naming the field, its value and what is allowed. :raises InputError: when the model has no such
+            modules.
+        """
+        form = Fresh(transform, ranks, shared_size, kernel, slice, groups)
+        chosen = {
+            "exclude_modules": exclude_modules,
+            "layers_to_transform": layers_to_transform,
+            "layers_pattern": layers_pattern,
+        }
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        given = {"modules_to_save": modules_to_save, "scaling": scaling, "init": Init.of(init), **others}
+        found = fields(form, base, target_modules, {**chosen, "modules_to_save": modules_to_save})
+        return cls(**{**found, **given})
 
     @property
     def stays_coded(self) -> bool:
@@ -150,7 +206,7 @@ class BsloraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""
         fields: dict[str, Any] = super().to_dict()
-        return {name: value for name, value in fields.items() if name not in ("resident", "decoded_bytes")}
+        return {name: value for name, value in fields.items() if name not in LIVE}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -170,11 +226,11 @@ class BsloraConfig(PeftConfig):
         return config
 
     def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors as the model holds them: decoded, with local parts in place of cores, in the model's names.
+        """A file's tensors as the model holds them: decoded, local parts for cores, in the model's names, scaling taken out.
 
         :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
         """
-        whole = self._decoded(tensors)
+        whole = scaled(self._decoded(tensors), 1 / self.scaling)
         moved = {PREFIX + old: PREFIX + new for old, new in self._renamed.items()}
         self._renamed, self._stored = {}, self._layout
         return {moved.get(key, key): tensor for key, tensor in whole.items()}
@@ -202,6 +258,11 @@ class BsloraConfig(PeftConfig):
         self._uses = None
         kept = {key: tensor for key, tensor in tensors.items() if key not in cores}
         return kept | {PREFIX + key: tensor for key, tensor in local.items()}
+
+
+def scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Tensors by key, every B times a factor: so every part of the update is, and nothing else."""
+    return {key: tensor * factor if factor != 1 and PAIR_B.search(key) else tensor for key, tensor in tensors.items()}
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

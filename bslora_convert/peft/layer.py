@@ -25,6 +25,7 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.layers.names import Place
 from bslora_convert.layers.shapes import is_transposed
 from bslora_convert.modules.factors import Factors, Shape, Use
+from bslora_convert.peft.initial import Init
 
 LOCAL = ("bslora_local_A", "bslora_local_B")
 SHARED = tuple(
@@ -68,7 +69,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
     adapter needs it: a hundred adapters cost their numbers and little more.
     """
 
-    other_param_names = ("shared", "tied", "coded")
+    other_param_names = ("shared", "scaling", "tied", "coded")
     is_expert = False
 
     def __init__(self, base_layer: nn.Module, name: str, shelf: Shelf) -> None:
@@ -80,6 +81,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         # adapter -> transform and, by level, where its pair is registered; a dict, so that only the owner registers a pair
         self.shared: dict[str, tuple[Transform | None, dict[str, Owner]]] = {}
+        self.scaling: dict[str, float] = {}
         # adapter -> the embedding whose weight this layer shares, where it gets that one's update
         self.tied: dict[str, BsloraLayer] = {}
         self.is_embedding = isinstance(self.get_base_layer(), nn.Embedding)  # looks rows up
@@ -96,18 +98,24 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         owners: Mapping[str, Owner],
         train: str,
         inference_mode: bool,
+        scaling: float = 1.0,
+        init: Init | None = None,
     ) -> None:
         """Adds an adapter.
 
         tensors: shapes of what is registered here, by name (`local_A`, `intra_own_B`, the pairs that this layer owns).
         owners: by level, who registers the pair that it uses. train: the parts that get gradients.
+        scaling: of every part. init: how the tensors are drawn; zeros where None.
         """
         trains = adapter_name in self.active_adapters and not inference_mode
         device, dtype = self.placed()
         for name, shape in tensors.items():  # nothing looks at other adapters: the thousandth is as quick as the first
             numbers = torch.zeros(shape, device=device, dtype=dtype)
+            if init is not None:
+                numbers.copy_(init.numbers(self.name, name, shape))
             self._held(name)[adapter_name] = nn.Parameter(numbers, requires_grad=trains)
         self.shared[adapter_name] = transform, dict(owners)
+        self.scaling[adapter_name] = scaling
         self.frozen_peft_weight_names[adapter_name] = {"all": (), "local": SHARED, "shared": LOCAL}[train]
         self._freeze_non_trainable_peft_weights(adapter_name)
 
@@ -181,8 +189,9 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         return cast(nn.ParameterDict, self._modules[attribute])
 
     def pair(self, level: str, adapter_name: str) -> Factors:
-        """The shared pair of an adapter that is registered here."""
-        return Factors(self._tensor(f"{level}_B", adapter_name), self._tensor(f"{level}_A", adapter_name))
+        """A pair of an adapter that is registered here, local or shared, with the adapter's scaling."""
+        b, scaling = self._tensor(f"{level}_B", adapter_name), self.scaling[adapter_name]
+        return Factors(b if scaling == 1 else b * scaling, self._tensor(f"{level}_A", adapter_name))
 
     def _tensor(self, name: str, adapter_name: str) -> Tensor:
         held = cast(nn.ParameterDict, self._modules[f"bslora_{name}"])

@@ -16,7 +16,7 @@ from bslora_convert.bslora.resident import Resident
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME
 from bslora_convert.layers.names import Place, is_input_embedding, tied_heads
 from bslora_convert.layers.shapes import check_fits
-from bslora_convert.peft.config import split
+from bslora_convert.peft.config import scaled, split
 from bslora_convert.peft.experts import BsloraExperts
 from bslora_convert.peft.layer import BASE, HALF, BsloraLayer, Owner, Shelf
 
@@ -116,6 +116,8 @@ class BsloraModel(BaseTuner):
             owners,
             peft_config.train,
             peft_config.inference_mode,
+            peft_config.scaling,
+            peft_config.init,
         )
 
     def _resident(self, peft_config: Any) -> Resident:
@@ -216,9 +218,8 @@ class BsloraModel(BaseTuner):
         if shelf is not None and adapter_name in shelf.adapters:
             prefix = PREFIX if isinstance(model, PeftModel) else ""
             return {prefix + name: tensor for name, tensor in shelf.adapters[adapter_name].codes.items()}
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
+        held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = scaled(held, config.scaling)
         stored = getattr(torch, config.dtype)
         cast = {key: tensor.to(stored) for key, tensor in tensors.items()}
         exact = all(torch.equal(cast[key].to(tensor.dtype), tensor) for key, tensor in tensors.items())
