@@ -116,7 +116,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
             self._held(name)[adapter_name] = nn.Parameter(numbers, requires_grad=trains)
         self.shared[adapter_name] = transform, dict(owners)
         self.scaling[adapter_name] = scaling
-        empty = tuple(f"bslora_{name}" for name, shape in tensors.items() if 0 in shape)  # of rank 0: no gradient reaches them
+        empty = tuple(f"bslora_{name}" for name, shape in tensors.items() if 0 in shape)  # no gradient reaches them
         self.frozen_peft_weight_names[adapter_name] = {"all": empty, "local": (*SHARED, *empty), "shared": LOCAL}[train]
         self._freeze_non_trainable_peft_weights(adapter_name)
 
