@@ -16,8 +16,8 @@ show     The table of what is there (also after all others).
 Loss: nats a token of completions. Accuracy: rows whose greedy answer is right to the last token and then ends. Bytes: two a
 number for what was trained, the file for what was converted. Steps a second: of CPU time on one thread.
 
-Every run is a line of OUT/runs.jsonl as it ends; what is there is not run again. A run takes about three minutes of CPU
-time, all forms about sixty runs and three hours; the first line of the output says it for what was asked.
+Every run is a line of OUT/<steps>-steps/runs.jsonl as it ends; what is there is not run again. A run takes about three minutes of
+CPU time, all forms about sixty runs and three to four hours; the first line of the output says it for what was asked.
 """
 
 import argparse
@@ -170,7 +170,7 @@ class Bench:
     """One base model, its rows, and the runs that were made."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out = options, options.out
+        self.options, self.out = options, options.out / f"{options.steps}-steps"
         self.out.mkdir(parents=True, exist_ok=True)
         self.file = self.out / "runs.jsonl"
         self.runs = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
