@@ -118,10 +118,8 @@ def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
             ]  # fmt: skip
         table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)
     console.print(table)
-    for budget, (form, call) in commands.compress(record).items():
-        console.print(
-            f"At {budget:.2%} the lowest error that compress makes is {form}'s; unbiased, as it behaves best:"
-        )
-        console.print(f"  {call}", soft_wrap=True)
+    for budget, advice in commands.compress(record).items():
+        console.print(f"At {budget:.2%} {advice.form} has the {advice.reason}:")
+        console.print(f"  {advice.call}", soft_wrap=True)
     if out is not None:
         console.print(f"Written to {out}", style="dim")
