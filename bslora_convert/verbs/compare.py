@@ -25,7 +25,7 @@ from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
-from bslora_convert.modules.lowrank import residual_energy
+from bslora_convert.modules.lowrank import inner, residual_energy
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_choice, check_on_base
 from bslora_convert.recipe.storage import DTYPES
@@ -127,15 +127,16 @@ def _row(
     try:
         fitted = FORMS[name](source, numbers, storage, seed) if plain is None else as_strong(source, plain, storage)
     except OutOfReach as reason:
-        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "byte_ratio", "relative_error"))
+        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "byte_ratio", "relative_error", "gain"))
         seconds = time.perf_counter() - began
         row["budget"] = 1.0 if math.isnan(budget) else budget
         return {**row, **nothing, "seconds": seconds, "note": str(reason), "settings": {}, "functional": None}, None
     seconds = time.perf_counter() - began
-    lost = sum(
-        residual_energy(delta.factors(), source.grams[module], fitted.deltas[module])
-        for module, delta in source.deltas.items()
-    )
+    lost = along = 0.0
+    for module, delta in source.deltas.items():
+        target, made = delta.factors(), fitted.deltas[module]
+        lost += residual_energy(target, source.grams[module], made)
+        along += inner(target, made)
     ratio = fitted.parameters / source.parameters
     size = fitted.parameters * storage.itemsize if fitted.bytes is None else fitted.bytes
     share = size / (source.parameters * storage.itemsize)
@@ -147,6 +148,7 @@ def _row(
         "bytes": size,
         "byte_ratio": share,
         "relative_error": math.sqrt(lost / source.energy) if source.energy else 0.0,
+        "gain": along / source.energy if source.energy else 1.0,
         "seconds": seconds,
         "note": "at its own size" if math.isnan(budget) else "",
         "settings": dict(fitted.settings),

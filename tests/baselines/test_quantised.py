@@ -14,11 +14,12 @@ from bslora_convert.baselines.nf4 import DYNAMIC, NF4, QUANTILES
 from bslora_convert.baselines.quantised import GRIDS, TRUNCATED, bytes_of
 from bslora_convert.bslora.coding.packing import unpack
 from bslora_convert.comparison.forms import as_strong
-from bslora_convert.fit.source import Source
+from bslora_convert.fit.source import Source, measure
 from bslora_convert.lora import LoraModule
 from bslora_convert.modules.factors import Factors
 from tests.baselines.planted import dense, drawn, random_source, relative_error, source_of
 
+MIDDLE = {"rtn_int8": 127, "rtn_int4": 7}
 ALL_GRIDS = {**GRIDS, "affine_2": affine(2, 128), "affine_3": affine(3, 128), "sign": sign(128)}
 
 
@@ -45,9 +46,9 @@ def read(stored: list[Tensor], grid: Grid, shape: tuple[int, int], kind: str) ->
     for i in range(n):
         for j in range(length):
             code, block = codes[i * length + j], i * per_vector + j // grid.block
-            level: float = {
-                "rtn_int8": code - 127, "rtn_int4": code - 7, "nf4": float(QUANTILES[code]), "sign": 2 * code - 1,
-            }.get(kind, code - zeros[block] if zeros else 0)  # fmt: skip
+            level = float(QUANTILES[code]) if kind == "nf4" else code - (zeros[block] if zeros else MIDDLE.get(kind, 0))
+            if kind == "sign":
+                level = 2 * code - 1
             out[i, j] = level * scales[block]
     return out
 
@@ -57,13 +58,16 @@ def read(stored: list[Tensor], grid: Grid, shape: tuple[int, int], kind: str) ->
 def test_bytes_of_a_file_decode_to_what_is_measured(kind: str, shape: tuple[int, int]) -> None:
     grid, x = ALL_GRIDS[kind], vectors(*shape)
     codes = grid.encode(x)
-    assert torch.allclose(codes.decode().double(), read(codes.stored(), grid, shape, kind), rtol=1e-6, atol=0)
+    cancelled = (
+        1e-6 * float(x.abs().max()) if kind == "nf4" else 0.0
+    )  # offset and absmax of the second level, in float32
+    assert torch.allclose(codes.decode().double(), read(codes.stored(), grid, shape, kind), rtol=1e-6, atol=cancelled)
     assert codes.bytes == grid.bytes(*shape)
 
 
 @pytest.mark.parametrize("kind", ALL_GRIDS)
 def test_every_number_is_given_its_nearest_level(kind: str) -> None:
-    x = vectors(4, 256)
+    x = drawn(2)(4, 256)
     codes = ALL_GRIDS[kind].encode(x)
     one = torch.ones_like(codes.codes)
     for moved in (codes.codes - one, codes.codes + one):
@@ -96,12 +100,6 @@ def test_normal_numbers_lose_what_the_grid_does(kind: str, lost: float) -> None:
     assert lost / 2 < share < lost
 
 
-def test_the_tables_are_those_of_bitsandbytes() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    assert torch.equal(functional.get_4bit_type("nf4", device="cpu"), QUANTILES)
-    assert torch.allclose(functional.create_dynamic_map(), DYNAMIC, rtol=1e-6, atol=0)
-
-
 def test_the_published_ends_of_the_tables() -> None:
     # QLoRA, arXiv 2305.14314, appendix E; bitsandbytes.functional.create_dynamic_map().
     assert len(QUANTILES) == 16
@@ -112,6 +110,8 @@ def test_the_published_ends_of_the_tables() -> None:
 
 def test_nf4_is_what_bitsandbytes_writes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(functional.get_4bit_type("nf4", device="cpu"), QUANTILES)
+    assert torch.allclose(functional.create_dynamic_map(), DYNAMIC, rtol=1e-6, atol=0)
     x = vectors(16, 576)
     packed, state = functional.quantize_4bit(x, blocksize=64, compress_statistics=True, quant_type="nf4")
     theirs = functional.dequantize_4bit(packed, state)
@@ -122,8 +122,6 @@ def test_nf4_is_what_bitsandbytes_writes() -> None:
 
 
 def lora(scaling: float) -> Source:
-    from bslora_convert.fit.source import measure
-
     random = drawn(1)
     return measure({"layers.0.q_proj": LoraModule(random(64, 4), random(4, 128), scaling)})
 
@@ -141,7 +139,7 @@ def test_the_whole_adapter_is_its_own_factors_rounded(form: str) -> None:
 @pytest.mark.parametrize("form", TRUNCATED)
 def test_truncated_codes_are_the_best_part_rounded(form: str) -> None:
     source, name = random_source(), form.removeprefix("svd_").removesuffix("_adaptive")
-    grid, budget = GRIDS[name], 1500
+    grid, budget = GRIDS[name], 600
     fitted = TRUNCATED[form](source, budget, torch.bfloat16, 0)
     ranks = {name: factors.rank for name, factors in fitted.deltas.items()}
     assert fitted.bytes == bytes_of(grid, source, ranks) <= 2 * budget
@@ -159,7 +157,7 @@ def test_truncated_codes_are_the_best_part_rounded(form: str) -> None:
 @pytest.mark.parametrize("form", QUANTISED)
 def test_sizes_are_kept_to_and_errors_fall(form: str) -> None:
     source, errors = random_source(rank=8), []
-    for budget in (1400, 2000, 3200, 5000):
+    for budget in (1400, 5000) if form == "loraquant" else (1400, 2000, 3200, 5000):
         fitted = QUANTISED[form](source, budget, torch.bfloat16, 0)
         assert fitted.bytes is not None
         assert 0 < fitted.bytes <= 2 * budget
@@ -170,16 +168,17 @@ def test_sizes_are_kept_to_and_errors_fall(form: str) -> None:
 
 @pytest.mark.parametrize("form", QUANTISED)
 def test_a_size_out_of_reach(form: str) -> None:
-    with pytest.raises(OutOfReach, match="bytes at least, the budget is 40"):
-        QUANTISED[form](random_source(), 20, torch.bfloat16, 0)
+    with pytest.raises(OutOfReach, match="bytes at least, the budget is 20"):
+        QUANTISED[form](random_source(), 10, torch.bfloat16, 0)
 
 
 @pytest.mark.parametrize("form", [*QUANTISED, *WHOLE])
 def test_the_same_again(form: str) -> None:
-    fits = [{**QUANTISED, **WHOLE}[form](random_source(), 1500, torch.bfloat16, seed) for seed in (0, 1)]
-    for name, factors in fits[0].deltas.items():
-        assert torch.equal(factors.b, fits[1].deltas[name].b)
-        assert torch.equal(factors.a, fits[1].deltas[name].a)
+    (one,), (two,) = (
+        {**QUANTISED, **WHOLE}[form](lora(1.0), 160, torch.bfloat16, seed).deltas.values() for seed in (0, 1)
+    )
+    assert torch.equal(one.b, two.b)
+    assert torch.equal(one.a, two.a)
 
 
 @pytest.mark.parametrize("form", [*QUANTISED, *WHOLE])
