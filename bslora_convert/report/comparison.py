@@ -84,7 +84,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str, width: f
         if value is not None:
             forms.setdefault(row["form"], []).append((row["byte_ratio"], value))
     narrow = width < WIDE
-    high = 3.2 + LINE * math.ceil(len(forms) / 2) if narrow else 5.4
+    high = 3.2 + LINE * math.ceil(len(forms) / 2) if narrow else max(5.4, LINE * (len(forms) + 2))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, high), layout="constrained")
         axes = figure.add_subplot()
