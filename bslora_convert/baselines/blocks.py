@@ -139,7 +139,7 @@ class CodedFactors:
 def in_blocks(x: Tensor, block: int) -> Tensor:
     """(n, L) -> (n, blocks, block), the last one filled up with zeros."""
     missing = -x.shape[1] % block
-    return pad(x, (0, missing)).view(x.shape[0], (x.shape[1] + missing) // block, block)
+    return pad(x, (0, missing)).reshape(x.shape[0], (x.shape[1] + missing) // block, block)
 
 
 def spread(of_blocks: Tensor, block: int, length: int) -> Tensor:
