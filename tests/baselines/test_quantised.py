@@ -92,7 +92,7 @@ def test_odd_vectors(kind: str, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "lost"), [("rtn_int8", 4e-5), ("rtn_int4", 0.015), ("nf4", 0.011), ("affine_3", 0.05), ("sign", 0.37)]
+    ("kind", "lost"), [("rtn_int8", 5e-5), ("rtn_int4", 0.015), ("nf4", 0.011), ("affine_3", 0.05), ("sign", 0.37)]
 )
 def test_normal_numbers_lose_what_the_grid_does(kind: str, lost: float) -> None:
     x = drawn(3)(40, 1024)
