@@ -1,6 +1,7 @@
 """Converts existing LoRA adapters into BSLoRA form, and says exactly what was kept.
 
-    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_into, load_lora, save_compact, verify
+    from bslora_convert import Recipe, compress, expand, inspect, load_compact, load_into, load_lora, load_many
+    from bslora_convert import save_compact, verify
 
 Names are loaded when first used, so that importing the package costs nothing.
 """
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from bslora_convert.bslora.storage import load_compact, save_compact
     from bslora_convert.files.hub import push
     from bslora_convert.lora import load_lora
+    from bslora_convert.peft.many import load_many
     from bslora_convert.recipe.recipe import Recipe
     from bslora_convert.recipe.training import Training
     from bslora_convert.verbs.analyze import analyze
@@ -42,6 +44,7 @@ _HOMES = {
     "load_compact": "bslora_convert.bslora.storage",
     "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
+    "load_many": "bslora_convert.peft.many",
     "push": "bslora_convert.files.hub",
     "save_compact": "bslora_convert.bslora.storage",
     "verify": "bslora_convert.verbs.verify",
@@ -63,6 +66,7 @@ __all__ = [
     "load_compact",
     "load_into",
     "load_lora",
+    "load_many",
     "push",
     "save_compact",
     "verify",

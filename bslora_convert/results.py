@@ -224,12 +224,13 @@ class BatchPlan(TypedDict):
 
 
 class Capacity(TypedDict):
-    """What `capacity` returns: adapters by an engine's slots, and by an engine that keeps each one's own bytes."""
+    """What `capacity` returns: adapters by an engine's slots, and by engines that keep each one's own bytes."""
 
     gpu_gib: float
     base_gib: float
     slots: dict[str, dict[str, Any]]
     paged: dict[str, dict[str, Any]]
+    resident: dict[str, int]
 
 
 class LibraryVerification(TypedDict):

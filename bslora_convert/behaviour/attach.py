@@ -5,37 +5,46 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bslora_convert.bslora.decoded import Decoded
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import load_compact
-from bslora_convert.bslora.transforms import Transform
+from bslora_convert.bslora.parts import Moved, Parts, parts_of
+from bslora_convert.bslora.resident import RESIDENT, Resident
+from bslora_convert.bslora.storage import CodedAdapter, load_coded, load_compact, named_tensors
 from bslora_convert.errors import InputError
-from bslora_convert.layers.names import Slice, is_input_embedding, places, tied_heads
+from bslora_convert.layers.names import Place, Slice, is_input_embedding, places, tied_heads
 from bslora_convert.layers.shapes import check_fits
 from bslora_convert.layers.stacked import added
-from bslora_convert.modules.factors import Factors, Use
+from bslora_convert.recipe.checks import check_choice
 
-Parts = tuple[Factors, Transform | None, list[Use]]
+_decoded: WeakKeyDictionary[nn.Module, Decoded] = WeakKeyDictionary()
 
 
 class Attached:
     """An adapter on a model. `enabled` switches it; `remove` takes it off; as a context it is on only inside."""
 
     def __init__(
-        self, model: nn.Module, form: BsloraForm, carried: Mapping[str, Tensor], what: object, enabled: bool = True
+        self,
+        model: nn.Module,
+        form: BsloraForm | CodedAdapter,
+        carried: Mapping[str, Tensor],
+        what: object,
+        enabled: bool = True,
     ) -> None:
-        """Hooks a form's modules and holds the tensors that replace the model's own.
+        """Hooks a form's modules and holds the tensors that replace the model's own. What is in codes stays so (`decoded_of`).
 
         :raises InputError: when the model is not the one that the adapter was made for.
         """
-        found = check_fits(Layout.of(form).modules, model, what)
+        layout = form.layout if isinstance(form, CodedAdapter) else Layout.of(form)
+        found = check_fits(layout.modules, model, what)
         self.carried = carried
         owners = {name: _owner(name) for name in carried}
         known = places(owners.values(), model)
@@ -44,12 +53,17 @@ class Attached:
             for name, tensor in carried.items()
         ]
         self._enabled = False
-        moved = _Moved()
+        self.resident: Resident | None = None
+        parts_by_name = (
+            self._in_codes(model, form, found, what)
+            if isinstance(form, CodedAdapter)
+            else _in_floats(form, model, found)
+        )
         self._handles: list[RemovableHandle] = []
-        stacks: dict[str, dict[Slice, Parts]] = {}
-        for name, module in form.modules.items():
+        stacks: dict[str, dict[Slice, Callable[[], Parts]]] = {}
+        for name, module in layout.modules.items():
             place, layer = found[name], model.get_submodule(found[name].layer)
-            parts = moved.parts(form, name, next(layer.parameters()).device)
+            parts = partial(parts_by_name, name)
             if place.slice is not None:
                 stacks.setdefault(place.slice.holder, {})[place.slice] = parts
                 continue
@@ -57,7 +71,7 @@ class Attached:
             add = add_update if module.kind == "linear" else partial(add_lookup, scale=scale)
             self._handles.append(layer.register_forward_hook(self._hook(add, parts)))
             if module.kind == "tied_embedding" and is_input_embedding(model, layer):
-                heads = [head for head_name, head in tied_heads(model).items() if head_name not in form.modules]
+                heads = [head for head_name, head in tied_heads(model).items() if head_name not in layout.modules]
                 self._handles += [head.register_forward_hook(self._hook(add_head, parts)) for head in heads]
         for holder, of in stacks.items():
             self._handles += self._stack(model.get_submodule(holder), of)
@@ -79,6 +93,8 @@ class Attached:
         self.enabled = False
         for handle in self._handles:
             handle.remove()
+        if self.resident is not None:
+            self.resident.leave()
 
     def __enter__(self) -> "Attached":
         self.enabled = True
@@ -89,19 +105,32 @@ class Attached:
     ) -> None:
         self.enabled = False
 
-    def _hook(self, add: Callable[..., Tensor], parts: Parts) -> Callable[..., Any]:
+    def _in_codes(
+        self, model: nn.Module, adapter: CodedAdapter, found: Mapping[str, Place], what: object
+    ) -> Callable[[str], Parts]:
+        layers = {name: ref(model.get_submodule(place.layer)) for name, place in found.items()}
+
+        def device_of(name: str) -> torch.device:  # holds no model, which is let go with its adapters on it
+            return _device(cast(nn.Module, layers[name]()))
+
+        self.resident = Resident(adapter.layout, adapter.dtype, adapter.version, decoded_of(model), device_of)
+        self.resident.to(device_of(next(iter(found))), torch.promote_types(adapter.dtype, torch.float32))
+        self.resident.fill(adapter.codes, what)
+        return self.resident.parts
+
+    def _hook(self, add: Callable[..., Tensor], parts: Callable[[], Parts]) -> Callable[..., Any]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return add(output, inputs[0], *parts) if self._enabled else output
+            return add(output, inputs[0], *parts()) if self._enabled else output
 
         return hook
 
-    def _stack(self, holder: nn.Module, of: Mapping[Slice, Parts]) -> list[RemovableHandle]:
+    def _stack(self, holder: nn.Module, of: Mapping[Slice, Callable[[], Parts]]) -> list[RemovableHandle]:
         """Hooks around the layer that holds stacked experts: their updates are on its parameters while it runs."""
         running: list[AbstractContextManager[None]] = []
 
         def before(*_: Any) -> None:
             if self._enabled:
-                running.append(added(holder, {place: dense(*parts) for place, parts in of.items()}))
+                running.append(added(holder, {place: dense(*parts()) for place, parts in of.items()}))
                 running[-1].__enter__()
 
         def after(*_: Any) -> None:
@@ -111,42 +140,48 @@ class Attached:
         return [holder.register_forward_pre_hook(before), holder.register_forward_hook(after, always_call=True)]
 
 
-def load_into(model: nn.Module, directory: str | Path) -> Attached:
+def load_into(
+    model: nn.Module, directory: str | Path, *, resident: str = "codes", decoded_bytes: int | None = None
+) -> Attached:
     """Puts a compact directory on a model, without PEFT; the adapter is active until `remove`.
 
     The update is computed in float32 (float64 where stored so) and added to each layer's output. For inference: the numbers are
     not parameters of the model. For training, merging or several adapters use `bslora_convert.peft`.
 
+    resident: what an adapter in codes is held as: `codes`, decoded when it is used, or `floats`. decoded_bytes: how much may be
+    decoded at a time of all the adapters on this model; a GiB where nothing was said.
+
     :raises InputError: when the directory is damaged or the model is not the one that the adapter was made for.
+    :raises RecipeError: for a wrong option.
     """
-    adapter = load_compact(directory)
-    return Attached(model, adapter.form, adapter.carried, directory)
+    check_choice("resident", resident, RESIDENT)
+    if decoded_bytes is not None:
+        decoded_of(model).limit = decoded_bytes
+    if resident == "floats":
+        adapter = load_compact(directory)
+        return Attached(model, adapter.form, adapter.carried, directory)
+    read = load_coded(directory)
+    return Attached(model, read if isinstance(read, CodedAdapter) else read.form, read.carried, directory)
 
 
-class _Moved:
-    """Each tensor on a device in float32 at least, shared ones once."""
+def decoded_of(model: nn.Module) -> Decoded:
+    """What is decoded of the adapters in codes that were put on a model here."""
+    return _decoded.setdefault(model, Decoded())
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[int, torch.device], Tensor] = {}
 
-    def __call__(self, factors: Factors, device: torch.device) -> Factors:
-        return Factors(self.tensor(factors.b, device), self.tensor(factors.a, device))
+def _in_floats(form: BsloraForm, model: nn.Module, found: Mapping[str, Place]) -> Callable[[str], Parts]:
+    """Every module's parts in float32 at least on the device of its layer, shared pairs once."""
+    tensors, moved, layout = named_tensors(form), Moved(), Layout.of(form)
 
-    def parts(self, form: BsloraForm, name: str, device: torch.device) -> Parts:
-        """One module's local factors, the transform and its uses of shared pairs, as the forward pass takes them."""
-        module = form.modules[name]
-        uses: list[Use] = [
-            (self(form.pair(level, path.group), device), {key: self.tensor(t, device) for key, t in path.own.items()})
-            for level, path in module.paths.items()
-        ]
-        return self(module.local, device), form.transform, uses
+    def put(name: str) -> Parts:
+        device = _device(model.get_submodule(found[name].layer))
+        return parts_of(layout, name, lambda key: moved(tensors[key], device))
 
-    def tensor(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """The tensor as the forward pass takes it."""
-        key = (id(tensor), device)
-        if key not in self._seen:
-            self._seen[key] = tensor.to(device, torch.promote_types(tensor.dtype, torch.float32))
-        return self._seen[key]
+    return {name: put(name) for name in layout.modules}.__getitem__
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
 
 
 def _owner(name: str) -> str:

@@ -7,7 +7,8 @@ configuration, and a model can be prepared for it, before a single number is rea
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from sys import intern
 from typing import Any, cast
 
 from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm
@@ -70,7 +71,7 @@ class Layout:
         if not isinstance(modules, dict) or not modules:
             raise InputError(f"{where}: modules is empty or not an object")
         entries = {
-            name: _parse_entry(modules[name], transform, shared, f"{where}: modules[{name}]")
+            intern(name): _parse_entry(modules[name], transform, shared, f"{where}: modules[{name}]")
             for name in sorted(modules, key=natural_order)
         }
         used = {(level, group) for entry in entries.values() for level, group in entry.groups.items()}
@@ -79,6 +80,10 @@ class Layout:
                 if (level, group) not in used:
                     raise InputError(f"{where}: shared.{level}[{group}] has no module")
         return cls(transform, entries, shared)
+
+    def renamed(self, names: Mapping[str, str]) -> "Layout":
+        """The same under other names of its modules."""
+        return Layout(self.transform, {names[name]: entry for name, entry in self.modules.items()}, self.shared)
 
     def to_config(self) -> dict[str, Any]:
         """The fields of the configuration that `parse` reads."""
@@ -210,4 +215,10 @@ def _parse_entry(
     for level, group in groups.items():
         if not isinstance(group, str) or group not in shared.get(level, {}):
             raise InputError(f"{where}: {level} is {group!r}, the name of a group in shared.{level} is expected")
-    return Entry((shape[0], shape[1]), value["rank"], groups, kind)
+    return _entry((shape[0], shape[1]), value["rank"], tuple(groups.items()), kind)
+
+
+@lru_cache(1 << 12)
+def _entry(shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str) -> Entry:
+    """One object for all modules that are alike, in a thousand adapters on one model."""
+    return Entry(shape, rank, dict(groups), kind)

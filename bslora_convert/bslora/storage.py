@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.coded import GROUP
-from bslora_convert.bslora.coding.file import NAMES, from_file, version_of
+from bslora_convert.bslora.coding.file import NAMES, check_codes, from_file, version_of
 from bslora_convert.bslora.coding.file import VERSIONS as CODING_VERSIONS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
@@ -158,6 +158,25 @@ def coded_bytes(codes: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> i
     return file_bytes({PREFIX + name: tensor for name, tensor in {**codes, **carried}.items()})
 
 
+@dataclass(frozen=True, slots=True)
+class CodedAdapter:
+    """A compact directory in codes as read, which are checked and not decoded.
+
+    codes: tensors of `coding.file`. dtype: what they are decoded to. carried: whole weights that travel along.
+    """
+
+    layout: Layout
+    codes: Mapping[str, Tensor]
+    dtype: torch.dtype
+    carried: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    @property
+    def version(self) -> int:
+        """Of the coding."""
+        return int(self.config["coding"]["version"])
+
+
 def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> CompactAdapter:
     """Reads a compact directory, or `LIBRARY::ID`, and checks everything before handing it out.
 
@@ -167,6 +186,34 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
         shape, of another dtype or not finite, or the weights are not what was written; so too for bases that it takes from
         its library.
     """
+    return _decoded(_read(path, accept_changed))
+
+
+def load_coded(path: str | FilePath, *, accept_changed: bool = False) -> CodedAdapter | CompactAdapter:
+    """As `load_compact`, but what is in codes stays so."""
+    read = _read(path, accept_changed)
+    if read.config["format_version"] != CODED_VERSION:
+        return _decoded(read)
+    dtype = decoded_dtype(read.config, read.directory / CONFIG_NAME)
+    version = read.config["coding"]["version"]
+    check_codes(read.codes, read.layout.tensors(), dtype, read.directory / WEIGHTS_NAME, version)
+    _check_passengers(read)
+    return CodedAdapter(read.layout, read.codes, dtype, read.tensors, read.config)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A compact directory's two files. codes: the tensors of `coding.file` among them, tensors: the others."""
+
+    directory: FilePath
+    config: Mapping[str, Any]
+    layout: Layout
+    codes: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    state: str
+
+
+def _read(path: str | FilePath, accept_changed: bool) -> _Read:
     directory = resolve(path)
     if not directory.exists():
         raise InputError(f"{directory}: no such directory")
@@ -189,27 +236,39 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
     layout = Layout.parse(config, config_path)
+    in_codes = config["format_version"] == CODED_VERSION
+    codes = {name: tensors.pop(name) for name in NAMES if name in tensors} if in_codes else {}
+    return _Read(directory, config, layout, codes, tensors, state)
+
+
+def _decoded(read: _Read) -> CompactAdapter:
+    config_path, weights_path = read.directory / CONFIG_NAME, read.directory / WEIGHTS_NAME
+    config, layout = read.config, read.layout
     uses = bases.parse(config, layout.modules, config_path) if config["format_version"] == LIBRARY_VERSION else None
-    codes: dict[str, Tensor] = {}
     if config["format_version"] == CODED_VERSION:
-        codes = {name: tensors.pop(name) for name in NAMES if name in tensors}
-        taken = from_file(
-            codes, layout.tensors(), decoded_dtype(config, config_path), weights_path, config["coding"]["version"]
-        )
+        dtype, version = decoded_dtype(config, config_path), config["coding"]["version"]
+        taken = from_file(read.codes, layout.tensors(), dtype, weights_path, version)
     else:
         expected = uses.tensors(layout) if uses else layout.tensors()
-        taken = {key: _take(weights_path, tensors, key, shape) for key, shape in expected}
-    left = [key for key in tensors if ".bslora_" in f".{key}"]
-    if left:
-        raise InputError(f"{weights_path}: tensor {left[0]} belongs to no module of {CONFIG_NAME}")
-    for key, tensor in tensors.items():
-        check_passenger(weights_path, key, tensor)
+        taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in expected}
+    _check_passengers(read)
     dtypes = {tensor.dtype for tensor in taken.values()}
     if len(dtypes) > 1:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")
     if uses is not None:
-        taken |= uses.local(layout, taken, directory)
-    return CompactAdapter(assemble(layout, taken), tensors, config, directory, uses, codes, state)
+        taken |= uses.local(layout, taken, read.directory)
+    form = assemble(layout, taken)
+    return CompactAdapter(form, read.tensors, config, read.directory, uses, read.codes, read.state)
+
+
+def _check_passengers(read: _Read) -> None:
+    """Refuses what is left once the form has been taken and may not travel along."""
+    weights_path = read.directory / WEIGHTS_NAME
+    left = [key for key in read.tensors if ".bslora_" in f".{key}"]
+    if left:
+        raise InputError(f"{weights_path}: tensor {left[0]} belongs to no module of {CONFIG_NAME}")
+    for key, tensor in read.tensors.items():
+        check_passenger(weights_path, key, tensor)
 
 
 def changed(directory: FilePath) -> str:

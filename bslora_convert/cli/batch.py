@@ -216,6 +216,8 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
 def _show_capacity(console: Any, result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
+    from bslora_convert.library.serving import GIB
+
     table = Table(title=f"adapters in {result['gpu_gib'] - result['base_gib']:g} GiB", title_justify="left")
     table.add_column("engine")
     for column in ("as LoRA", "as compact"):
@@ -226,4 +228,9 @@ def _show_capacity(console: Any, result: Mapping[str, Any]) -> None:
         *(f"{slots[kind]['adapters']:,} of rank {slots[kind]['slot_rank']}" for kind in ("lora", "compact")),
     )
     table.add_row("keeps an adapter's own numbers", *(f"{paged[kind]['adapters']:,}" for kind in ("lora", "compact")))
+    resident = result["resident"]
+    name = "keeps codes as codes (PEFT with bslora_convert.peft)"
+    table.add_row(name, "", f"{resident['adapters']:,}")
     console.print(table)
+    if resident["decoded_bytes"]:
+        console.print(f"In the last row {resident['decoded_bytes'] / GIB:g} GiB are left to adapters that are decoded.")

@@ -1,16 +1,21 @@
 """`adapter_config.json` of a compact directory as PEFT reads it."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from torch import Tensor
 
 from bslora_convert.bslora import bases
 from bslora_convert.bslora.coding.file import NAMES, from_file
 from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.resident import RESIDENT
 from bslora_convert.bslora.storage import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -32,12 +37,16 @@ from bslora_convert.recipe.training import TRAINED
 class BsloraConfig(PeftConfig):
     """Configuration of one compact adapter.
 
-    transform, shared, modules: the layout, see `docs/format.md`; every tensor's shape follows from it.
+    transform, shared, modules: the layout, see `docs/format.md`; every tensor's shape follows from it. Of an adapter that is
+    held as codes modules have the file's names, as it is saved as it came.
     dtype: what the tensors are stored in; weights that are still exact in it are saved in it again.
-    coding: how the file's numbers are coded; None once they are decoded, as they are saved again as floats.
+    coding: how the file's numbers are coded; None once they are held as floats, as they are saved again as floats.
     bases: of an adapter that takes bases from its library, their hash. On a model its local parts are plain ones, so it is saved
     as an adapter that stands alone.
     train: which parts get gradients when the adapter is trainable: `local`, `shared` (pairs, kernels and gates) or `all`.
+    resident: what an adapter that comes in codes is held as on a model: `codes`, decoded when it is used, or `floats`, as one
+    that is trained always is. decoded_bytes: how much may be decoded at a time of all the adapters on the model; where None
+    what was said before, at first a GiB. Neither is saved.
     """
 
     format_version: int = FORMAT_VERSION
@@ -48,6 +57,8 @@ class BsloraConfig(PeftConfig):
     modules: dict[str, Any] = field(default_factory=dict)
     bases: str | None = None
     train: str = "all"
+    resident: str = "codes"
+    decoded_bytes: int | None = None
     target_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
@@ -68,29 +79,50 @@ class BsloraConfig(PeftConfig):
         self.peft_type = PeftType[PEFT_TYPE]
         fields = {"bases": self.bases, "modules": self.modules, "coding": self.coding}
         check_version({"format_version": self.format_version, **fields}, CONFIG_NAME)
+        check_choice("train", self.train, TRAINED)
+        check_choice("resident", self.resident, RESIDENT)
+        if self.coding is not None:
+            self.modules = {intern(name): _module(json.dumps(module)) for name, module in self.modules.items()}
+        self._stored = self._layout = self._parsed()  # as the file has it, and in the model's names
         self._uses: bases.Uses | None = None
         self._place: Path | None = None
         if self.format_version == LIBRARY_VERSION:
-            self._uses = bases.parse(fields, self.layout().modules, CONFIG_NAME)
+            self._uses = bases.parse(fields, self._stored.modules, CONFIG_NAME)
             self.format_version, self.bases = FORMAT_VERSION, None
             self.modules = {
                 name: {key: value for key, value in module.items() if key != "basis"}
                 for name, module in self.modules.items()
             }
-        check_choice("train", self.train, TRAINED)
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        self._stored = self.layout()  # as the file has it
+            self.target_modules = {intern(name) for name in self.target_modules}
         self._renamed: dict[str, str] = {}
         self.layers: frozenset[str] = frozenset()  # of the model, those that it changes
         self.target_modules_to_tie: list[str] = []
         self.modules_to_tie: list[str] | None = None
 
+    @property
+    def stays_coded(self) -> bool:
+        """Whether the adapter is held as codes: it comes in codes, is not to be trained, and nothing else was asked for."""
+        return self.coding is not None and self.resident == "codes" and self.inference_mode
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What codes are decoded to.
+
+        :raises InputError: when that is no float type.
+        """
+        return decoded_dtype({"dtype": self.dtype}, CONFIG_NAME)
+
     def rename(self, names: Mapping[str, str]) -> None:
-        """Takes over what a model calls the modules, in which names the adapter is put on it and saved again."""
-        before = self.layout()
+        """Takes over what a model calls the modules, in which names the adapter is put on it and saved again as floats."""
+        if self.stays_coded:
+            self._layout = (
+                self._stored.renamed(names) if any(old != new for old, new in names.items()) else self._stored
+            )
+            return
+        before = self._layout
         self.modules = {names[name]: module for name, module in self.modules.items()}
-        after = self.layout()
+        self._layout = after = self._parsed()
         moved = {
             f"{name}.bslora_{tensor}": f"{names[name]}.bslora_{tensor}"
             for name in before.modules
@@ -103,8 +135,22 @@ class BsloraConfig(PeftConfig):
         self._renamed = {old: new for old, new in moved.items() if old != new}
 
     def layout(self) -> Layout:
+        """The layout in the model's names."""
+        return self._layout
+
+    @property
+    def stored(self) -> Layout:
+        """The layout as the file has it."""
+        return self._stored
+
+    def _parsed(self) -> Layout:
         """The layout that the fields describe."""
         return Layout.parse({"transform": self.transform, "shared": self.shared, "modules": self.modules}, CONFIG_NAME)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        fields: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in fields.items() if name not in ("resident", "decoded_bytes")}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -130,7 +176,7 @@ class BsloraConfig(PeftConfig):
         """
         whole = self._decoded(tensors)
         moved = {PREFIX + old: PREFIX + new for old, new in self._renamed.items()}
-        self._renamed, self._stored = {}, self.layout()
+        self._renamed, self._stored = {}, self._layout
         return {moved.get(key, key): tensor for key, tensor in whole.items()}
 
     def _decoded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,11 +185,9 @@ class BsloraConfig(PeftConfig):
         :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
         """
         if self.coding is not None:
-            dtype = decoded_dtype({"dtype": self.dtype}, CONFIG_NAME)
-            codes = {name: tensors[PREFIX + name] for name in NAMES if PREFIX + name in tensors}
-            decoded = from_file(codes, self._stored.tensors(), dtype, WEIGHTS_NAME, self.coding["version"])
+            codes, rest = split(tensors)
+            decoded = from_file(codes, self._stored.tensors(), self.stored_dtype, WEIGHTS_NAME, self.coding["version"])
             self.coding, self.format_version = None, FORMAT_VERSION
-            rest = {key: tensor for key, tensor in tensors.items() if key.removeprefix(PREFIX) not in codes}
             return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
         if self._uses is None:
             return dict(tensors)
@@ -158,3 +202,16 @@ class BsloraConfig(PeftConfig):
         self._uses = None
         kept = {key: tensor for key, tensor in tensors.items() if key not in cores}
         return kept | {PREFIX + key: tensor for key, tensor in local.items()}
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The code tensors of a file by name, and the others by key."""
+    codes = {name: tensors[PREFIX + name] for name in NAMES if PREFIX + name in tensors}
+    return codes, {key: tensor for key, tensor in tensors.items() if key.removeprefix(PREFIX) not in codes}
+
+
+@lru_cache(1 << 12)
+def _module(text: str) -> dict[str, Any]:
+    """One object for all modules that are alike, in a thousand adapters on one model; nobody changes it."""
+    found: dict[str, Any] = json.loads(text)
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bslora_convert.layers.names import Place, Slice
 from bslora_convert.layers.stacked import added, rows_of
-from bslora_convert.peft.layer import BsloraLayer
+from bslora_convert.peft.layer import BsloraLayer, Shelf
 
 
 class ExpertWeight(nn.Module):
@@ -49,7 +49,7 @@ class ExpertLayer(BsloraLayer):
             if self.merged:
                 self.unmerge()
             return None
-        names = [] if self.merged else [name for name in self.active_adapters if name in self.shared]
+        names = [] if self.merged else [name for name in self.active_adapters if self.holds(name)]
         deltas = [self.get_delta_weight(name) for name in names]
         return torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0] if deltas else None
 
@@ -57,10 +57,11 @@ class ExpertLayer(BsloraLayer):
 class BsloraExperts(nn.Module):
     """The layer that holds stacked experts, and their compact adapters."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        """base_layer: stays as it is."""
+    def __init__(self, base_layer: nn.Module, shelf: Shelf) -> None:
+        """base_layer: stays as it is. shelf: of all layers of the model."""
         super().__init__()
         self.base_layer = base_layer
+        self._shelf = shelf
 
     def layer(self, place: Place) -> ExpertLayer:
         """The layer of one expert's projection, made when the first adapter needs it: `experts.3.w1`, or `gate.weight`."""
@@ -72,7 +73,8 @@ class BsloraExperts(nn.Module):
                 parent.register_module(part, nn.Module())
             parent = cast(nn.Module, parent._modules[part])
         if last not in parent._modules:
-            parent.register_module(last, ExpertLayer(ExpertWeight(self.base_layer, place.slice)))
+            weight = ExpertWeight(self.base_layer, place.slice)
+            parent.register_module(last, ExpertLayer(weight, place.name, self._shelf))
         return cast(ExpertLayer, parent._modules[last])
 
     def layers(self) -> list[ExpertLayer]:

@@ -1,12 +1,13 @@
 """A base layer with compact adapters beside it.
 
 Each adapter's local factors and its own kernels or gates are registered here. A shared pair is registered in the layer that owns
-it and referred to by the others, so that it is in memory once, in a state dict once, and never another adapter's.
+it and referred to by the others, so that it is in memory once, in a state dict once, and never another adapter's. An adapter that
+is held as codes is registered whole in the first layer that it changes, and the others find it in what all layers share.
 """
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from bslora_convert.bslora.decoded import Decoded
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
+from bslora_convert.bslora.parts import Parts, laid_out
+from bslora_convert.bslora.resident import Resident
 from bslora_convert.bslora.transforms import TRANSFORMS, Transform
+from bslora_convert.errors import RecipeError
+from bslora_convert.layers.names import Place
 from bslora_convert.layers.shapes import is_transposed
 from bslora_convert.modules.factors import Factors, Shape, Use
 
@@ -26,6 +32,8 @@ SHARED = tuple(
     for level in LEVELS
     for name in ("A", "B", *(f"own_{own}" for kind in TRANSFORMS.values() for own in cast(Any, kind).own_names))
 )
+HALF = (torch.float16, torch.bfloat16)
+CODES = "bslora_codes"  # adapters that are held as codes, registered in a layer
 BASE = "__base__"  # PEFT's name for a row of a mixed batch that takes no adapter
 
 
@@ -36,6 +44,23 @@ class Owner:
     layer: "BsloraLayer | None" = None
 
 
+@dataclass(slots=True)
+class Shelf:
+    """What all layers of a model share: the adapters held as codes, what of them is decoded, the layers by name.
+
+    places: where the model has an adapter's modules, by what was asked, so that the next one like it need not look.
+    """
+
+    adapters: dict[str, Resident] = field(default_factory=dict)
+    decoded: Decoded = field(default_factory=Decoded)
+    layers: dict[str, "BsloraLayer"] = field(default_factory=dict)
+    places: dict[Hashable, dict[str, Place]] = field(default_factory=dict)
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a layer's base weight is."""
+        return self.layers[name].placed()[0] or torch.device("cpu")
+
+
 class BsloraLayer(nn.Module, BaseTunerLayer):
     """A linear layer, transformers' Conv1D or an embedding, quantised or not, and its compact adapters by name.
 
@@ -43,13 +68,15 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
     adapter needs it: a hundred adapters cost their numbers and little more.
     """
 
-    other_param_names = ("shared", "tied")
+    other_param_names = ("shared", "tied", "coded")
     is_expert = False
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        """base_layer: the layer that is adapted; it stays as it is."""
+    def __init__(self, base_layer: nn.Module, name: str, shelf: Shelf) -> None:
+        """base_layer: the layer that is adapted; it stays as it is. name: the model's for it. shelf: of the model's layers."""
         super().__init__()
         self.base_layer = base_layer
+        self.name, self.shelf = name, shelf
+        shelf.layers[name] = self
         self.adapter_layer_names: tuple[str, ...] = ()
         # adapter -> transform and, by level, where its pair is registered; a dict, so that only the owner registers a pair
         self.shared: dict[str, tuple[Transform | None, dict[str, Owner]]] = {}
@@ -57,6 +84,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         self.tied: dict[str, BsloraLayer] = {}
         self.is_embedding = isinstance(self.get_base_layer(), nn.Embedding)  # looks rows up
         self._disable_adapters = False
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(base_layer)
 
@@ -74,22 +102,75 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         tensors: shapes of what is registered here, by name (`local_A`, `intra_own_B`, the pairs that this layer owns).
         owners: by level, who registers the pair that it uses. train: the parts that get gradients.
         """
-        for name, shape in tensors.items():
-            self._held(name)[adapter_name] = nn.Parameter(torch.zeros(shape))
+        trains = adapter_name in self.active_adapters and not inference_mode
+        device, dtype = self.placed()
+        for name, shape in tensors.items():  # nothing looks at other adapters: the thousandth is as quick as the first
+            numbers = torch.zeros(shape, device=device, dtype=dtype)
+            self._held(name)[adapter_name] = nn.Parameter(numbers, requires_grad=trains)
         self.shared[adapter_name] = transform, dict(owners)
-        frozen = {"all": (), "local": SHARED, "shared": LOCAL}[train]
-        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.frozen_peft_weight_names[adapter_name] = {"all": (), "local": SHARED, "shared": LOCAL}[train]
+        self._freeze_non_trainable_peft_weights(adapter_name)
 
-    def tie(self, adapter_name: str, embedding: "BsloraLayer", inference_mode: bool) -> None:
+    def fill(self, adapter_name: str, tensors: Mapping[str, Tensor], autocast: bool) -> None:
+        """Gives an adapter that was added its numbers, by name as in `update_layer`, frozen.
+
+        autocast: whether they are in float32 where the base is in half precision.
+        """
+        device, dtype = self.placed()
+        dtype = torch.float32 if dtype is None or (autocast and dtype in HALF) else dtype
+        for name, tensor in tensors.items():
+            numbers = laid_out(tensor.to(device, dtype, copy=True))
+            self._held(name)[adapter_name] = nn.Parameter(numbers, requires_grad=False)
+
+    def keep(self, adapter_name: str, resident: Resident) -> None:
+        """Registers a whole adapter that is held as codes, for this layer and all others that it changes."""
+        if CODES not in self._modules:
+            self.register_module(CODES, nn.ModuleDict())
+            self.adapter_layer_names = (*self.adapter_layer_names, CODES)
+        cast(nn.ModuleDict, self._modules[CODES])[adapter_name] = resident
+        self.shelf.adapters[adapter_name] = resident
+        resident.to(*self.placed())
+
+    @property
+    def coded(self) -> dict[str, Resident]:
+        """The model's adapters that are held as codes, by name."""
+        return self.shelf.adapters
+
+    def placed(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Where the base weight is and what the base layer computes in; None where that can't be told."""
+        layer: Any = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(layer)  # type: ignore[no-untyped-call]
+        return device, dtype if dtype is not None and dtype.is_floating_point else None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; what is decoded of one in codes goes too."""
+        if adapter_name in self.coded:
+            self.coded[adapter_name].leave()
+        super().delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As PEFT's.
+
+        :raises RecipeError: when an adapter that is held as codes is to be trained.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        coded = [name for name in names if name in self.coded]
+        if requires_grad and coded:
+            raise RecipeError(
+                f"adapter {coded[0]} is held as codes, which can't be trained: load it with is_trainable=True"
+            )
+        super().set_requires_grad(adapter_names, requires_grad)
+
+    def tie(self, adapter_name: str, embedding: "BsloraLayer") -> None:
         """Adds an embedding's update for the layer that shares its weight; nothing is registered here."""
         self.tied[adapter_name] = embedding
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def holds(self, adapter_name: str) -> bool:
         """Whether an adapter changes this layer."""
-        return adapter_name in self.shared or adapter_name in self.tied
+        if adapter_name in self.shared or adapter_name in self.tied:
+            return True
+        resident = self.shelf.adapters.get(adapter_name)
+        return resident is not None and resident.holds(self.name)
 
     def _held(self, name: str) -> nn.ParameterDict:
         """One tensor of the format by adapter."""
@@ -109,8 +190,11 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
             Tensor, held._parameters[adapter_name]
         )  # a step of decoding asks ten times a layer; an index is slow
 
-    def parts(self, adapter_name: str) -> tuple[Factors, Transform | None, list[Use]]:
+    def parts(self, adapter_name: str) -> Parts:
         """An adapter's local factors, its transform and its uses of shared pairs, as the forward pass takes them."""
+        resident = self.shelf.adapters.get(adapter_name)
+        if resident is not None:
+            return resident.parts(self.name)
         local = self.pair("local", adapter_name)
         transform, owners = self.shared[adapter_name]
         uses: list[Use] = []

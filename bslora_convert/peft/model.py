@@ -1,22 +1,24 @@
 """The tuner: puts compact adapters on a model's layers and keeps them apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraModel
+from peft import LoraModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
+from bslora_convert.bslora.resident import Resident
+from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME
 from bslora_convert.layers.names import Place, is_input_embedding, tied_heads
 from bslora_convert.layers.shapes import check_fits
+from bslora_convert.peft.config import split
 from bslora_convert.peft.experts import BsloraExperts
-from bslora_convert.peft.layer import BASE, BsloraLayer, Owner
+from bslora_convert.peft.layer import BASE, HALF, BsloraLayer, Owner, Shelf
 
 
 class BsloraModel(BaseTuner):
@@ -31,8 +33,10 @@ class BsloraModel(BaseTuner):
 
         :raises InputError: naming a module that is missing or has another shape.
         """
-        modules = peft_config.layout().modules
-        found = check_fits(modules, model, peft_config.base_model_name_or_path or CONFIG_NAME)
+        self._shelf = shelf_of(model) or Shelf()
+        found = self._places(peft_config, model)
+        if peft_config.decoded_bytes is not None:
+            self._shelf.decoded.limit = peft_config.decoded_bytes
         peft_config.rename({name: place.name for name, place in found.items()})
         self._layout: Layout = peft_config.layout()
         self._owners: dict[tuple[str, str], Owner] = {}
@@ -42,9 +46,17 @@ class BsloraModel(BaseTuner):
                 self._experts.setdefault(place.layer, []).append(place)
         peft_config.layers = frozenset(place.layer for place in found.values())
         tied = [name for name, entry in self._layout.modules.items() if entry.kind == "tied_embedding"]
-        heads = [name for name in tied_heads(model) if name not in self._layout.modules]
-        if heads and any(is_input_embedding(model, model.get_submodule(name)) for name in tied):
+        if any(is_input_embedding(model, model.get_submodule(name)) for name in tied):
+            heads = [name for name in tied_heads(model) if name not in self._layout.modules]
             peft_config.target_modules_to_tie = heads
+
+    def _places(self, peft_config: Any, model: nn.Module) -> dict[str, Place]:
+        modules = peft_config.stored.modules
+        asked = tuple((name, entry.shape) for name, entry in modules.items())
+        if asked not in self._shelf.places:
+            what = peft_config.base_model_name_or_path or CONFIG_NAME
+            self._shelf.places[asked] = check_fits(modules, model, what)
+        return self._shelf.places[asked]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -74,20 +86,24 @@ class BsloraModel(BaseTuner):
     ) -> None:
         """Puts one module's part of an adapter on its layer, which is wrapped the first time."""
         if current_key in self._experts:
-            holder = target if isinstance(target, BsloraExperts) else BsloraExperts(target)
+            holder = target if isinstance(target, BsloraExperts) else BsloraExperts(target, self._shelf)
             for place in self._experts[current_key]:
                 self._put(peft_config, adapter_name, holder.layer(place), place.name)
             self._replaced(adapter_name, target_name, parent, target, holder)
             return
-        layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target)
+        layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target, current_key, self._shelf)
         if current_key in self._layout.modules:
             self._put(peft_config, adapter_name, layer, current_key)
         else:
             embedding: Any = self.model.get_input_embeddings()
-            layer.tie(adapter_name, embedding, peft_config.inference_mode)
+            layer.tie(adapter_name, embedding)
         self._replaced(adapter_name, target_name, parent, target, layer)
 
     def _put(self, peft_config: Any, adapter_name: str, layer: BsloraLayer, current_key: str) -> None:
+        if peft_config.stays_coded:
+            if adapter_name not in self._shelf.adapters:
+                layer.keep(adapter_name, self._resident(peft_config))
+            return
         owners = {}
         for level, group in self._layout.modules[current_key].groups.items():
             owners[level] = self._owners.setdefault((level, group), Owner())
@@ -101,6 +117,75 @@ class BsloraModel(BaseTuner):
             peft_config.train,
             peft_config.inference_mode,
         )
+
+    def _resident(self, peft_config: Any) -> Resident:
+        """An adapter to be held as codes; `_remap_adapter_state_dict_for_load` brings them."""
+        stored, named = peft_config.stored, peft_config.layout()
+        names = None if stored is named else dict(zip(named.modules, stored.modules, strict=True))
+        version = peft_config.coding["version"]
+        return Resident(stored, peft_config.stored_dtype, version, self._shelf.decoded, self._shelf.device_of, names)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's; what is in codes is decoded to float32 where floats are cast to it, and now where it is active."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        resident = self._shelf.adapters.get(adapter_name)
+        if resident is None:
+            return
+        if autocast_adapter_dtype and resident.like.dtype in HALF:
+            resident.float()
+        self._make_ready()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; what is in codes and now active is decoded, as far as there is room."""
+        super().set_adapter(adapter_name, inference_mode)
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        for name in self.active_adapters:
+            if (resident := self._shelf.adapters.get(name)) is not None and resident.is_filled:
+                resident.ready()
+
+    def put(self, adapter_name: str, peft_config: Any, tensors: Mapping[str, Tensor], autocast: bool) -> None:
+        """Adds an adapter with its numbers, frozen and not active, at a cost that does not depend on how many there are.
+
+        tensors: of its file, all of them the form's. autocast: as PEFT's `autocast_adapter_dtype`.
+
+        :raises InputError: when it does not fit the model or is damaged; the model is then as it was.
+        """
+        self._prepare_model(peft_config, self.model)
+        self.peft_config[adapter_name] = peft_config
+        try:
+            layers = dict.fromkeys(place.layer for place in self._places(peft_config, self.model).values())
+            for key in (*layers, *peft_config.target_modules_to_tie):
+                known = key in self._shelf.layers
+                if known and key in layers and adapter_name in self._shelf.adapters:
+                    continue  # an adapter in codes is registered once
+                parent, target, target_name = _get_submodules(self.model, key)
+                self._create_and_replace(peft_config, adapter_name, target, target_name, parent, key)
+                if not known:
+                    parent.get_submodule(target_name).apply(self._as_the_others)
+            self._fill(adapter_name, peft_config, tensors, autocast)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+
+    def _as_the_others(self, module: nn.Module) -> None:
+        """What a layer that is wrapped late is told."""
+        if isinstance(module, BsloraLayer):
+            module.set_adapter(self.active_adapters, inference_mode=True)
+
+    def _fill(self, adapter_name: str, peft_config: Any, tensors: Mapping[str, Tensor], autocast: bool) -> None:
+        resident = self._shelf.adapters.get(adapter_name)
+        if resident is not None:
+            resident.fill(split(tensors)[0], WEIGHTS_NAME)
+            if autocast and resident.like.dtype in HALF:
+                resident.float()
+            return
+        whole = peft_config.put_together(tensors)
+        for name in self._layout.modules:
+            layer = self._shelf.layers[name]
+            held = {key: whole[f"{PREFIX}{name}.bslora_{key}"] for key in self._layout.held_by(name)}
+            layer.fill(adapter_name, held, autocast)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As PEFT's, which looks for a weight that a layer of stacked experts does not have."""
@@ -126,7 +211,11 @@ class BsloraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What `save_pretrained` writes: in the dtype that the adapter is stored in wherever that loses nothing."""
+        """What `save_pretrained` writes: codes as they came, floats in the dtype of storage wherever that loses nothing."""
+        shelf = shelf_of(model)
+        if shelf is not None and adapter_name in shelf.adapters:
+            prefix = PREFIX if isinstance(model, PeftModel) else ""
+            return {prefix + name: tensor for name, tensor in shelf.adapters[adapter_name].codes.items()}
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -139,11 +228,18 @@ class BsloraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What `from_pretrained` puts on the model: codes are decoded, cores in a library's bases become local parts."""
-        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, config.put_together(state_dict)
-        )
-        return tensors
+        """What `from_pretrained` puts on the model: codes, as they are or decoded; cores in a library's bases as local parts."""
+        shelf = shelf_of(model)
+        resident = shelf.adapters.get(adapter_name) if shelf is not None else None
+        if resident is None:
+            tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, config.put_together(state_dict)
+            )
+            return tensors
+        codes, rest = split(state_dict)
+        resident.fill(codes, WEIGHTS_NAME)
+        place = next(name for name, module in model.named_modules() if module is resident)
+        return rest | {f"{place}.{name}": tensor for name, tensor in resident.state_dict().items()}
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -177,3 +273,8 @@ def _name_rows(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def shelf_of(model: nn.Module) -> Shelf | None:
+    """What a model's layers share; None where it has none yet."""
+    return next((module.shelf for module in model.modules() if isinstance(module, BsloraLayer)), None)

@@ -4,12 +4,14 @@ slots     an engine reserves slots of one rank, whatever a file's size (`library
 LoRA that it expands to
 paged     an engine keeps an adapter's own numbers (S-LoRA's unified paging, PEFT): its bytes as LoRA, or those of the compact
 form once it is loaded, codes decoded and shared bases multiplied out
+resident  PEFT with this package's tuner: what is in codes stays so, beside what may be decoded at a time (`bslora/decoded.py`)
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bslora_convert.bslora.decoded import DECODED_BYTES
 from bslora_convert.errors import RecipeError
 from bslora_convert.library.serving import GIB, slots
 from bslora_convert.results import Capacity
@@ -32,6 +34,10 @@ def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float)
         "lora": sum(int(row["source_bytes"]) for row in good) / len(good),
         "compact": sum(int(row["settings"].get("loaded_bytes", row["bytes"])) for row in good) / len(good),
     }
+    held = sum(
+        int(row["bytes"] if _is_coded(row) else row["settings"].get("loaded_bytes", row["bytes"])) for row in good
+    )
+    decoded = DECODED_BYTES if any(_is_coded(row) for row in good) else 0
     return {
         "gpu_gib": gpu_gib,
         "base_gib": base_gib,
@@ -44,4 +50,14 @@ def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float)
             for kind, slot in slots(good).items()
         },
         "paged": {kind: {"mean_bytes": int(size), "adapters": int(free // size)} for kind, size in mean.items()},
+        "resident": {
+            "mean_bytes": int(held / len(good)),
+            "decoded_bytes": decoded,
+            "adapters": int(max(free - decoded, 0) // (held / len(good))),
+        },
     }
+
+
+def _is_coded(row: Mapping[str, Any]) -> bool:
+    """Whether the adapter is in codes; one that takes bases from its library is in floats."""
+    return "loaded_bytes" in row["settings"] and "bases" not in row["settings"]

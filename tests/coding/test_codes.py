@@ -18,7 +18,9 @@ from bslora_convert.bslora.coding.file import (
     SCALES_NAME,
     WIDTHS_NAME,
     coded_tensors,
+    decoded,
     from_file,
+    starts,
     to_file,
     version_of,
 )
@@ -206,6 +208,9 @@ def test_golden_files_are_read_bit_for_bit(version: int, hashes: tuple[str, str]
     assert version_of(file) == version
     found = from_file(file, SHAPES_OF_GOLDEN, torch.float32, "file", version)
     assert tuple(hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:32] for t in found.values()) == hashes
+    for one, start in zip(SHAPES_OF_GOLDEN, starts(file["bslora_widths"], SHAPES_OF_GOLDEN), strict=False):
+        alone = decoded(file, [one], torch.float32, version, start)[one[0]]  # read from where it begins
+        assert torch.equal(alone, found[one[0]])
     for key, coded in coded_tensors(file, SHAPES_OF_GOLDEN).items():
         assert torch.equal(coded.decode(), found[key] if key.endswith("A") else found[key].T)
 

@@ -419,6 +419,8 @@ def test_capacity_follows_each_engines_rule(tmp_path: Path) -> None:
     assert found["slots"]["lora"] == {"rank": 16, "slot_rank": 16, "adapters": (1 << 30) // (16 * width * 2)}
     assert found["slots"]["compact"]["slot_rank"] == 8
     assert found["paged"]["compact"]["adapters"] > 3 * found["paged"]["lora"]["adapters"]
+    assert found["resident"]["decoded_bytes"] == 0
+    assert found["resident"]["adapters"] == found["paged"]["compact"]["adapters"]
     done = CliRunner().invoke(
         main, ["capacity", str(tmp_path / "out"), "--gpu-gib", "80", "--base-gib", "16", "--json"]
     )
@@ -518,7 +520,12 @@ def test_capacity_counts_what_is_loaded(tmp_path: Path) -> None:
     form = load_compact(tmp_path / "out" / "one").form
     loaded = sum(tensor.nbytes for tensor in form.tensors())
     assert row["settings"]["loaded_bytes"] == loaded > row["bytes"]
-    assert capacity([row], 80, 16)["paged"]["compact"]["mean_bytes"] == loaded
+    found = capacity([row], 80, 16)
+    assert found["paged"]["compact"]["mean_bytes"] == loaded
+    assert found["resident"] == {
+        "mean_bytes": row["bytes"], "decoded_bytes": 1 << 30, "adapters": 63 * (1 << 30) // row["bytes"],
+    }  # fmt: skip
+    assert capacity([row], 2, 1)["resident"]["adapters"] == 0
 
 
 def test_the_reasons_of_bad_ones_are_printed(tmp_path: Path) -> None:

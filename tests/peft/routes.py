@@ -2,13 +2,13 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bslora_convert.peft  # noqa: F401  registers the tuner
@@ -61,6 +61,26 @@ def routes(base: Any, lora: Path, place: Path, recipe: Recipe = EXACT, **inputs:
     return {name: float((out - source).norm()) / effect for name, out in found.items()}, record["weight"][
         "relative_error"
     ]
+
+
+def stays_in_codes(build: Callable[[], Any], lora: Path, place: Path, **inputs: Any) -> None:
+    """In codes a LoRA does on a model what the same numbers do as floats, and comes out of it as the file that it was."""
+    compress(lora, place, Recipe(transform="none", bits=4), report_html=False)
+    floats, codes = (PeftModel.from_pretrained(build(), str(place), resident=held) for held in ("floats", "codes"))
+    expected = logits(floats, **inputs)
+    assert torch.equal(logits(codes, **inputs), expected)
+    codes.save_pretrained(place / "saved")
+    weights = "adapter_model.safetensors"
+    stored, again = load_file(place / weights), load_file(place / "saved" / weights)
+    mine = [key for key in stored if ".bslora_" in key]
+    assert all(torch.equal(again[key], stored[key]) for key in mine)
+    if len(mine) == len(stored):  # PEFT has its own ways with embeddings of the base that travel along
+        assert (place / "saved" / weights).read_bytes() == (place / weights).read_bytes()
+    assert torch.equal(logits(PeftModel.from_pretrained(build(), str(place / "saved")), **inputs), expected)
+    model = build()
+    with load_into(model, place):
+        attached = logits(model, **inputs)
+    assert torch.allclose(attached, expected, atol=1e-4)
 
 
 def same(found: dict[str, float], tolerance: float = 1e-4) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from bslora_convert import Recipe, compress, expand, load_into, load_lora
 from bslora_convert.errors import InputError
-from tests.peft.routes import EXACT, logits, merges, routes, same, switches, write
+from tests.peft.routes import EXACT, logits, merges, routes, same, stays_in_codes, switches, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {
@@ -120,6 +120,7 @@ def test_compact_experts_are_put_where_they_belong(tmp_path: Path, family: str) 
     tuned = logits(PeftModel.from_pretrained(base(family), str(tmp_path / "compact")))
     for found in (attached, tuned):
         assert float((found - expected).norm()) < 1e-4 * float((expected - plain).norm())
+    stays_in_codes(lambda: base(family), lora, tmp_path / "coded")
 
 
 def test_on_qwen2_moe_peft_makes_of_the_expanded_what_it_makes_of_the_source(tmp_path: Path) -> None:

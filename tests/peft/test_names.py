@@ -10,7 +10,7 @@ import transformers as hf
 from peft import PeftModel
 
 from bslora_convert import Recipe, compress, expand, load_into
-from tests.peft.routes import EXACT, logits, routes, write
+from tests.peft.routes import EXACT, logits, routes, stays_in_codes, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = {
@@ -146,6 +146,7 @@ def test_names_that_peft_does_not_map(tmp_path: Path, build: Any, shapes: Any, i
     tuned = logits(PeftModel.from_pretrained(build(), str(tmp_path / "compact")), **inputs)
     for found in (attached, tuned):
         assert float((found - expected).norm()) < 1e-4 * float((expected - plain).norm())
+    stays_in_codes(build, lora, tmp_path / "coded", **inputs)
 
 
 def test_gemma3(tmp_path: Path) -> None:

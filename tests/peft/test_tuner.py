@@ -483,16 +483,16 @@ def test_an_adapter_of_a_library_runs_and_is_saved_as_one_that_stands_alone(tmp_
 
 
 @pytest.mark.parametrize("transform", ["none", "ke", "gt"])
-def test_codes_run_as_their_expansion_and_are_saved_as_floats(tmp_path: Path, transform: str) -> None:
+def test_codes_held_as_floats_run_as_their_expansion_and_are_saved_as_floats(tmp_path: Path, transform: str) -> None:
     recipe = Recipe(transform=transform, bytes=0.25, dtype="float32", shared_size=32 if transform != "none" else None)
     record = compress(TINY / "gsm8k", tmp_path / "coded", recipe, report_html=False)
     assert record["compact"]["bytes"] <= 0.25 * record["source"]["bytes"]
     expand(tmp_path / "coded", tmp_path / "lora")
-    model = PeftModel.from_pretrained(base(), str(tmp_path / "coded")).eval()
+    model = PeftModel.from_pretrained(base(), str(tmp_path / "coded"), resident="floats").eval()
     expected = logits(PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval())
     close(logits(model), expected)
     plain = base()
-    attached = load_into(plain, tmp_path / "coded")
+    attached = load_into(plain, tmp_path / "coded", resident="floats")
     close(logits(plain), expected)
     attached.remove()
     model.save_pretrained(str(tmp_path / "saved"))

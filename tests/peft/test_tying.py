@@ -16,7 +16,7 @@ from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.bslora.storage import load_compact
 from bslora_convert.errors import Refused
-from tests.peft.routes import EXACT, logits, merges, routes, same, switches
+from tests.peft.routes import EXACT, logits, merges, routes, same, stays_in_codes, switches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,6 +65,7 @@ def test_the_head_gets_what_the_embedding_gets(tmp_path: Path, targets: Any, onc
     found, claimed = routes(base(), lora, tmp_path)
     assert claimed < 1e-5
     same(found)
+    stays_in_codes(base, lora, tmp_path / "coded")
     for directory in ("compact", "expanded"):
         assert json.loads((tmp_path / directory / "adapter_config.json").read_text())["ensure_weight_tying"] is True
     assert "lm_head" not in load_compact(tmp_path / "compact").form.modules

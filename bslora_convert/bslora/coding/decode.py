@@ -3,7 +3,8 @@
     x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes, or a level
 
 A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
-for each width and one to put the vectors of a tensor together. Many numbers of a trellis are read by a compiled loop (`walk`).
+for each width and one to put the vectors of a tensor together. Many numbers of a trellis are read by a compiled loop (`walk`),
+and on a GPU as many at once as the card's memory easily holds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,40 +21,51 @@ from bslora_convert.modules.factors import Shape
 from bslora_convert.process.compiled import can_compile
 
 GROUPS_AT_ONCE = 64
+GROUPS_ON_DEVICE = 1 << 12  # at once, where a launch costs more than memory does
 VECTORS_AT_ONCE = 64
 MANY = 1 << 18  # numbers of one width from which starting the compiler is worth it
 
 
 def numbers_of(
-    packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype, trellis: bool
+    packed: Tensor,
+    width: int,
+    scales: Tensor,
+    lengths: Tensor,
+    dtype: torch.dtype,
+    trellis: bool,
+    first: int = 0,
+    among: int = 0,
 ) -> Tensor:
-    """The numbers of all vectors of one width, in `dtype`. scales: of all their groups, float32. lengths: (vectors,) int64.
+    """The numbers of whole vectors of one width, in `dtype`, on the device of their codes.
 
-    trellis: whether they are read by windows.
+    scales: of all their groups, float32, beside the codes. lengths: (vectors,) int64, on the CPU. trellis: whether they are read
+    by windows. first: the number of the stream with which the first of them begins. among: how many numbers are read like this
+    in all, where that is more than these: the compiler is started once for all of them.
     """
-    if trellis and int(lengths.sum()) >= MANY and can_compile():
-        return _walked(packed, width, scales, lengths, dtype)
+    if trellis and packed.device.type == "cpu" and max(int(lengths.sum()), among) >= MANY and can_compile():
+        return _walked(packed, width, scales, lengths, dtype, first)
     sizes = group_sizes(lengths)
-    values = torch.empty(int(lengths.sum()), dtype=dtype)
+    values = torch.empty(int(lengths.sum()), dtype=dtype, device=packed.device)
     begins = lengths.cumsum(0) - lengths
+    at_once = GROUPS_AT_ONCE if packed.device.type == "cpu" else GROUPS_ON_DEVICE
     at = 0
-    for size, scale in zip(sizes.split(GROUPS_AT_ONCE), scales.split(GROUPS_AT_ONCE), strict=True):
+    for size, scale in zip(sizes.split(at_once), scales.split(at_once), strict=True):
         count, largest = int(size.sum()), int(size.max())
         if trellis:
-            first, last = torch.searchsorted(begins, torch.tensor([at, at + count])).tolist()
-            levels = values_of(packed, width, at, count, begins[first:last] - at, lengths[first:last])
+            begin, end = torch.searchsorted(begins, torch.tensor([at, at + count])).tolist()
+            levels = values_of(packed, width, first + at, count, begins[begin:end] - at, lengths[begin:end])
         else:
-            levels = levels_of(packed, width, at, count)
+            levels = levels_of(packed, width, first + at, count)
         if count == largest * size.numel():
             levels.view(-1, largest).mul_(scale[:, None])
         else:
-            levels.mul_(scale.repeat_interleave(size, output_size=count))
+            levels.mul_(scale.repeat_interleave(size.to(scale.device), output_size=count))
         values[at : at + count] = levels
         at += count
     return values
 
 
-def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype, first: int) -> Tensor:
     """`numbers_of` a trellis, some whole vectors at a time."""
     values = torch.empty(int(lengths.sum()), dtype=dtype)
     stream, table = packed.numpy(), tables()[width].numpy()
@@ -62,7 +74,7 @@ def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: 
     for own, counts in zip(lengths.split(VECTORS_AT_ONCE), groups.split(VECTORS_AT_ONCE), strict=True):
         size, several = int(own.sum()), int(counts.sum())
         read = torch.empty(size)
-        walk()(stream, width, at, own.numpy(), scales[group : group + several].numpy(), table, read.numpy())
+        walk()(stream, width, first + at, own.numpy(), scales[group : group + several].numpy(), table, read.numpy())
         values[at : at + size] = read
         at, group = at + size, group + several
     return values
@@ -80,6 +92,7 @@ def tensors_of(
     shapes: Iterable[tuple[str, Shape]], widths: Tensor, numbers: Mapping[int, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Every tensor by key, its vectors taken in order from the numbers of their widths. widths: of all vectors."""
+    device = next((values.device for values in numbers.values()), None)
     runs: dict[int, list[int]] = {width: [] for width in numbers}
     cuts: list[tuple[str, Shape, Shape, list[int]]] = []
     row, named = 0, widths.tolist()
@@ -94,6 +107,6 @@ def tensors_of(
     parts = {width: iter(values.split(runs[width])) for width, values in numbers.items()}
     found = {}
     for key, shape, size, order in cuts:
-        vectors = [next(parts[width]) for width in order] or [torch.empty(0, dtype=dtype)]
+        vectors = [next(parts[width]) for width in order] or [torch.empty(0, dtype=dtype, device=device)]
         found[key] = from_vectors(key, torch.cat(vectors).view(size), shape)
     return found

@@ -13,7 +13,9 @@ Version 1, which is read as it was: widths 1, 2, 3, 4, 8 and 16, and `bslora_cod
 code.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -110,10 +112,23 @@ def from_file(
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
     shapes = list(shapes)
-    sizes = [vectors_shape(key, shape) for key, shape in shapes]
-    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), sum(count for count, _ in sizes), where)
-    each = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)  # (vectors, length) of every tensor
-    lengths = each[:, 1].repeat_interleave(each[:, 0])
+    check_codes(tensors, shapes, dtype, where, version)
+    return decoded(tensors, shapes, dtype, version)
+
+
+def check_codes(
+    tensors: Mapping[str, Tensor],
+    shapes: Iterable[tuple[str, Shape]],
+    dtype: torch.dtype,
+    where: object,
+    version: int = VERSION,
+) -> None:
+    """Refuses codes that can't be decoded to `dtype`; arguments as of `from_file`.
+
+    :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
+    """
+    lengths = _lengths(shapes)
+    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where)
     allowed = WIDTHS if version == VERSION else FIRST_WIDTHS
     unknown = set(widths.tolist()) - set(allowed)
     if unknown:
@@ -128,24 +143,77 @@ def from_file(
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
-    stored = {width: _stored(tensors, width, count, where, version) for width, count in counts.items() if count}
-    owned = {width: scales[(widths == width).repeat_interleave(groups * scaled)] for width in stored}
-    for width, values in stored.items():
-        if width == 16:
-            largest = values
-        else:
-            largest = owned[width] * (tables()[width].abs().max() if _by_window(width, version) else LEVELS[width][-1])
+    for width, count in counts.items():
+        if not count:
+            continue
+        largest = _stored(tensors, width, count, where, version)
+        if width != 16:
+            owned = scales[(widths == width).repeat_interleave(groups * scaled)]
+            largest = owned * (tables()[width].abs().max() if _by_window(width, version) else LEVELS[width][-1])
         if float(largest.abs().max()) > torch.finfo(dtype).max:
             raise InputError(
                 f"{where}: {_name(width, version)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
             )
-    numbers = {
-        width: values.to(dtype)
-        if width == 16
-        else numbers_of(values, width, owned[width], lengths[widths == width], dtype, _by_window(width, version))
-        for width, values in stored.items()
-    }
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a tensor begins in a file: its first vector, its first scale, and by width its first number in the width's stream."""
+
+    vector: int = 0
+    scale: int = 0
+    numbers: Mapping[int, int] = field(default_factory=dict)
+
+
+def starts(widths: Tensor, shapes: Iterable[tuple[str, Shape]], first: Start | None = None) -> Iterator[Start]:
+    """Where tensors that follow each other begin, and where the last ends. widths: of all vectors; first: of the first tensor."""
+    found = first or Start()
+    yield found
+    for key, shape in shapes:
+        count, length = vectors_shape(key, shape)
+        numbers, scale = dict(found.numbers), found.scale
+        for width, several in Counter(widths[found.vector : found.vector + count].tolist()).items():
+            numbers[width] = numbers.get(width, 0) + several * length
+            scale += 0 if width == 16 else several * groups_of(length)
+        found = Start(found.vector + count, scale, numbers)
+        yield found
+
+
+def decoded(
+    tensors: Mapping[str, Tensor],
+    shapes: Sequence[tuple[str, Shape]],
+    dtype: torch.dtype,
+    version: int = VERSION,
+    start: Start | None = None,
+    among: int = 0,
+) -> dict[str, Tensor]:
+    """Tensors that follow each other in a file, in `dtype`, by key, on the device of their codes, which `check_codes` has seen.
+
+    shapes: of these tensors. start: of the first of them; the file's beginning. among: as of `numbers_of`.
+    """
+    start = start or Start()
+    lengths = _lengths(shapes)
+    widths = tensors[WIDTHS_NAME][start.vector : start.vector + lengths.numel()].cpu()
+    scaled = widths != 16
+    groups = groups_of(lengths)
+    several = int(groups[scaled].sum())
+    scales = tensors[SCALES_NAME][start.scale : start.scale + several].float() if several else torch.zeros(0)
+    numbers = {}
+    for width in widths.unique().tolist():
+        chosen, stored, first = widths == width, tensors[_name(width, version)], start.numbers.get(width, 0)
+        if width == 16:
+            numbers[width] = stored[first : first + int(lengths[chosen].sum())].to(dtype)
+        else:
+            owned = scales[chosen.repeat_interleave(groups * scaled).to(scales.device)]
+            window = _by_window(width, version)
+            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, window, first, among)
     return tensors_of(shapes, widths, numbers, dtype)
+
+
+def _lengths(shapes: Iterable[tuple[str, Shape]]) -> Tensor:
+    """(vectors,) int64, of every tensor's one after another."""
+    each = torch.tensor([vectors_shape(key, shape) for key, shape in shapes], dtype=torch.int64).view(-1, 2)
+    return each[:, 1].repeat_interleave(each[:, 0])
 
 
 def _by_window(width: int, version: int) -> bool:

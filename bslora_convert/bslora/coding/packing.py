@@ -51,7 +51,7 @@ def levels_of(packed: Tensor, width: int, first: int, count: int) -> Tensor:
         index = torch.stack([packed & 15, packed >> 4], 1).view(-1).int()
     else:
         index = packed.int()
-    levels: Tensor = _table(width).index_select(0, index).view(torch.float32)
+    levels: Tensor = _table(width, packed.device).index_select(0, index).view(torch.float32)
     return levels[skipped : skipped + count]
 
 
@@ -61,11 +61,11 @@ _ENTRIES = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}
 
 
 @cache
-def _table(width: int) -> Tensor:
+def _table(width: int, device: torch.device) -> Tensor:
     """The levels of every run of codes that is looked up at once, side by side in one entry."""
     together = _AT_ONCE[width]
     bits = width * together
     places = torch.arange(together) * width
     codes = torch.arange(2**bits)[:, None] >> places & (2**width - 1)
     levels: Tensor = LEVELS[width][codes].contiguous()
-    return levels.view(_ENTRIES[together]).view(-1)
+    return levels.view(_ENTRIES[together]).view(-1).to(device)

@@ -34,6 +34,11 @@ def tables() -> Mapping[int, Tensor]:
     return {width: held[row].float() / STEPS for row, width in enumerate(TRELLIS_WIDTHS)}
 
 
+@cache
+def _table(width: int, device: torch.device) -> Tensor:
+    return tables()[width].to(device)
+
+
 def windows_of(codes: Tensor, width: int) -> Tensor:
     """(n, L) codes as they stand in a file -> (n, L) int32 windows."""
     codes = codes.to(torch.int32)
@@ -50,20 +55,21 @@ def values_of(packed: Tensor, width: int, first: int, count: int, starts: Tensor
 
     starts, lengths: of the vectors that begin among these, numbers counted from `first`.
     """
+    device = packed.device
     skipped = first % EIGHT
     begin, end = first // EIGHT * width, -(-(first + count) // EIGHT) * width
-    blocks = torch.zeros((end - begin) // width, dtype=torch.int64)
+    blocks = torch.zeros((end - begin) // width, dtype=torch.int64, device=device)
     padded = torch.cat([packed.new_zeros(max(BEFORE - begin, 0)), packed[max(begin - BEFORE, 0) : end]])
     held = padded.long()
     for byte in range(width + BEFORE):  # the block's bytes, and those before it, low end first
         blocks |= held[byte : byte + end - begin : width] << 8 * byte
-    shifts = 8 * BEFORE - WINDOW + width * torch.arange(1, EIGHT + 1)
+    shifts = 8 * BEFORE - WINDOW + width * torch.arange(1, EIGHT + 1, device=device)
     windows = (blocks[:, None] >> shifts & (STATES - 1)).to(torch.int32).view(-1)[skipped : skipped + count]
     for place in range(-(-WINDOW // width) - 1):  # those that reach back beyond the beginning of their vector
         foreign = WINDOW - width * (place + 1)
-        reach = starts[lengths > place] + place
+        reach = (starts[lengths > place] + place).to(device)
         windows[reach] = windows[reach] >> foreign << foreign
-    return tables()[width].index_select(0, windows)
+    return _table(width, device).index_select(0, windows)
 
 
 @cache
