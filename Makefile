@@ -11,7 +11,7 @@ DEMO := build/demo
 SERVER := build/vllm
 SERVER_VERSION := 0.32.0
 
-.PHONY: demo test serve-test lint types check format dist clean
+.PHONY: demo test serve-test lint types check format notebook docs dist clean
 
 demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it again
 	$(BIN)/bslora-convert inspect fixtures/smollm2-135m-math-r16
@@ -38,6 +38,13 @@ format: $(READY) ## bring the code into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(READY) ## the site, in build/site
+	$(BIN)/python docs/pages.py build/docs
+	$(BIN)/zensical build --strict
+
+notebook: $(READY) ## examples/library.ipynb, from the script beside it
+	$(BIN)/python examples/notebook.py
+
 dist: $(CORE) ## the wheel and the sdist
 	rm -rf dist
 	$(PIP) build setuptools
@@ -63,4 +70,4 @@ $(SERVER)/.ready: pyproject.toml $(shell find bslora_convert -name '*.py')
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .cache

@@ -45,7 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     rank, generator = options.rank, torch.Generator().manual_seed(0)
     widths = sorted(([8, 4, 4, 4, 4, 3, 3, 2] * rank)[:rank], reverse=True)
-    one = {side: encode(torch.randn(rank, side, generator=generator), widths) for side in {s for k in KINDS for s in k}}
+    one = {
+        side: encode(torch.randn(rank, side, generator=generator), widths).coded
+        for side in {s for k in KINDS for s in k}
+    }
     shapes, coded, plain = [], {}, {}
     for layer in range(LAYERS):
         for kind, (out, width) in enumerate(KINDS):

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 HEAD = "main"
 API = re.compile(
-    r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>revision|tree|preupload|commit|paths-info)/(?P<revision>[^/?]+)(?P<rest>.*)"
+    r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree|preupload|commit|paths-info)/(?P<revision>[^/?]+)(?P<rest>.*))?"
 )
 FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
@@ -68,14 +68,27 @@ class Handler(BaseHTTPRequestHandler):
         files = self.hub.repos.get(match["repo"])
         if files is None:
             self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        elif match["what"] == "revision":
+        elif match["what"] in (None, "revision"):
             names = [{"rfilename": name} for name in sorted(files)]
             self._json({"id": match["repo"], "sha": self.hub.revision(match["repo"]), "siblings": names})
         else:
-            self._json([
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in sorted(files.items())
-            ])  # fmt: skip
+            above = match["rest"].strip("/") + "/" if match["rest"].strip("/") else ""
+            known = {name for name in files if name.startswith(above)}
+            if "recursive=true" not in urlsplit(self.path).query.lower():
+                known = {above + name.removeprefix(above).partition("/")[0] for name in known}
+            self._json(self._entries(match["repo"], sorted(known)))
+
+    def _entries(self, repo: str, names: list[str]) -> list[dict[str, Any]]:
+        """What the API says of files and folders; nothing of what is not there."""
+        files = self.hub.repos[repo]
+        said: list[dict[str, Any]] = []
+        for name in names:
+            if name in files:
+                oid = hashlib.sha1(files[name]).hexdigest()
+                said.append({"type": "file", "path": name, "size": len(files[name]), "oid": oid})
+            elif any(file.startswith(f"{name}/") for file in files):
+                said.append({"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest()})
+        return said
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -98,6 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         match = API.fullmatch(path)
         assert match is not None, path
         repo = match["repo"]
+        if match["what"] == "paths-info":
+            self._json(self._entries(repo, parse_qs(data.decode()).get("paths", [])))
+            return
         if match["what"] == "preupload":
             asked = json.loads(data)["files"]
             self._json({

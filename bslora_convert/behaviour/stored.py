@@ -38,11 +38,11 @@ class Stored:
         return {
             key: encode(
                 to_vectors(key, tensor.detach().cpu()), self.start[key].widths.tolist(), self.start[key].scales, True
-            )
+            ).coded
             for key, tensor in trained.items()
         }
 
 
 def _anew(coded: Coded) -> Coded:
     """Codes of the first version in the present one."""
-    return encode(coded.decode(), coded.widths.tolist(), unbiased=True)
+    return encode(coded.decode(), coded.widths.tolist(), unbiased=True).coded

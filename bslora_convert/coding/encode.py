@@ -19,7 +19,7 @@ so that each row of A is fitted to what all coded columns of B left, and the err
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,26 @@ BEGINNING = 9  # numbers' worth of it that the beginning of a vector adds
 PROBES, PROBE_SEED = 8, 0
 
 
-def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, unbiased: bool = False) -> Coded:
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Codes, and what they stand for before scales, (n, L) float32; nothing for vectors of 16 bits."""
+
+    coded: Coded
+    values: Tensor
+
+    def scaled(self, by: float | Tensor) -> "Encoded":
+        """As of `Coded`."""
+        return replace(self, coded=self.coded.scaled(by))
+
+    def decode(self) -> Tensor:
+        """(n, L) float32: what the codes decode to."""
+        found = self.values * spread(self.coded.scales, self.values.shape[1])
+        if self.coded.exact is not None:
+            found = torch.where((self.coded.widths == 16)[:, None], self.coded.exact.float(), found)
+        return found
+
+
+def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, unbiased: bool = False) -> Encoded:
     """(n, L) vectors, one width each.
 
     like: scales (n, groups) that may fit better than those of the vectors' own size: of codes that they were decoded from.
@@ -63,6 +82,7 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
     named = torch.tensor(widths, dtype=torch.uint8)
     codes = torch.zeros(n, length, dtype=torch.uint8)
     scales = torch.zeros(n, groups_of(length), dtype=SCALES)
+    values = torch.zeros(n, length)
     exact = None
     for width in sorted(set(widths)):
         if width not in WIDTHS:
@@ -81,8 +101,10 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
             if like is not None:
                 found = groups.better(found, groups.searched(like[chosen].float(), width), width)
         codes[chosen] = found
-        scales[chosen] = groups.scales(found, width, unbiased)
-    return Coded(named, codes, scales, exact)
+        levels = groups.values(found, width)
+        scales[chosen] = groups.scales(levels, unbiased)
+        values[chosen] = levels.view(len(own), -1)[:, :length]
+    return Encoded(Coded(named, codes, scales, exact), values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +147,8 @@ class _Groups:
         table = LEVELS[8][codes.int()] if width == 8 else tables()[width][windows_of(codes, width)]
         return _cut(table, codes.shape[1])
 
-    def scales(self, codes: Tensor, width: int, unbiased: bool = False) -> Tensor:
+    def scales(self, values: Tensor, unbiased: bool = False) -> Tensor:
         """Those of least error, or with which each vector is unbiased, rounded as they are stored."""
-        values = self.values(codes, width)
         cross = (self.cut * values).sum(2)
         found = cross / values.square().sum(2).clamp_min(SMALLEST_NORM)
         if unbiased:
@@ -140,7 +161,7 @@ class _Groups:
         lost = []
         for codes in (first, second):
             values = self.values(codes, width)
-            lost.append((self.cut - values * self.scales(codes, width).float()[..., None]).square().sum((1, 2)))
+            lost.append((self.cut - values * self.scales(values).float()[..., None]).square().sum((1, 2)))
         return torch.where((lost[1] < lost[0])[:, None], second, first)
 
 
@@ -178,8 +199,8 @@ def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
 class CodedPair:
     """B (as r vectors of length out) and A (r, in) in codes, and what they lose of their target."""
 
-    b: Coded
-    a: Coded
+    b: Encoded
+    a: Encoded
     lost: float
 
     def factors(self) -> Factors:

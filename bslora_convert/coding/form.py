@@ -23,14 +23,14 @@ from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
-from bslora_convert.coding.encode import CodedPair, code_pair, encode, lost_shares
+from bslora_convert.coding.encode import Encoded, code_pair, distortions, encode, lost_shares
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.gain import carrier_of, strength_in
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
-from bslora_convert.metric.metric import Metric
-from bslora_convert.modules.factors import Factors, add
+from bslora_convert.metric.metric import PLAIN
+from bslora_convert.modules.factors import Factors, Shape, add
 from bslora_convert.modules.lowrank import Grams, ProductSvd, residual_energy
 from bslora_convert.process.progress import Progress, silent
 
@@ -85,12 +85,22 @@ class _Counter:
 
 @dataclass(frozen=True, slots=True)
 class _Local:
-    """A module's target, its metric, its components (r vectors of each side, √σ), and their options' bits and losses."""
+    """A module's components as its SVD gives them, and their options' bits and losses.
 
-    target: Factors
-    metric: Metric
-    start: Factors
+    Vectors are made when they are coded, and forgotten: written out, those of all modules take several times the source's bytes.
+    """
+
+    svd: ProductSvd
     items: Items
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A module in codes: decoded in the storage dtype, its tensors' codes by key, what it loses (float32)."""
+
+    module: Module
+    tensors: Mapping[str, Coded]
+    lost: float
 
 
 def code_form(
@@ -117,16 +127,12 @@ def code_form(
         locals_ = _locals(source, form, aim, counted)
         rest = None if aim.bits is None else aim.bits - taken
         chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
-    coded = _coded_locals(locals_, chosen, counted)
-    modules = {name: replace(module, local=coded[name].factors()) for name, module in form.modules.items()}
-    form, lost = replace(form, modules=modules), {name: pair.lost for name, pair in coded.items()}
-    for name, pair in coded.items():
-        tensors[f"{name}.bslora_local_A"], tensors[f"{name}.bslora_local_B"] = pair.a, pair.b
-    if aim.unbiased:
-        form, lost = _unbiased(source, form, tensors, lost)
-    decoded = form.to(storage)
+    done = _coded_modules(source, form, locals_, chosen, tensors, aim.unbiased, storage, counted)
+    for one in done.values():
+        tensors |= one.tensors
+    decoded = replace(form, modules={name: one.module for name, one in done.items()}).to(storage)
     ordered = {key: tensors[key] for key, _ in Layout.of(decoded).tensors()}
-    return CodedForm(decoded, ordered, sum(lost.values()), sum(map(_bits, ordered.values())))
+    return CodedForm(decoded, ordered, sum(one.lost for one in done.values()), sum(map(_bits, ordered.values())))
 
 
 def _hollow(
@@ -154,41 +160,6 @@ def _hollow(
     return CodedForm(sized, tensors, lost, sum(map(_bits, tensors.values())))
 
 
-def _unbiased(
-    source: Source, form: BsloraForm, tensors: dict[str, Coded], lost: Mapping[str, float]
-) -> tuple[BsloraForm, dict[str, float]]:
-    """The form with every module's update unbiased, as the codes of `tensors`, which take the scales, decode; what it loses."""
-    carrier = carrier_of(form)
-    scales = dict(
-        zip(form.modules, each(lambda name: strength_in(source, form, name).scale, form.modules), strict=True)
-    )
-    modules, after = dict(form.modules), dict(lost)
-    for name, scale in scales.items():
-        if scale == 1:
-            continue
-        module, key = modules[name], f"{name}.bslora_local_B"
-        tensors[key] = tensors[key].scaled(scale)
-        paths = dict(module.paths)
-        for level, path in module.paths.items():
-            if carrier is not None:
-                own, before = f"{name}.bslora_{level}_own_{carrier}", path.own[carrier]
-                tensors[own] = tensors[own].scaled(scale)
-                numbers = from_vectors(own, tensors[own].decode(), tuple(before.shape)).to(before.device)
-                paths[level] = replace(path, own={**path.own, carrier: numbers})
-        local = replace(module.local, b=tensors[key].decode().T)
-        modules[name] = replace(module, local=local, paths=paths)
-    found = replace(form, modules=modules)
-
-    def residual(name: str) -> float:
-        metric = source.metric(name)
-        target = metric.weighed(source.deltas[name].factors())
-        return residual_energy(target, Grams.of(target), metric.weighed(found.delta(name)))
-
-    changed = [name for name, scale in scales.items() if scale != 1]
-    after.update(zip(changed, each(residual, changed), strict=True))
-    return found, after
-
-
 def _bits(coded: Coded) -> int:
     return sum(bits_of(coded.codes.shape[1], width) for width in coded.widths.tolist())
 
@@ -212,48 +183,92 @@ def _choose(items: Items, aim: Aim) -> np.ndarray:
 
 def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> dict[str, _Local]:
     """What every module's local part has to hold, measured in its metric."""
-    terms = residual_terms(source.deltas, form)
 
     def local(name: str) -> _Local:
-        target, metric = add(*terms[name]), source.metric(name)
-        svd = source.svds[name] if len(terms[name]) == 1 else svd_in(metric, target)
+        metric, module = source.metric(name), form.modules[name]
+        svd = source.svds[name]
+        if module.paths:
+            svd = svd_in(metric, add(*residual_terms(source.deltas[name], form, name)))
         rank = None if aim.ranks is None else aim.ranks[name]
-        most = min(target.shape)
+        most = min(module.shape)
         if aim.most_rank is not None:
             most = min(most, max(aim.most_rank - shared_rank(form, name), 0))
-        return _local(target, svd, metric, aim, rank, most)
+        count = min(int((svd.energies > 0).sum()), most) if rank is None else min(rank, len(svd.energies))
+        left, right = _lost_shares(source, form, name, svd, count)
+        return _Local(svd, _items(svd.energies[:count].double().cpu().numpy(), module.shape, left, right, aim))
 
     return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))
 
 
-def _local(target: Factors, svd: ProductSvd, metric: Metric, aim: Aim, rank: int | None, most: int) -> _Local:
-    count = min(int((svd.energies > 0).sum()), most) if rank is None else rank
-    start = svd.truncate([target], count)
-    energies = svd.energies[: start.rank].double().cpu().numpy()
-    left, right = lost_shares(start.b.T, metric.left).numpy(), lost_shares(start.a, metric.right).numpy()
-    dropped = 0.0 if rank is None else math.inf
-    bits, lost = [np.zeros(len(energies))], [np.maximum(energies, dropped)]
-    for u, v in PAIRS:
-        allowed = aim.width is None or WIDTHS[u] == WIDTHS[v] == aim.width
-        bits.append(np.full(len(energies), bits_of(start.b.shape[0], WIDTHS[u]) + bits_of(start.a.shape[1], WIDTHS[v])))
-        lost.append(
-            energies * (1 - (1 - left[:, u]) * (1 - right[:, v])) if allowed else np.full(len(energies), np.inf)
-        )
-    return _Local(target, metric, start, Items(np.stack(bits, 1), np.stack(lost, 1)))
+def _lost_shares(
+    source: Source, form: BsloraForm, name: str, svd: ProductSvd, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """D of the vectors of each side of a module's components at every width, (count, widths) or one row for all of them."""
+    metric = source.metric(name)
+    if metric is PLAIN:
+        out, width = form.modules[name].shape
+        return distortions(out).numpy()[None], distortions(width).numpy()[None]
+    start = svd.truncate([add(*residual_terms(source.deltas[name], form, name))], count)
+    return lost_shares(start.b.T, metric.left).numpy(), lost_shares(start.a, metric.right).numpy()
 
 
-def _coded_locals(locals_: Mapping[str, _Local], chosen: np.ndarray, counted: _Counter) -> dict[str, CodedPair]:
+def _items(energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, aim: Aim) -> Items:
+    """Options of a module's components, left out first. left, right: D of each side."""
+    dropped = 0.0 if aim.ranks is None else math.inf
+    kept = energies[:, None, None] * (1 - (1 - left[:, :, None]) * (1 - right[:, None, :]))
+    if aim.width is not None:
+        other = np.array(WIDTHS) != aim.width
+        kept[:, other[:, None] | other] = np.inf
+    taken = np.add.outer(*([float(bits_of(length, width)) for width in WIDTHS] for length in shape)).reshape(1, -1)
+    bits = np.pad(np.broadcast_to(taken, (len(energies), len(PAIRS))), ((0, 0), (1, 0)))
+    return Items(bits, np.column_stack([np.maximum(energies, dropped), kept.reshape(-1, len(PAIRS))]))
+
+
+def _coded_modules(
+    source: Source, form: BsloraForm, locals_: Mapping[str, _Local], chosen: np.ndarray, shared: Mapping[str, Coded],
+    unbiased: bool, storage: torch.dtype, counted: _Counter,
+) -> dict[str, _Done]:  # fmt: skip
+    """Every module, one after the other. chosen: an option for each component of all; shared: codes of what is shared."""
     ends = np.cumsum([len(local.items.bits) for local in locals_.values()])
     options = dict(zip(locals_, np.split(chosen, ends[:-1]), strict=True))
 
-    def coded(name: str) -> CodedPair:
-        local = locals_[name]
+    def coded(name: str) -> _Done:
+        metric, target = source.metric(name), add(*residual_terms(source.deltas[name], form, name))
         kept = [k for k, option in enumerate(options[name]) if option]
         b_widths, a_widths = ([WIDTHS[PAIRS[options[name][k] - 1][side]] for k in kept] for side in (0, 1))
-        start = Factors(local.start.b[:, kept], local.start.a[kept])
-        return code_pair(local.target, start, b_widths, a_widths, local.metric)
+        start = locals_[name].svd.truncate([target], len(options[name]))
+        pair = code_pair(target, Factors(start.b[:, kept], start.a[kept]), b_widths, a_widths, metric)
+        local_a, local_b = f"{name}.bslora_local_A", f"{name}.bslora_local_B"
+        module = replace(form.modules[name], local=pair.factors())
+        done = _Done(module, {local_a: pair.a.coded, local_b: pair.b.coded}, pair.lost)
+        done = _unbiased(source, form, name, done, pair.b, shared) if unbiased else done
+        return replace(done, module=replace(done.module, local=done.module.local.to(storage)))
 
     return dict(zip(locals_, counted(each(coded, locals_)), strict=True))
+
+
+def _unbiased(
+    source: Source, form: BsloraForm, name: str, done: _Done, b: Encoded, shared: Mapping[str, Coded]
+) -> _Done:
+    """A module with its update unbiased, as its codes decode that take the scale: those of its B, and of what is shared."""
+    module = done.module
+    scale = strength_in(source, replace(form, modules={name: module}), name).scale
+    if scale == 1:
+        return done
+    carrier, b = carrier_of(form), b.scaled(scale)
+    tensors = {**done.tensors, f"{name}.bslora_local_B": b.coded}
+    paths = dict(module.paths)
+    for level, path in module.paths.items():
+        if carrier is not None:
+            own, before = f"{name}.bslora_{level}_own_{carrier}", path.own[carrier]
+            tensors[own] = shared[own].scaled(scale)
+            numbers = from_vectors(own, tensors[own].decode(), tuple(before.shape)).to(before.device)
+            paths[level] = replace(path, own={**path.own, carrier: numbers})
+    module = replace(module, local=replace(module.local, b=b.decode().T), paths=paths)
+    metric = source.metric(name)
+    target = metric.weighed(source.deltas[name].factors())
+    found = replace(form, modules={name: module}).delta(name)
+    return _Done(module, tensors, residual_energy(target, Grams.of(target), metric.weighed(found)))
 
 
 def _shared_items(form: BsloraForm) -> dict[tuple[str, int], tuple[Tensor, float]]:
@@ -312,8 +327,9 @@ def _coded_shared(
     tensors: dict[str, Coded] = {}
 
     def coded(key: str, tensor: Tensor) -> Tensor:
-        tensors[key] = encode(to_vectors(key, tensor), widths[key])
-        return from_vectors(key, tensors[key].decode(), tuple(tensor.shape)).to(tensor.device)
+        found = encode(to_vectors(key, tensor), widths[key])
+        tensors[key] = found.coded
+        return from_vectors(key, found.decode(), tuple(tensor.shape)).to(tensor.device)
 
     owners = Layout.of(form).owners
     pairs: dict[str, dict[str, Factors]] = {}

@@ -31,18 +31,17 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
     """
     search, places = _compiled(width), _places(width)
     ordered = np.empty(STATES, np.float32)
-    ordered[places] = table[reversed_bits(np.arange(STATES), WINDOW)]
+    ordered[places] = table[reversed_bits(WINDOW)]
     codes = np.empty(x.shape, np.uint8)
     for row, out in zip(np.ascontiguousarray(x, dtype=np.float32), codes, strict=True):
         search(row, ordered, places, out)
-    return reversed_bits(codes, width)
+    return reversed_bits(width).astype(np.uint8)[codes]
 
 
 def paths_on_device(x: Tensor, table: Tensor, width: int) -> Tensor:
     """The same by torch operations on x's device, all vectors together."""
     (n, length), count, upper = x.shape, 1 << width, STATES >> width
-    order = torch.from_numpy(reversed_bits(np.arange(STATES), WINDOW))
-    ordered = table[order].to(x.device, torch.float32)
+    ordered = table[torch.from_numpy(reversed_bits(WINDOW))].to(x.device, torch.float32)
     cost = torch.full((n, STATES), FAR, device=x.device)
     cost[:, 0] = 0
     numbers = torch.arange(count, dtype=torch.int32, device=x.device)[:, None]
@@ -62,7 +61,7 @@ def paths_on_device(x: Tensor, table: Tensor, width: int) -> Tensor:
         codes[:, i] = (state & (count - 1)).to(torch.uint8)
         held = state >> width
         state = came[i, rows, held].long() << (WINDOW - width) | held
-    return torch.from_numpy(reversed_bits(codes.cpu().numpy(), width))
+    return torch.from_numpy(reversed_bits(width).astype(np.uint8)[codes.cpu().numpy()])
 
 
 @cache

@@ -209,7 +209,7 @@ def _float_for_codes(
         budget = share * 8 * dtype.itemsize / TYPICAL_WIDTH
         recipe = recipe.but(bytes=None, max_error=None, budget=min(1.0, max(budget, LEAST_BUDGET)))
     try:
-        return _fit_grouped(source, recipe, torch.float32, progress)
+        return _fit_grouped(source, recipe, torch.float32, progress, hollow=aim.chooses_precision)
     except RecipeError as error:  # the shared parts alone are more than that; an error has no size to keep to
         if aim.max_error is None or "budget" not in error.fields:
             raise
@@ -323,10 +323,15 @@ def _most_rank(source: Source, recipe: Recipe) -> int | None:
     return most if isinstance(most, int) else None
 
 
-def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
-    """The fit under the groups that the recipe names, or of several groupings the one that is best for the size asked for."""
+def _fit_grouped(
+    source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None], hollow: bool = False
+) -> Fit:
+    """The fit under the groups that the recipe names, or of several groupings the one that is best for the size asked for.
+
+    hollow: as of `Options`.
+    """
     fits = {
-        name: _fit(replace(source, partition=partition), recipe, dtype, progress)
+        name: _fit(replace(source, partition=partition), recipe, dtype, progress, hollow)
         for name, partition in candidates(source, recipe.form.groups).items()
     }
     if len(fits) == 1:
@@ -339,7 +344,7 @@ def _fit_grouped(source: Source, recipe: Recipe, dtype: torch.dtype, progress: C
     return replace(fits[best], notes=(*fits[best].notes, note))
 
 
-def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None]) -> Fit:
+def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[[str], None], hollow: bool) -> Fit:
     options = Options(
         transform=recipe.form.transform,
         shared_size=recipe.form.shared_size,
@@ -350,6 +355,7 @@ def _fit(source: Source, recipe: Recipe, dtype: torch.dtype, progress: Callable[
         most_rank=_most_rank(source, recipe),
         seed=recipe.seed,
         storage=dtype,
+        hollow=hollow,
     )
     if recipe.aim.ranks is not None:
         return fit_by_hand(source, options, recipe.aim.ranks, progress)

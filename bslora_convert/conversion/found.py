@@ -47,7 +47,7 @@ class OfficialSource(LoraAdapter):
 def load_source(path: str | Path, recipe: Recipe) -> OfficialSource:
     """Reads an adapter in the authors' layout.
 
-    :raises InputError, Refused: as `load_official`.
+    :raises InputError: as `load_official`. :raises Refused: likewise.
     :raises RecipeError: when the recipe asks for a fit on a base model.
     """
     for name in NEEDING_A_LORA:

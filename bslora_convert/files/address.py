@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from bslora_convert.errors import InputError
-from bslora_convert.files.remote import fetched, is_url
+from bslora_convert.files.remote import fetched
+from bslora_convert.files.store import is_url
 
 MARK = "::"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
@@ -33,8 +34,12 @@ def resolve(path: str | Path) -> Path:
 
 
 def is_library(path: str | Path) -> bool:
-    """Whether a directory is an output of `batch`."""
-    return (Path(path) / MANIFEST).is_file() and (Path(path) / STATE).is_dir()
+    """Whether an address means an output of `batch`; one that was pushed or copied has its summary, but not batch's own state.
+
+    :raises InputError: as `resolve`. :raises RecipeError: as `resolve`.
+    """
+    place = resolve(path)
+    return (place / MANIFEST).is_file() and ((place / STATE).is_dir() or (place / SUMMARY).is_file())
 
 
 def _is_there(path: Path) -> bool:

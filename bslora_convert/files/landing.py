@@ -130,8 +130,9 @@ def replace_file(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: can't be written ({error.strerror or error})") from error
+    finally:  # an interrupt leaves nothing either
+        partial.unlink(missing_ok=True)
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -128,7 +128,7 @@ def _plain(source: Source, options: Options, allocation: Allocation) -> Fit:
 
     def module(name: str) -> Module:
         delta = source.deltas[name]
-        local = source.svds[name].truncate([delta.factors()], ranks[name])
+        local = source.svds[name].truncate([delta.factors()], 0 if options.hollow else ranks[name])
         local = balanced(local) if source.metrics else local
         return Module(delta.shape, options.handed_over(local), {}, source.kind(name))
 

@@ -21,13 +21,10 @@ from bslora_convert.modules.factors import Factors, add
 from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, combine, product_svd
 
 
-def residual_terms(deltas: Mapping[str, Delta], form: BsloraForm) -> dict[str, list[Factors]]:
-    """What local parts have to hold, by module: the module's own factors, and its shared parts taken away."""
-    terms: dict[str, list[Factors]] = {}
-    for name, delta in deltas.items():
-        shared = (form.part(name, level) for level in LEVELS)
-        terms[name] = [delta.factors(), *(Factors(-part.b, part.a) for part in shared if part is not None)]
-    return terms
+def residual_terms(delta: Delta, form: BsloraForm, name: str) -> list[Factors]:
+    """What a module's local part has to hold: the module's own factors, and its shared parts taken away."""
+    shared = (form.part(name, level) for level in LEVELS)
+    return [delta.factors(), *(Factors(-part.b, part.a) for part in shared if part is not None)]
 
 
 def shared_rank(form: BsloraForm, name: str) -> int:
@@ -47,7 +44,7 @@ def locals_in(
 
     uniform: every module keeps its rank; otherwise ranks go where they gain most. most: greatest rank, shared parts counted.
     """
-    terms = residual_terms(deltas, form)
+    terms = {name: residual_terms(delta, form, name) for name, delta in deltas.items()}
     svds = {name: svd_in(metrics[name], add(*parts)) for name, parts in terms.items()}
     ranks = {name: module.local.rank for name, module in form.modules.items()}
     spectra = {name: svd.energies for name, svd in svds.items()}

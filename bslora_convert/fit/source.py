@@ -115,7 +115,7 @@ class Options:
 
     most_rank: greatest rank that a module may have, its shared parts counted; None for any.
     storage: dtype in which local parts are handed over, one by one, so that they never stand in memory together in the
-    compute dtype; None keeps that.
+    compute dtype; None keeps that. hollow: of a fit without shared parts only what it loses is wanted, no local parts.
     """
 
     transform: str = "ke"
@@ -127,6 +127,7 @@ class Options:
     most_rank: int | None = None
     seed: int = 0
     storage: torch.dtype | None = None
+    hollow: bool = False
 
     def handed_over(self, local: Factors) -> Factors:
         """A finished local part in the dtype of `storage`."""

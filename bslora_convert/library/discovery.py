@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bslora_convert.errors import InputError, RecipeError, reason_of
+from bslora_convert.errors import InputError
+from bslora_convert.files.remote import LOCAL
+from bslora_convert.files.store import Store, parts_of
 from bslora_convert.library.items import Item, check_ids, safe_ids
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
@@ -44,17 +46,14 @@ def discover(library: str) -> list[Item]:
 def _plain(uri: str) -> str:
     """A path for `file://`, other URLs as they are.
 
-    :raises InputError: for a URL with credentials, which would end up in records.
+    :raises InputError: for a URL with credentials, which would end up in records, or one that leads up.
     """
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri
-    if scheme in ("file", "local"):
+    if scheme in LOCAL:
         return rest
-    if "?" in rest or (scheme != "hf" and "@" in rest.split("/")[0]):
-        raise InputError(
-            f"{scheme}://…: credentials belong in the environment, not in a URL that is written into records"
-        )
+    parts_of(uri)
     return uri
 
 
@@ -131,13 +130,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _remote(url: str) -> list[Item]:
-    filesystem, root, scheme = open_url(url)
-    try:
-        files = {PurePosixPath(name) for name in filesystem.find(root)}
-    except Exception as error:  # what a remote file system raises has no common base
-        raise InputError(
-            f"{url}: can't be listed ({reason_of(error)}); check the address and the network, or give a local directory"
-        ) from None
+    store = Store.at(url)
+    files = {PurePosixPath(name) for name in store.names()}
     folders = sorted({path.parent for path in files if path.name == CONFIG_NAME})
     kept = [
         folder
@@ -145,23 +139,9 @@ def _remote(url: str) -> list[Item]:
         if any(folder / name in files for name in WEIGHTS_NAMES)
         and not any(other in folder.parents for other in folders)
     ]
-    top = PurePosixPath(root.rstrip("/") or "/")
-    names = safe_ids([(folder.relative_to(top).as_posix() if folder != top else top.name) for folder in kept])
-    return [Item(name, f"{scheme}://{str(folder).lstrip('/')}") for name, folder in zip(names, kept, strict=True)]
-
-
-def open_url(url: str) -> tuple[Any, str, str]:
-    """(file system, path in it, scheme) of an fsspec URL; credentials come from the environment.
-
-    :raises RecipeError: when the package for its scheme is missing. :raises InputError: when the URL is not one.
-    """
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise RecipeError(f"{scheme}:// needs another package ({reason_of(error)})") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{scheme}://: can't be opened ({reason_of(error)})") from None
-    return filesystem, path, scheme
+    top, here = PurePosixPath(store.root).name, PurePosixPath()
+    names = safe_ids([folder.as_posix() if folder != here else top for folder in kept])
+    return [
+        Item(name, f"{store.url}/{folder}" if folder != here else store.url)
+        for name, folder in zip(names, kept, strict=True)
+    ]

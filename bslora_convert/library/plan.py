@@ -11,8 +11,8 @@ from bslora_convert.bslora.official import is_official
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.files.base import base_bytes
 from bslora_convert.files.hashing import sha256
+from bslora_convert.files.store import Store
 from bslora_convert.files.travel import travelling
-from bslora_convert.library.discovery import open_url
 from bslora_convert.library.fetch import at_revision
 from bslora_convert.library.items import Item
 from bslora_convert.library.jobs import Job, Result, failure, job_key, marked
@@ -103,10 +103,12 @@ def _look(item: Item, recipe: Mapping[str, Any], hash_of: Callable[[str], str]) 
 
 
 def _look_remote(item: Item) -> tuple[str, int]:
-    filesystem, root, _ = open_url(at_revision(item))
+    store = Store.at(at_revision(item))
     try:
-        files = filesystem.ls(root, detail=True)
-        stamps = sorted(f"{file['name']} {filesystem.ukey(file['name'])}" for file in files if file["type"] == "file")
+        files = store.filesystem.ls(store.root, detail=True)
+        stamps = sorted(
+            f"{file['name']} {store.filesystem.ukey(file['name'])}" for file in files if file["type"] == "file"
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{item.id}: can't be listed ({type(error).__name__})") from None
     digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()

@@ -46,7 +46,7 @@ Use = tuple[Factors, Mapping[str, Tensor]]  # a shared pair, and what one module
 
 
 def add(first: Factors, *others: Factors) -> Factors:
-    """Sum of products as one product, ranks adding up: [b1 b2 …] [a1; a2; …]."""
+    """Sum of products as one product, ranks adding up: `[b1 b2 …] [a1; a2; …]`."""
     if not others:
         return first
     terms = (first, *others)

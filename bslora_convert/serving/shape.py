@@ -1,6 +1,6 @@
 """An adapter's factors in the shape that an engine takes, or why there is none.
 
-Ranks are filled up with zeros, and so are layers that lack a kind of module; zeros change no update: [B 0] [A; 0] = B A.
+Ranks are filled up with zeros, and so are layers that lack a kind of module; zeros change no update: `[B 0] [A; 0] = B A`.
 """
 
 from collections.abc import Collection, Mapping

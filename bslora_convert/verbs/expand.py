@@ -21,6 +21,7 @@ from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, recorded, seal
+from bslora_convert.files.store import as_written
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.layers.slots import bytes_of, width_of
@@ -52,11 +53,13 @@ def expand(
     engine: str | None = None,
     overwrite: bool = False,
     accept_changed: bool = False,
+    source_name: str | None = None,
 ) -> Expanded:
     """Writes a compact directory, or one in the authors' layout, as others read it and returns what was written.
 
-    compact: a directory, or `LIBRARY::ID` for an adapter of a library. rank, base_model, dtype, format, engine: of `Expansion`;
-    without any a PEFT LoRA. accept_changed: as for `load_compact`.
+    compact: a directory, a URL, or `LIBRARY::ID` for an adapter of a library. rank, base_model, dtype, format, engine: of
+    `Expansion`; without any a PEFT LoRA. accept_changed: as for `load_compact`. source_name: what the record calls the source,
+    instead of `compact`.
 
     :raises InputError: when the source directory is missing or damaged.
     :raises Refused: when the format can't hold the adapter or the engine can't serve it, or the source can't be read faithfully.
@@ -86,7 +89,7 @@ def expand(
         record = {
             "schema_version": SCHEMA_VERSION,
             "tool_version": __version__,
-            "source": {"path": str(compact), "sha256": sha256(weights)},
+            "source": {"path": source_name or as_written(compact), "sha256": sha256(weights)},
             "format": plan.layout,
             "engine": plan.engine,
             **result,

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.files.address import MARK, resolve
 from bslora_convert.files.landing import check_apart, check_output, check_outside
+from bslora_convert.files.store import as_written, is_url
 from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
@@ -17,24 +19,26 @@ def expand_library(
 ) -> LibraryExpansion:
     """Writes every adapter of a library to `out/<id>` and returns a row for each, with what `expand` says of it.
 
-    options: as of `expand`. overwrite: replaces adapters that `expand` wrote to `out` before; what else is there stays.
+    library: a directory, or a URL, which is fetched whole. options: as of `expand`. overwrite: replaces adapters that `expand`
+    wrote to `out` before; what else is there stays.
 
     :raises InputError: when the library holds no adapter. :raises RecipeError: for an option that is not allowed.
     :raises OutputError: when the output place can't be used. What is wrong with one adapter is said in its row.
     """
-    library, out = Path(library), Path(out)
+    place, out, address = resolve(library), Path(out), as_written(library)
     planned(**{name: value for name, value in options.items() if name != "accept_changed"})
-    check_place(library, out, overwrite)
-    there, gone = held(library)
+    check_place(place, out, overwrite)
+    there, gone = held(place)
 
     def one(row: Any, _: Progress) -> dict[str, Any]:
-        return {**expand(library / row["id"], out / row["id"], overwrite=overwrite, **options)}
+        name = f"{address}{MARK}{row['id']}" if is_url(address) else None
+        return {**expand(place / row["id"], out / row["id"], overwrite=overwrite, source_name=name, **options)}
 
     rows = for_each(there, "expanding", one, progress)
     good = [row for row in rows if row["status"] == OK]
     served = [row["served"] for row in good if row["served"]]
     return {
-        "library": str(library),
+        "library": address,
         "rows": rows,
         "adapters": len(rows),
         "bad": len(rows) - len(good),

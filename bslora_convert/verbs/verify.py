@@ -22,6 +22,7 @@ from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
+from bslora_convert.files.store import as_written, is_url
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_count
 from bslora_convert.results import Verification
@@ -79,6 +80,8 @@ def verify(
     thresholds.check_measured(prompts is not None, bool(tasks))
     if tasks:
         need("eval", "tasks", "tasks")
+    if save:
+        check_saved(compact)
     progress("reading", 0, 0)
     rows = None
     if prompts is not None:
@@ -113,7 +116,7 @@ def verify(
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "base_model": name,
-            "compact": {"path": str(compact), "kind": first.kind, "sha256": first.sha256},
+            "compact": {"path": as_written(compact), "kind": first.kind, "sha256": first.sha256},
             "reference": {"path": str(reference), "kind": second.kind, "sha256": second.sha256},
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "device": base.device.type,
@@ -169,6 +172,15 @@ def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
             f"{compact}: it was made from {path}, which is not there from here; give reference (--reference)"
         )
     return path
+
+
+def check_saved(compact: str | Path) -> None:
+    """Refuses to keep a result where the adapter lies elsewhere.
+
+    :raises RecipeError: naming the option.
+    """
+    if is_url(compact) and not Path(compact).exists():
+        raise RecipeError(f"save: {as_written(compact)} is elsewhere, and what was fetched of it is not kept", "save")
 
 
 def check_counts(counts: Mapping[str, int | None], max_new_tokens: int) -> None:

@@ -10,12 +10,14 @@ from bslora_convert.behaviour.loaded import base_kept
 from bslora_convert.behaviour.thresholds import Thresholds
 from bslora_convert.bslora.storage import CONFIG_NAME
 from bslora_convert.errors import InputError, RecipeError, Unsaved
+from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
+from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.results import LibraryVerification
-from bslora_convert.verbs.verify import check_counts, verify
+from bslora_convert.verbs.verify import check_counts, check_saved, verify
 
 SCHEMA_VERSION = 1
 SINGLE = ("reference", "any_reference", "out")  # options that speak of one adapter
@@ -34,13 +36,16 @@ def verify_library(
 ) -> LibraryVerification:
     """Measures every adapter of a library and returns a row for each, worst retention first, and what they say together.
 
-    base_model, prompts: of all adapters; without them each has those of its row of the manifest, and the base model that it names
-    itself. options: as of `verify`; thresholds hold for each, `save` keeps each result in its adapter's directory.
+    library: a directory, or a URL, which is fetched whole. base_model, prompts: of all adapters; without them each has those of
+    its row of the manifest, and the base model that it names itself. options: as of `verify`; thresholds hold for each, `save`
+    keeps each result in its adapter's directory.
 
     :raises InputError: when the library holds no adapter. :raises RecipeError: for an option that is not allowed.
     What is wrong with one adapter is said in its row; a missed threshold is no error: see `passed`.
     """
-    library = Path(library)
+    address, library = as_written(library), resolve(library)
+    if options.get("save"):
+        check_saved(address)
     there, gone = held(library)
     _check(options, prompts is not None or any(row.get("prompts") for row in there), bool(tasks))
 
@@ -65,7 +70,7 @@ def verify_library(
     missed = [row["id"] for row in rows if not row.get("passed", True)]
     return {
         "schema_version": SCHEMA_VERSION,
-        "library": str(library),
+        "library": address,
         "rows": rows,
         "adapters": len(rows),
         "bad": bad,

@@ -3,6 +3,7 @@
     BSLORA_LIBRARY=./compact vllm serve BASE --enable-lora --max-lora-rank 16        # with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
 
     name -> names.py: is it one that a library gives out?      no: 404
+         -> library.py: its files, of a directory or a store   can't be had: 400
          -> base.py: is the adapter for this base?             no: 400, the reason is in the log
          -> snapshots.py: a LoRA of the same content, written once, that stays as long as the server lives
          -> vLLM loads that directory, as often as its caches ask for it

@@ -12,7 +12,7 @@ def find(library: Path, name: str) -> Path | None:
 
     No library gives out an absolute name, one that leads up, a hidden one, or one with a backslash or a NUL.
     """
-    if not _is_given_out(name):
+    if not is_given_out(name):
         return None
     place, root = library / name, library.resolve()
     try:
@@ -25,10 +25,11 @@ def find(library: Path, name: str) -> Path | None:
 def being_replaced(library: Path, name: str) -> bool:
     """Whether a result is about to take a tenant's place: what stood there has been moved aside (`files/landing.py`)."""
     place = library / name
-    return _is_given_out(name) and any(place.parent.glob(f".{place.name}.old-*"))
+    return is_given_out(name) and any(place.parent.glob(f".{place.name}.old-*"))
 
 
-def _is_given_out(name: str) -> bool:
+def is_given_out(name: str) -> bool:
+    """Whether a library may hold a tenant of this name."""
     try:
         check_id(name, "request")
     except InputError:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bslora_convert.errors import RecipeError
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.files.remote import LOCAL
+from bslora_convert.files.store import is_url, parts_of
 
 GIB = 1 << 30
 DEFAULT_CACHE = "~/.cache/bslora-convert/vllm"
@@ -15,28 +17,30 @@ ANY = "*"  # as an alias: whatever the adapter says that its base is called
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """library: the output of `batch` that is served. cache: where snapshots are written. cache_bytes: the most they may take.
+    """library: the output of `batch` that is served, a directory or a URL. cache: where snapshots are written.
 
-    aliases: further names of the served base model in adapters' configurations; "*" is any. plan: `lora` hands out a LoRA that
-    was written once, `compact` a copy of the compact adapter, which vLLM's workers decode whenever they load it (`worker.py`).
+    cache_bytes: the most they may take. aliases: further names of the served base model in adapters' configurations; "*" is any.
+    plan: `lora` hands out a LoRA that was written once, `compact` a copy of the compact adapter, which vLLM's workers decode
+    whenever they load it (`worker.py`).
 
     :raises RecipeError: naming the variable, its value and what is allowed.
     """
 
-    library: Path
+    library: Path | str
     cache: Path
     cache_bytes: int = 20 * GIB
     aliases: frozenset[str] = frozenset()
     plan: str = PLANS[0]
 
     def __post_init__(self) -> None:
-        if not self.library.is_dir():
-            raise RecipeError(f"BSLORA_LIBRARY is {self.library}: a directory that `batch` made is expected")
+        here = Path(self.library)
+        if not here.is_dir():
+            _check_url(self.library)
         if self.cache_bytes <= 0:
             raise RecipeError(f"BSLORA_CACHE_GIB is {self.cache_bytes / GIB:g}: a positive number is expected")
         if self.plan not in PLANS:
             raise RecipeError(f"BSLORA_PLAN is {self.plan!r}: one of {', '.join(PLANS)} is allowed")
-        if self.library.resolve() in (self.cache.resolve(), *self.cache.resolve().parents):
+        if here.is_dir() and here.resolve() in (self.cache.resolve(), *self.cache.resolve().parents):
             raise RecipeError(f"BSLORA_CACHE is {self.cache}: a place outside of the library is expected")
 
     @classmethod
@@ -55,9 +59,21 @@ class Settings:
             raise RecipeError(f"BSLORA_CACHE_GIB is {gib!r}: a positive number is expected") from None
         aliases = environment.get("BSLORA_BASE_ALIASES", "")
         return cls(
-            Path(library),
+            library if is_url(library) and not Path(library).is_dir() else Path(library),
             Path(environment.get("BSLORA_CACHE") or DEFAULT_CACHE).expanduser(),
             most,
             frozenset(name.strip() for name in aliases.split(",") if name.strip()),
             environment.get("BSLORA_PLAN") or PLANS[0],
         )
+
+
+def _check_url(library: object) -> None:
+    """:raises RecipeError: unless it is a URL that a library may have; the store itself is asked with the first tenant."""
+    if not is_url(library):
+        raise RecipeError(f"BSLORA_LIBRARY is {library}: a directory that `batch` made, or the URL of one, is expected")
+    try:
+        scheme, _ = parts_of(library)
+    except InputError as error:
+        raise RecipeError(f"BSLORA_LIBRARY: {error}") from None
+    if scheme in LOCAL:
+        raise RecipeError(f"BSLORA_LIBRARY is {library}: a directory of this machine is given by its path")

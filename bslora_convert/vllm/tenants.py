@@ -22,7 +22,6 @@ from bslora_convert.bslora.storage import (
     load_compact,
 )
 from bslora_convert.errors import InputError, Refused
-from bslora_convert.files.jsonfile import LARGEST_JSON
 from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.factors import Shape
@@ -30,12 +29,11 @@ from bslora_convert.serving.engines import ENGINES
 from bslora_convert.serving.shape import listed, reasons
 from bslora_convert.version import __version__
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
-from bslora_convert.vllm.names import being_replaced, find
+from bslora_convert.vllm.library import LARGEST, Away, opened
 from bslora_convert.vllm.settings import Settings
 from bslora_convert.vllm.snapshots import PARTIAL, Snapshots, digest_of, read_small
 
 FIELDS_NAME = "lora.json"  # in a compact snapshot: the fields of a LoRA's configuration that vLLM reads
-LARGEST_WEIGHTS = 2 << 30
 TRIES, PAUSE = 3, 0.1  # `batch` puts a new result into an old one's place by two renames
 
 
@@ -71,20 +69,24 @@ class Tenants:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.snapshots = Snapshots(settings.cache, settings.cache_bytes, settings.plan)
+        self.library = opened(settings.library)
         self._shapes: dict[str, dict[str, Shape]] = {}
 
     def find(self, name: str, base: str) -> Tenant | None:
         """The tenant of a name, for the base model that is served; None where the library holds none.
 
-        :raises InputError: when it is damaged. :raises Refused: when it is for another base, can't be served, or has no room.
+        :raises InputError: when it is damaged or can't be fetched. :raises Refused: when it is for another base, can't be served,
+            or has no room.
         """
         for left in reversed(range(TRIES)):
-            place = find(self.settings.library, name)
             try:
-                if place is not None:
-                    return self._tenant(place, base)
-                if not left or not being_replaced(self.settings.library, name):
+                with self.library.tenant(name) as place:
+                    if place is not None:
+                        return self._tenant(place, base)
+                if not left or not self.library.being_replaced(name):
                     return None
+            except Away:
+                raise
             except InputError:
                 if not left:
                     raise
@@ -108,11 +110,11 @@ def read_files(place: Path) -> Files:
 
     :raises InputError: when one is missing or too large.
     """
-    record = place / FIDELITY_NAME
+    config, weights, record = (place / name for name in (CONFIG_NAME, WEIGHTS_NAME, FIDELITY_NAME))
     return Files(
-        read_small(place / CONFIG_NAME, LARGEST_JSON),
-        read_small(place / WEIGHTS_NAME, LARGEST_WEIGHTS),
-        read_small(record, LARGEST_JSON) if record.is_file() else None,
+        read_small(config, LARGEST[CONFIG_NAME]),
+        read_small(weights, LARGEST[WEIGHTS_NAME]),
+        read_small(record, LARGEST[FIDELITY_NAME]) if record.is_file() else None,
     )
 
 

@@ -76,7 +76,7 @@ def test_files_give_back_what_was_coded(
     tensors, shapes = {}, []
     for index, (width, count) in enumerate(runs):
         key = f"m{index}.bslora_local_{'AB'[index % 2]}"
-        tensors[key] = encode(torch.randn(count, length, generator=generator), [width] * count)
+        tensors[key] = encode(torch.randn(count, length, generator=generator), [width] * count).coded
         shapes.append((key, (count, length) if index % 2 == 0 else (length, count)))
     file = to_file(tensors)
     with pytest.MonkeyPatch.context() as patch:
@@ -158,9 +158,17 @@ def test_more_bits_lose_less_and_the_estimate_is_near() -> None:
     assert DISTORTIONS[4] < 0.6 * 0.0095  # Max's levels of four bits
 
 
+def test_what_is_encoded_decodes_as_its_codes_do() -> None:
+    vectors = torch.randn(5, 1500, generator=torch.Generator().manual_seed(3))
+    found = encode(vectors, [1, 3, 6, 8, 16])
+    assert torch.equal(found.decode(), found.coded.decode())
+    by = torch.tensor([[0.5], [1.3], [2.0], [0.9], [1.1]])
+    assert torch.equal(found.scaled(by).decode(), found.coded.scaled(by).decode())
+
+
 def test_what_was_decoded_is_coded_again_as_it_was() -> None:
     vectors = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
-    coded = encode(vectors, [2, 4, 8, 16], unbiased=True)
+    coded = encode(vectors, [2, 4, 8, 16], unbiased=True).coded
     decoded = coded.decode()
     gains = (decoded * vectors).sum(1) / vectors.square().sum(1)
     assert torch.allclose(gains, torch.ones(4), atol=6e-3)
@@ -217,7 +225,7 @@ def test_zeros_and_tiny_numbers_are_coded() -> None:
 
 def coded_file() -> tuple[dict[str, torch.Tensor], list[tuple[str, tuple[int, int]]]]:
     generator = torch.Generator().manual_seed(0)
-    coded = {"m.bslora_local_A": encode(torch.randn(3, 21, generator=generator), [8, 3, 16])}
+    coded = {"m.bslora_local_A": encode(torch.randn(3, 21, generator=generator), [8, 3, 16]).coded}
     return to_file(coded), [("m.bslora_local_A", (3, 21))]
 
 

@@ -11,12 +11,24 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bslora_convert import Recipe, batch, compress, expand, inspect, load_compact, load_lora, push
+from bslora_convert import (
+    Recipe,
+    batch,
+    compress,
+    expand,
+    expand_library,
+    inspect,
+    load_compact,
+    load_lora,
+    push,
+    verify_library,
+)
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.files import remote
 from bslora_convert.files.hub import MOST, commits
-from bslora_convert.files.remote import fetched, is_url
+from bslora_convert.files.remote import fetched
+from bslora_convert.files.store import is_url
 from tests.conftest import FIXTURES
 from tests.hub import Hub, hub
 from tests.planting import random_products, write_lora
@@ -87,6 +99,70 @@ def test_an_adapter_of_a_library_on_the_hub_brings_its_bases(here: Hub, tmp_path
     found = load_compact("hf://org/library::t0")
     assert found.config["format_version"] == 2
     assert set(found.form.modules) == set(load_compact(tmp_path / "out" / "t0").form.modules)
+
+
+@pytest.mark.parametrize("kind", ["hub", "memory"])
+def test_a_whole_library_of_a_url_is_expanded_and_measured(here: Hub, tmp_path: Path, kind: str) -> None:
+    """As it lies on the Hub once it was pushed: without what batch keeps for itself."""
+    from tests.library.test_libraries import BASE, PROMPTS, QUICK, mixed
+
+    for name, seed in (("team/a", 0), ("b", 1)):
+        write_lora(tmp_path / "in" / name, mixed(seed), base_model_name_or_path="fixtures/tiny/base")
+    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0, share_across=True)
+    if kind == "hub":
+        push(tmp_path / "out", "org/whole")
+        address = f"hf://org/whole@{here.revision('org/whole')}"
+    else:
+        import fsspec
+
+        address = "memory://whole/library"
+        for name, data in holding(tmp_path / "out").items():
+            if not name.startswith(".batch/"):
+                fsspec.filesystem("memory").pipe(f"/whole/library/{name}", data)
+    expand_library(tmp_path / "out", tmp_path / "expected", engine="vllm")
+    done = CliRunner().invoke(main, ["expand", address, str(tmp_path / "served"), "--for", "vllm", "--json"])
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["library"], [row["id"] for row in said["rows"]]) == (address, ["b", "team/a"])
+    for name in ("team/a", "b"):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "served" / name / file).read_bytes() == (
+                tmp_path / "expected" / name / file
+            ).read_bytes()
+        record = json.loads((tmp_path / "served" / name / "expansion.json").read_text())
+        assert record["source"]["path"] == f"{address}::{name}"
+    assert str(tmp_path) not in json.dumps([row["source"] for row in said["rows"]])
+    words = [
+        "verify",
+        address,
+        "--base-model",
+        str(BASE),
+        "--prompts",
+        str(PROMPTS),
+        "--limit",
+        "3",
+        "--max-new-tokens",
+        "0",
+    ]
+    done = CliRunner().invoke(main, [*words, "--json"])
+    assert done.exit_code == 0, done.stderr
+    measured, beside = json.loads(done.stdout), verify_library(tmp_path / "out", prompts=PROMPTS, **QUICK)
+    assert [(row["id"], row["kl"]) for row in measured["rows"]] == [(row["id"], row["kl"]) for row in beside["rows"]]
+    for which in (address, f"{address}::b"):
+        done = CliRunner().invoke(main, [*words[:1], which, *words[2:], "--save"])
+        assert done.exit_code == 2
+        assert "is elsewhere" in done.stderr
+
+
+def test_a_library_on_the_hub_is_converted_from_there(here: Hub, tmp_path: Path) -> None:
+    for name, source in (("one", "gsm8k"), ("team/two", "banking77")):
+        here.repos.setdefault("org/loras", {}).update(holding(TINY / source, f"{name}/"))
+    recipe = Recipe(transform="none", ranks=(2, 0, 0))
+    summary = batch("hf://org/loras", tmp_path / "out", recipe, workers=0, report_html=False)
+    assert summary["ok"] == 2
+    record = json.loads((tmp_path / "out" / "team/two" / "fidelity.json").read_text())
+    assert record["source"]["path"] == "hf://org/loras/team/two"
+    assert batch("hf://org/loras", tmp_path / "out", recipe, workers=0, report_html=False)["skipped"] == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Base models as llama.cpp reads them: a transformers model's weights in a GGUF file of float32, by the project's own table."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from bslora_convert.serving.gguf import read_base
 SHIFTED = ("gemma", "gemma2", "gemma3")  # whose norms transformers adds one to
 
 
-def write_base(model: Any, directory: Path, path: Path) -> Path:
-    """The model whose configuration lies in `directory` as one file; its tokens have no meaning, only numbers."""
+def write_base(model: Any, directory: Path, path: Path, vocabulary: Callable[[Any], None] | None = None) -> Path:
+    """The model whose configuration lies in `directory` as one file; without a vocabulary tokens are mere numbers."""
     config, base = model.config, read_base(directory)
     arch = base.architecture.name
     writer = gguf.GGUFWriter(path, arch)
@@ -38,7 +39,10 @@ def write_base(model: Any, directory: Path, path: Path) -> Path:
     if arch == "phi3":
         writer.add_sliding_window(0)
         writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
-    add_tokens(writer, config.vocab_size)
+    if vocabulary is None:
+        add_tokens(writer, config.vocab_size)
+    else:
+        vocabulary(writer)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(numbers[arch], base.layers)
     for name, tensor in model.state_dict().items():

@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bslora_convert.vllm.settings import PLANS
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
 from tests.vllm.serving import Answer, Server, serving
+from tests.vllm.test_elsewhere import on_the_web
 from tests.vllm.test_tenants import DAMAGE, HOSTILE, edited
 
 PYTHON = os.environ.get("BSLORA_VLLM_PYTHON")
@@ -77,7 +79,7 @@ def server(library: Path, plan: str, tmp_path_factory: pytest.TempPathFactory) -
     assert "needs another vLLM" not in running.log.read_text(errors="replace")
 
 
-def environment(library: Path, place: Path) -> dict[str, str]:
+def environment(library: Path | str, place: Path) -> dict[str, str]:
     return {"BSLORA_LIBRARY": str(library), "BSLORA_CACHE": str(place / "cache")}
 
 
@@ -173,6 +175,23 @@ def test_the_counters_stand_among_vllms_metrics(server: Server) -> None:
     }
     assert set(counts) >= {"loaded", "refused", "unknown"}
     assert all(counts.values())
+
+
+def test_a_library_of_a_url_and_its_store_going_away(made: Path, tmp_path: Path) -> None:
+    assert PYTHON
+    (tmp_path / "server").mkdir()
+    with ExitStack() as store, ExitStack() as running:
+        given = environment(store.enter_context(on_the_web(made)), tmp_path / "server")
+        there = running.enter_context(serving(PYTHON, BASE, tmp_path / "server", given, *ONE))
+        answers = [there.ask("bank", prompt) for prompt in PROMPTS]
+        assert beside_peft(made, "bank", tmp_path / "lora", answers) < CLOSE
+        assert [there.ask(name, [5], 1).status for name in ("nobody", "../bank", "other-name")] == [404, 404, 400]
+        assert there.ask("leaves", [5], 1).status == 200  # bank has left the caches
+        store.close()
+        assert there.ask("comes", [5], 1).status == 400
+        assert "'comes' is refused: " in there.log.read_text(errors="replace")
+        assert [there.ask("bank", prompt).tokens for prompt in PROMPTS] == [answer.tokens for answer in answers]
+        assert there.get("/health")[0] == 200
 
 
 def test_many_clients_and_more_tenants_than_slots(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -72,8 +72,10 @@ def values_of(packed: Tensor, width: int, first: int, count: int, starts: Tensor
     return _table(width, device).index_select(0, windows)
 
 
-def reversed_bits(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Whole numbers with their lowest `bits` bits in the opposite order."""
+@cache
+def reversed_bits(bits: int) -> np.ndarray:
+    """(2^bits,): every whole number of so many bits with these in the opposite order."""
+    numbers = np.arange(1 << bits)
     found = np.zeros_like(numbers)
     for bit in range(bits):
         found |= (numbers >> bit & 1) << (bits - 1 - bit)
