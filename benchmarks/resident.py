@@ -12,8 +12,8 @@ steps    CPU milliseconds of one token on one thread in float32, the least of `-
 figure   Adapters of the paper's benchmark (Llama-1-7B; q, k, v, up, down; 80 GiB): its own lines, and ours from the bytes that
          one in codes of those shapes was measured to take in a process.
 
-Each number lands in OUT as it is measured, and the same command goes on. From nothing: memory about ten minutes, steps three,
-figure six, on two shared cores.
+Each number lands in OUT as it is measured, and the same command goes on. From nothing: memory twenty minutes, steps thirteen,
+figure twenty, on two cores that are shared with as many other processes.
 """
 
 import argparse
@@ -35,10 +35,10 @@ CODES = ("0.25", "0.125", "0.0625")
 KINDS = {  # name: (what is loaded, dtype of base and adapter, as what codes are held)
     "LoRA r=16, float32": ("lora", "float32", ""),
     "LoRA r=16, bf16": ("lora", "bfloat16", ""),
-    "ke 0.4459, float32": ("ke", "float32", "floats"),
-    "ke 0.4459, bf16": ("ke", "bfloat16", "floats"),
     **{f"codes {share}": (share, "bfloat16", "codes") for share in CODES},
     "codes 0.125 as floats, bf16": ("0.125", "bfloat16", "floats"),
+    "ke 0.4459, bf16": ("ke", "bfloat16", "floats"),
+    "ke 0.4459, float32": ("ke", "float32", "floats"),
 }
 # The paper's benchmark: MiB of the base beside which adapters grow, and MiB of an adapter (its plotted numbers).
 PAPER = {"LoRA r=8": (18264.15, 53.50), "BSLoRA": (14618.35, 17.4375)}

@@ -1,15 +1,19 @@
 """The other forms that an adapter can take, each a least-squares fit: what BSLoRA is compared with."""
 
+from collections.abc import Mapping
+
 from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach
+from bslora_convert.baselines.loraquant import LORAQUANT
+from bslora_convert.baselines.quantised import TRUNCATED, WHOLE
 from bslora_convert.baselines.sharelora import sharelora_a, sharelora_a_qkv, sharelora_ab, sharelora_b
 from bslora_convert.baselines.tied_lora import tied_lora_tl5, tied_lora_tl6
 from bslora_convert.baselines.truncated import svd_adaptive, svd_uniform
 from bslora_convert.baselines.vb_lora import fit_vb_lora
 from bslora_convert.baselines.vera import fit_vera
 
-__all__ = ["BASELINES", "Fit", "Fitted", "OutOfReach"]
+__all__ = ["BASELINES", "QUANTISED", "WHOLE", "Fit", "Fitted", "OutOfReach"]
 
-BASELINES: dict[str, Fit] = {
+BASELINES: Mapping[str, Fit] = {
     "svd_uniform": svd_uniform,
     "svd_adaptive": svd_adaptive,
     "sharelora_a": sharelora_a,
@@ -21,3 +25,5 @@ BASELINES: dict[str, Fit] = {
     "vera": fit_vera,
     "vb_lora": fit_vb_lora,
 }
+
+QUANTISED: Mapping[str, Fit] = {**TRUNCATED, **LORAQUANT}

@@ -28,6 +28,7 @@ class Fitted:
     bytes: of a form whose numbers are in codes; None where each takes the storage dtype.
     save: writes it as an adapter that PEFT loads, given a directory and the source's raw `adapter_config.json`; None where
     a LoRA of the deltas is it.
+    times: of a form in codes, a module's update times a number, as its stored scales take it.
     """
 
     deltas: Mapping[str, Factors]
@@ -35,6 +36,7 @@ class Fitted:
     settings: Mapping[str, Any]
     save: Callable[[Path, Mapping[str, Any]], None] | None = None
     bytes: int | None = None
+    times: Callable[[str, float], Factors] | None = None
 
 
 class Fit(Protocol):
@@ -81,13 +83,13 @@ def kinds(source: Source) -> dict[tuple[str, Shape], list[str]]:
     return found
 
 
-def largest(cost: Callable[[int], int], budget: int, limit: int, form: str) -> int:
-    """The largest rank from 1 to `limit` whose cost is at most `budget`; cost grows with the rank.
+def largest(cost: Callable[[int], int], budget: int, limit: int, form: str, unit: str = "numbers") -> int:
+    """The largest rank from 1 to `limit` whose cost is at most `budget`, in units of both; cost grows with the rank.
 
     :raises OutOfReach: when rank 1 costs more.
     """
     if cost(1) > budget:
-        raise OutOfReach(f"{form} needs {cost(1)} numbers at least, the budget is {budget}")
+        raise OutOfReach(f"{form} needs {cost(1)} {unit} at least, the budget is {budget}")
     low, high = 1, max(limit, 1)
     while low < high:
         middle = (low + high + 1) // 2

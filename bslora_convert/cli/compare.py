@@ -94,7 +94,7 @@ def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
     table = Table()
     table.add_column("asked for", justify="right")
     table.add_column("form", no_wrap=True)
-    for column in ("bytes", "error", *(("KL", "retention") if behaviour else ()), "s"):
+    for column in ("bytes", "error", "gain", *(("KL", "retention") if behaviour else ()), "s"):
         table.add_column(column, justify="right")
     table.add_column("settings and notes", overflow="fold")
     last = None
@@ -110,18 +110,16 @@ def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
             else ("", "")
         )
         if row["relative_error"] is None:
-            cells = ["–", "–", *(measured if behaviour else ()), ""]
+            cells = ["–", "–", "–", *(measured if behaviour else ()), ""]
         else:
             cells = [
-                f"{row['byte_ratio']:.2%}", f"{row['relative_error']:.4f}", *(measured if behaviour else ()),
-                f"{row['seconds']:.1f}",
+                f"{row['byte_ratio']:.2%}", f"{row['relative_error']:.4f}", f"{row['gain']:.3f}",
+                *(measured if behaviour else ()), f"{row['seconds']:.1f}",
             ]  # fmt: skip
         table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)
     console.print(table)
-    for budget, (form, call) in commands.compress(record).items():
-        console.print(
-            f"At {budget:.2%} the lowest error that compress makes is {form}'s; unbiased, as it behaves best:"
-        )
-        console.print(f"  {call}", soft_wrap=True)
+    for budget, advice in commands.compress(record).items():
+        console.print(f"At {budget:.2%} {advice.form} has the {advice.reason}:")
+        console.print(f"  {advice.call}", soft_wrap=True)
     if out is not None:
         console.print(f"Written to {out}", style="dim")

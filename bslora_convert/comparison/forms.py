@@ -6,17 +6,18 @@ bslora_<t>_intra    one shared pair for each layer and nothing else, of the larg
 bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
 svd_int8, svd_int4  truncated SVD in codes of one width, within the bytes that the budget's numbers take
 svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does
+rtn_int8, nf4, …    other quantisers, of the whole adapter or of its truncated SVD (`baselines.quantised`, `baselines.loraquant`)
 …_unbiased          the same with each module's update scaled to the original's strength (`fit.gain`): the scale goes into numbers
-                    that are there anyway, of codes and floats alike, and takes no bytes
+                    that are there anyway, floats or the scales of codes, rounded as these are, and takes no bytes
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from bslora_convert.baselines import BASELINES
+from bslora_convert.baselines import BASELINES, QUANTISED, WHOLE
 from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest, rounded
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
 from bslora_convert.coding.form import Aim, code_form
@@ -85,21 +86,33 @@ def coded(width: int | None, source: Source, budget: int, storage: torch.dtype, 
     found = code_form(source, plain, Aim(bits=8 * storage.itemsize * budget, width=width), torch.float32)
     form = found.form
     settings = {"bits a number": round(found.bits / max(form.parameters, 1), 2)}
-    return Fitted(
-        {name: form.delta(name) for name in form.modules}, form.parameters, settings, bytes=-(-found.bits // 8)
-    )
+
+    def times(name: str, by: float) -> Factors:
+        scaled = found.tensors[f"{name}.bslora_local_B"].scaled(by).decode().T
+        return Factors(scaled.to(form.modules[name].local.b.device), form.modules[name].local.a)
+
+    deltas = {name: form.delta(name) for name in form.modules}
+    return Fitted(deltas, form.parameters, settings, bytes=-(-found.bits // 8), times=times)
+
+
+def as_strong(source: Source, found: Fitted, storage: torch.dtype) -> Fitted:
+    """A fit with every module's update scaled to the original's strength."""
+
+    def in_floats(name: str, by: float) -> Factors:
+        return Factors(rounded(by * found.deltas[name].b, storage), found.deltas[name].a)
+
+    times = found.times or in_floats
+
+    def scaled(name: str) -> Factors:
+        scale = Strength.of(source.deltas[name].factors(), found.deltas[name]).scale
+        return found.deltas[name] if scale == 1 else times(name, scale)
+
+    return replace(found, deltas=dict(zip(found.deltas, each(scaled, found.deltas), strict=True)))
 
 
 def unbiased(fit: Fit, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """A form with every module's update scaled to the original's strength."""
-    found = fit(source, budget, storage, seed)
-
-    def scaled(name: str) -> Factors:
-        factors = found.deltas[name]
-        b = Strength.of(source.deltas[name].factors(), factors).scale * factors.b
-        return Factors(b if found.bytes is not None else rounded(b, storage), factors.a)
-
-    return replace(found, deltas=dict(zip(found.deltas, each(scaled, found.deltas), strict=True)))
+    return as_strong(source, fit(source, budget, storage, seed), storage)
 
 
 CODED: Mapping[str, Fit] = {
@@ -107,8 +120,6 @@ CODED: Mapping[str, Fit] = {
     "svd_int4": partial(coded, 4),
     "svd_mixed": partial(coded, None),
 }
-
-OWN_SIZE: Mapping[str, Fit] = {f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER}
 
 BY_FORM = ("svd_uniform", "svd_adaptive", *(f"bslora_{name}" for name in PAPER))  # of floats, those that compress makes
 
@@ -118,8 +129,16 @@ WITHIN_BUDGET: Mapping[str, Fit] = {
     **{f"bslora_{name}_{level}": partial(one_level, name, level) for name in ("ss", "ke") for level in LEVELS},
 }
 
+IN_CODES: Mapping[str, Fit] = {**CODED, **QUANTISED, **WHOLE}
+
 UNBIASED: Mapping[str, Fit] = {
-    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **CODED}[name]) for name in (*BY_FORM, *CODED)
+    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **IN_CODES}[name]) for name in (*BY_FORM, *IN_CODES)
 }
 
-FORMS: Mapping[str, Callable[..., Fitted]] = {**WITHIN_BUDGET, **CODED, **OWN_SIZE, **UNBIASED}
+OWN_SIZE: Mapping[str, Fit] = {
+    **{f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER},
+    **WHOLE,
+    **{f"{name}{SUFFIX}": UNBIASED[f"{name}{SUFFIX}"] for name in WHOLE},
+}
+
+FORMS: Mapping[str, Fit] = {**WITHIN_BUDGET, **IN_CODES, **OWN_SIZE, **UNBIASED}

@@ -1,11 +1,12 @@
 """Commands that a page or a verb tells its reader to run next, with what it knows filled in."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE
-from bslora_convert.comparison.winners import winners
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SUFFIX
+from bslora_convert.comparison.winners import Row, error, kl, winners
 
 UNKNOWN_BASE = "BASE_MODEL"
 PROMPTS = ["--prompts", "HELD_OUT.jsonl"]
@@ -28,7 +29,7 @@ def compare(record: Mapping[str, Any]) -> str:
     return _joined(*words, "--out", "OUT_DIR")
 
 
-CALLS = {  # how `compress` makes a form of the comparison; the rest it does not make
+MADE = {  # how `compress` makes a form of the comparison; the rest it does not make
     "svd_uniform": ("--transform", "none", "--local-ranks", "uniform", "--budget"),
     "svd_adaptive": ("--transform", "none", "--budget"),
     "svd_int8": ("--transform", "none", "--bits", "8", "--bytes"),
@@ -38,14 +39,37 @@ CALLS = {  # how `compress` makes a form of the comparison; the rest it does not
     "bslora_gt": ("--transform", "gt", "--max-rank", "none", "--budget"),
     "bslora_ke": ("--transform", "ke", "--max-rank", "none", "--budget"),
 }
+UNSCALED = {form: ("--gain", "least-squares", *words) for form, words in MADE.items()}
+SCALED = {f"{form}{SUFFIX}": words for form, words in MADE.items()}
+CALLS = {**UNSCALED, **SCALED}
 
 
-def compress(record: Mapping[str, Any]) -> dict[float, tuple[str, str]]:
-    """For each size of a comparison the form of the lowest error that `compress` makes, and the call that makes it."""
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A form of a comparison, why it and no other, and the call that makes it."""
+
+    form: str
+    reason: str
+    call: str
+
+
+def compress(record: Mapping[str, Any]) -> dict[float, Advice]:
+    """For each size of a comparison the best form that `compress` makes, and the call that makes that one.
+
+    Best is the lowest KL where behaviour was measured. Errors of weights don't tell an update that is too weak from one that is
+    noisy, and least squares have the lowest: without behaviour, unbiased forms come first (`fit.gain`).
+    """
+    ranked: list[tuple[Mapping[str, tuple[str, ...]], Callable[[Row], float | None], str]] = [
+        (UNSCALED, error, "lowest error"),
+        (SCALED, error, "lowest error of unbiased forms, which behave better"),
+        (CALLS, kl, "lowest KL"),
+    ]
     found = {}
-    made = {**record, "rows": [row for row in record["rows"] if row["form"] in CALLS]}
-    for budget, form in winners(made).items():
-        found[budget] = form, _joined("compress", record["source"]["path"], "OUT_DIR", *CALLS[form], f"{budget:g}")
+    for among, measure, reason in ranked:  # a later one overrules
+        for budget, form in winners(record, among, measure).items():
+            words = (*CALLS[form], f"{budget:g}")
+            call = _joined("compress", record["source"]["path"], "OUT_DIR", *words)
+            found[budget] = Advice(form, f"{reason} that compress makes", call)
     return found
 
 

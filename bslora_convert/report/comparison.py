@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from bslora_convert.comparison.winners import winners
+from bslora_convert.comparison.winners import error, kl, winners
 from bslora_convert.report import commands
 from bslora_convert.report.labels import LETTER, LINE
 from bslora_convert.report.page import environment
@@ -46,7 +46,7 @@ def figures(record: Mapping[str, Any], width: float = WIDE) -> dict[str, tuple[s
     drawn = {
         "error_by_size": (
             "relative error of the weights against size",
-            _lines(rows, _error, "relative error", width),
+            _lines(rows, error, "relative error", width),
         )
     }
     if any(row["functional"] for row in rows):
@@ -64,20 +64,16 @@ def ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """By size asked for, the largest first, then by error; what is larger than asked for after those, what has no fit last."""
 
     def place(row: Mapping[str, Any]) -> tuple[float, bool, bool, float]:
-        error = row["relative_error"]
-        larger = error is not None and row["byte_ratio"] > SLACK * row["budget"]
-        return -row["budget"], error is None, larger, error or 0.0
+        value = error(row)
+        larger = value is not None and row["byte_ratio"] > SLACK * row["budget"]
+        return -row["budget"], value is None, larger, value or 0.0
 
     return sorted(rows, key=place)
 
 
-def _error(row: Mapping[str, Any]) -> float | None:
-    value: float | None = row["relative_error"]
-    return value
-
-
 def _kl(row: Mapping[str, Any]) -> float | None:
-    return max(float(row["functional"]["kl"]), 1e-7) if row["functional"] else None
+    value = kl(row)
+    return None if value is None else max(value, 1e-7)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str, width: float) -> Figure:
@@ -88,14 +84,14 @@ def _lines(rows: Sequence[Mapping[str, Any]], measure: Any, title: str, width: f
         if value is not None:
             forms.setdefault(row["form"], []).append((row["byte_ratio"], value))
     narrow = width < WIDE
-    high = 3.2 + LINE * math.ceil(len(forms) / 2) if narrow else 5.4
+    high = 3.2 + LINE * math.ceil(len(forms) / 2) if narrow else max(5.4, LINE * (len(forms) + 2))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, high), layout="constrained")
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["tab10"]
         for index, (form, points) in enumerate(forms.items()):
             sizes, values = zip(*sorted(points), strict=True)
-            ours = form.startswith(("svd", "bslora"))
+            ours = form in commands.CALLS
             axes.plot(sizes, values, marker=MARKS[index % len(MARKS)], label=form, color=colours(index % 10),
                       linewidth=1.6 if ours else 0.9, markersize=5, linestyle="-" if ours else "--")  # fmt: skip
         axes.set_xscale("log")

@@ -12,7 +12,7 @@ import torch
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SUFFIX, UNBIASED, as_strong
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -25,7 +25,7 @@ from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
-from bslora_convert.modules.lowrank import residual_energy
+from bslora_convert.modules.lowrank import inner, residual_energy
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_choice, check_on_base
 from bslora_convert.recipe.storage import DTYPES
@@ -82,12 +82,16 @@ def compare(
     tasks = [(name, budget) for budget in budgets for name in chosen if name not in OWN_SIZE]
     tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
     found: list[tuple[dict[str, Any], Fitted | None]] = []
+    fits: dict[tuple[str, float], Fitted | None] = {}
     with modules_over_cores():
         source = measure(adapter.to(pick_device(device)).modules, adapter.kinds)
         check_magnitude(source, adapter.weights)
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
-            found.append(_row(name, budget, source, storage, seed))
+            plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled
+            row, fitted = _row(name, budget, source, storage, seed, plain if name in UNBIASED else None)
+            found.append((row, fitted))
+            fits[name, budget] = fitted
     if rows is not None:
         _add_functional(found, lora, scaling, str(base_model), rows, device, progress)
     record = {
@@ -114,36 +118,39 @@ def compare(
 
 
 def _row(
-    name: str, budget: float, source: Source, storage: torch.dtype, seed: int
+    name: str, budget: float, source: Source, storage: torch.dtype, seed: int, plain: Fitted | None
 ) -> tuple[dict[str, Any], Fitted | None]:
-    """One form at one size: its numbers, or why it has none."""
+    """One form at one size: its numbers, or why it has none. plain: what it only scales, where that is fitted already."""
     numbers = source.parameters if math.isnan(budget) else math.floor(budget * source.parameters)
     began = time.perf_counter()
     row: dict[str, Any] = {"form": name, "budget": None if math.isnan(budget) else budget}
     try:
-        fitted = FORMS[name](source, numbers, storage, seed)
+        fitted = FORMS[name](source, numbers, storage, seed) if plain is None else as_strong(source, plain, storage)
     except OutOfReach as reason:
-        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "byte_ratio", "relative_error"))
+        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "byte_ratio", "relative_error", "gain"))
         seconds = time.perf_counter() - began
         row["budget"] = 1.0 if math.isnan(budget) else budget
         return {**row, **nothing, "seconds": seconds, "note": str(reason), "settings": {}, "functional": None}, None
     seconds = time.perf_counter() - began
-    lost = sum(
-        residual_energy(delta.factors(), source.grams[module], fitted.deltas[module])
-        for module, delta in source.deltas.items()
-    )
+    lost = along = 0.0
+    for module, delta in source.deltas.items():
+        target, made = delta.factors(), fitted.deltas[module]
+        lost += residual_energy(target, source.grams[module], made)
+        along += inner(target, made)
     ratio = fitted.parameters / source.parameters
     size = fitted.parameters * storage.itemsize if fitted.bytes is None else fitted.bytes
+    share = size / (source.parameters * storage.itemsize)
     return {
         **row,
-        "budget": ratio if math.isnan(budget) else budget,
+        "budget": share if math.isnan(budget) else budget,
         "parameters": fitted.parameters,
         "parameter_ratio": ratio,
         "bytes": size,
-        "byte_ratio": size / (source.parameters * storage.itemsize),
+        "byte_ratio": share,
         "relative_error": math.sqrt(lost / source.energy) if source.energy else 0.0,
+        "gain": along / source.energy if source.energy else 1.0,
         "seconds": seconds,
-        "note": "the paper's ranks, at their own size" if math.isnan(budget) else "",
+        "note": "at its own size" if math.isnan(budget) else "",
         "settings": dict(fitted.settings),
         "functional": None,
     }, fitted

@@ -15,7 +15,7 @@ from bslora_convert import compare, load_lora, verify
 from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
-from bslora_convert.comparison.forms import CODED, FORMS, OWN_SIZE, SUFFIX, UNBIASED, WITHIN_BUDGET
+from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SUFFIX, UNBIASED, WITHIN_BUDGET
 from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.gain import LARGEST
@@ -50,7 +50,7 @@ def test_every_form_of_the_contract_is_there() -> None:
         "svd_uniform", "svd_adaptive", "bslora_ss", "bslora_gt", "bslora_ke", "sharelora_a", "sharelora_b", "sharelora_ab",
         "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora",
     } <= set(WITHIN_BUDGET)  # fmt: skip
-    assert set(FORMS) == set(WITHIN_BUDGET) | set(CODED) | set(OWN_SIZE) | set(UNBIASED)
+    assert set(FORMS) == set(WITHIN_BUDGET) | set(IN_CODES) | set(OWN_SIZE) | set(UNBIASED)
     assert {name.removesuffix(SUFFIX) for name in UNBIASED} < set(FORMS)
 
 
@@ -229,11 +229,46 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [*CALLS])
 def test_the_call_that_is_printed_makes_the_form(form: str, tmp_path: Path) -> None:
-    record = compare(TINY / "gsm8k", budgets=[0.25], forms=[form, f"{form}{SUFFIX}"])
-    name, call = calls_for(record)[0.25]
-    assert name == form
-    words = [str(tmp_path / "out") if word == "OUT_DIR" else word for word in shlex.split(call)[1:]]
+    record = compare(TINY / "gsm8k", budgets=[0.25], forms=[form])
+    advice = calls_for(record)[0.25]
+    assert advice.form == form
+    words = [str(tmp_path / "out") if word == "OUT_DIR" else word for word in shlex.split(advice.call)[1:]]
     done = CliRunner().invoke(main, [*words, "--no-report-html", "--json"])
     assert done.exit_code in (0, 1), done.stderr  # 1: smaller than nothing gained
-    error = json.loads((tmp_path / "out" / "fidelity.json").read_text())["weight"]["relative_error"]
-    assert error == pytest.approx(row_of(record, f"{form}{SUFFIX}")["relative_error"], rel=0.15)  # of the file's bytes
+    weight = json.loads((tmp_path / "out" / "fidelity.json").read_text())["weight"]
+    row = row_of(record, form)
+    assert weight["relative_error"] == pytest.approx(row["relative_error"], rel=0.15)  # of the file's bytes
+    assert weight["gain"] == pytest.approx(row["gain"], abs=0.02)
+
+
+def test_what_is_printed_is_the_best_that_compress_makes() -> None:
+    def row(form: str, budget: float, error: float, kl: float | None = None) -> dict[str, Any]:
+        return {"form": form, "budget": budget, "relative_error": error, "functional": kl and {"kl": kl}}
+
+    plain = [row("svd_mixed", 0.5, 0.10), row("svd_adaptive", 0.5, 0.30), row("svd_nf4_unbiased", 0.5, 0.01)]
+    scaled = [row("svd_mixed_unbiased", 0.5, 0.11), row("svd_int4_unbiased", 0.5, 0.12)]
+    measured = [
+        row("svd_mixed", 0.25, 0.2, 0.004), row("svd_mixed_unbiased", 0.25, 0.22, 0.003),
+        row("svd_int4_unbiased", 0.25, 0.3, 0.002), row("svd_int4", 0.25, 0.25, 0.005), row("loraquant", 0.25, 0.1, 0.001),
+    ]  # fmt: skip
+    for rows, form, reason in (
+        (plain, "svd_mixed", "lowest error that"),
+        (plain + scaled, "svd_mixed_unbiased", "of unbiased forms"),
+        (measured, "svd_int4_unbiased", "lowest KL"),
+        (measured[:1] + measured[3:4], "svd_mixed", "lowest KL"),
+    ):
+        (advice,) = calls_for({"source": {"path": "lora"}, "rows": rows}).values()
+        assert advice.form == form
+        assert reason in advice.reason
+        assert ("--gain least-squares" in advice.call) == (not form.endswith(SUFFIX))
+
+
+def test_whole_adapters_in_codes_stand_at_their_own_size() -> None:
+    record = compare(TINY / "gsm8k", budgets=[0.5, 0.25], forms=["nf4", "nf4_unbiased", "svd_nf4"])
+    whole, scaled = (row_of(record, name) for name in ("nf4", "nf4_unbiased"))
+    assert [row["form"] for row in record["rows"]].count("nf4") == 1
+    assert whole["budget"] == whole["byte_ratio"] == scaled["byte_ratio"]
+    assert 0.25 < whole["byte_ratio"] < 0.27
+    assert whole["parameter_ratio"] == 1
+    assert scaled["gain"] == pytest.approx(1, abs=1e-3)
+    assert whole["gain"] < scaled["gain"]

@@ -7,8 +7,10 @@ for each width and one to put the vectors of a tensor together. Many numbers of 
 and on a GPU as many at once as the card's memory easily holds.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -66,17 +68,25 @@ def numbers_of(
 
 
 def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-    """`numbers_of` a trellis, some whole vectors at a time."""
+    """`numbers_of` a trellis, some whole vectors at a time, as many of these at once as torch has threads."""
     values = torch.empty(int(lengths.sum()), dtype=dtype)
-    stream, table = packed.numpy(), tables()[width].numpy()
-    groups = groups_of(lengths)
-    at = group = 0
-    for own, counts in zip(lengths.split(VECTORS_AT_ONCE), groups.split(VECTORS_AT_ONCE), strict=True):
-        size, several = int(own.sum()), int(counts.sum())
-        read = torch.empty(size)
-        walk()(stream, width, first + at, own.numpy(), scales[group : group + several].numpy(), table, read.numpy())
-        values[at : at + size] = read
-        at, group = at + size, group + several
+    stream, table, loop = packed.numpy(), tables()[width].numpy(), walk()
+    vectors, groups = lengths.split(VECTORS_AT_ONCE), groups_of(lengths).split(VECTORS_AT_ONCE)
+    sizes, several = [int(own.sum()) for own in vectors], [int(counts.sum()) for counts in groups]
+
+    def read(out: Tensor, own: Tensor, scale: Tensor, at: int) -> None:
+        found = out if dtype == torch.float32 else torch.empty(out.numel())
+        loop(stream, width, first + at, own.numpy(), scale.numpy(), table, found.numpy())
+        if found is not out:
+            out.copy_(found)
+
+    parts = (values.split(sizes), vectors, scales.split(several), accumulate(sizes, initial=0))
+    threads = min(torch.get_num_threads(), len(sizes))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            deque(pool.map(read, *parts), maxlen=0)
+    else:
+        deque(map(read, *parts), maxlen=0)
     return values
 
 
