@@ -33,7 +33,7 @@ BLOCK = 128
 STRONG: Mapping[int, Grid] = {bits: affine(bits, BLOCK) for bits in (2, 3)}
 WEAK = sign(BLOCK)
 
-STEPS, RATE = 50, 0.01  # 300 lose 0.005 points less of an adapter that loses 6 to 28
+STEPS, RATE = 50, 0.01  # 300 lose at most 0.1 points less of what loses 6 to 28
 
 Pair = tuple[Blocks, Blocks]
 CodePair = Callable[[Tensor, Tensor, Grid], Pair]
