@@ -6,7 +6,8 @@ once for all modules; where it has none, the module that is asked for, and nothi
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Resident(nn.Module):
         super().__init__()
         self.layout = layout
         self._stored, self._version, self._cache, self._device_of = stored, version, cache, device_of
-        self._names = names
+        self._names, self._apart = names, _apart()
         self._parts: dict[str, Parts] = {}
         self._starts: tuple[dict[str, int], Tensor] | None = None  # as tensors: a thousand adapters may need theirs
         self._numbers = sum(rows * columns for _, (rows, columns) in layout.tensors())
@@ -119,7 +120,7 @@ class Resident(nn.Module):
         """
         found = self._parts.get(name)
         if found is None:
-            return cast(Parts, self._read(name))
+            return self._apart(self, name)
         if not torch.compiler.is_compiling():  # a graph that changes a count would be compiled anew at each step
             self._cache.used(self)
         return found
@@ -137,7 +138,6 @@ class Resident(nn.Module):
         """Lets go of all that is held outside of it."""
         self._cache.remove(self)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _read(self, name: str) -> Parts:
         return self._parts[name] if self._decode() else self._one(name)
 
@@ -208,3 +208,10 @@ class Resident(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._cache.drop(self)
+
+
+@cache
+def _apart() -> Callable[[Resident, str], Parts]:
+    """`Resident._read`, which no graph is made of; the compiler is loaded with the first adapter, not with this page."""
+    found: Callable[[Resident, str], Parts] = torch.compiler.disable(Resident._read)
+    return found
