@@ -3,14 +3,14 @@
     A_m = Σ_i α_mi X_i    X_i (r, in), i = 1 … k        B_m = Σ_j β_mj Y_j    Y_j (out, r), j = 1 … k
     ΔW_m = B_m A_m                                      Σ_m min(k, r in) + min(k, r out) numbers
 
-r · in matrices span all factors (r, in), so no more are drawn than that; with as many on both sides the form is LoRA of rank r. The
-paper's use for it is below that, down to less than rank one. Modules whose sides are as long have the same random matrices: normal,
-of variance 1 / (r · side), from a CPU generator of their own for each length, one matrix after the other, so that fewer are the
-first of more.
+r · in matrices span all factors (r, in), so no more are drawn than that; with as many on both sides the form is LoRA of rank r.
+The paper's use for it is below that, down to less than rank one. Modules whose sides are as long have the same random matrices,
+normal, of variance 1 / (r · side), from a CPU generator for each length, one matrix after the other, so that fewer are the first
+of more.
 
-The fit alternates exact least squares for α and β of each module by itself, for ΔW = P Q with P (out, R), Q (R, in). Random matrices
-that nearly span a space are badly conditioned: coefficients grow, and so does what their rounding costs. With ε² the mean square
-relative error of the storage dtype's rounding, the expected cost is counted in the objective:
+The fit alternates exact least squares for α and β of each module by itself, for ΔW = P Q with P (out, R), Q (R, in). Random
+matrices that nearly span a space are badly conditioned: coefficients grow, and so does what their rounding costs. With ε² the mean
+square relative error of the storage dtype's rounding, the expected cost is counted in the objective:
 
     ‖ΔW − BA‖² + ε² Σ_j β_j² ‖Y_j A‖² + ε² Σ_i α_i² ‖B X_i‖²
 
@@ -25,9 +25,9 @@ and the better goes on:
     spectral   α the leading right singular vector of (⟨Y_j X_i, ΔW⟩)_ji: where there are few coefficients for many entries, the
                products Y_j X_i are nearly orthogonal and ΔW's coefficients in them are β αᵀ
 
-k is the largest that fits, up to 1024, as the systems are k×k: on 210 modules a sweep takes seconds, and a budget that would buy more
-is left unspent. Ranks 1 and 2 are tried, each with the k that it leaves, and what loses least over all modules is taken: for the
-same k a lower rank has more of its factors within reach.
+k is the largest that fits, up to 1024, as the systems are k×k: on 210 modules a sweep takes seconds, and a budget that would buy
+more is left unspent. Ranks 1 and 2 are tried, each with the k that it leaves, and what loses least over all modules is taken: for
+the same k a lower rank has more of its factors within reach.
 """
 
 import math
@@ -55,7 +55,7 @@ POWER_STEPS = 12
 
 @dataclass(frozen=True, slots=True)
 class Random:
-    """The random matrices of one length of side: matrices (k, r, side), and S (r, r, k, k), their rows' inner products; float64."""
+    """The random matrices of one length of side: matrices (k, r, side), and inner (r, r, k, k), S; float64."""
 
     matrices: Tensor
     inner: Tensor

@@ -1,4 +1,4 @@
-"""PRoLoRA (arXiv 2402.16902): each factor is one chunk, repeated along its side and rotated along the rank, beside an unshared part.
+"""PRoLoRA (arXiv 2402.16902): each factor is a chunk, repeated along its side and rotated along the rank, and an unshared part.
 
     A = [A_u; A_0 | roll(A_0) | … | roll^(m−1)(A_0)]      A_u (u, in), A_0 (p, in / m), roll^i: row t is row (t + i s_A) mod p
     B = [B_u, the same of B_0 downwards, n chunks]         B_u (out, u), B_0 (out / n, p)
@@ -15,8 +15,8 @@ chunk i has the rows Z_i x of A, Z_i zeros and ones (r, p + m u). So one small s
 
 The systems are float64 and solved for the change, so no step raises the objective. The problem has local optima: starts are
 the truncated SVD brought into the form by averages, which leave whole directions empty and so are disturbed a little, and random
-chunks beside its leading part; each runs for a few sweeps, and the best goes on. A sweep starts ahead on the line through the last
-two points and is taken back where that ends higher.
+ones; each runs for a few sweeps, and the best goes on. A sweep starts ahead on the line through the last two points and is taken
+back where that ends higher.
 
 m = n = 2, a chunk a side where two don't divide it. For as many numbers u may be traded for p two to one: none, half and all but
 p = 2 of what fits unshared are tried, and what loses least over all modules is taken.
@@ -25,6 +25,7 @@ p = 2 of what fits unshared are tried, and what loses least over all modules is 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ from bslora_convert.modules.lowrank import Grams
 
 CHUNKS = 2  # m and n
 LEAST_SHARED = 2  # p: a rank of one has nothing to rotate
-DISTURBED = (0.1, 1.0, 1.0, 1.0, 1.0)  # noise in the shared part of each start, against what stands there
+DISTURBED = (0.1, 1.0, 1.0, 1.0, 1.0)  # noise in each start, against what stands there
 TRIAL_SWEEPS = 5  # of each start
 SWEEPS = 60
 PATIENCE = 3
@@ -116,14 +117,13 @@ class Chunks:
         return Chunks(self.b + stride * (self.b - before.b), self.a + stride * (self.a - before.a), self.sides)
 
     def disturbed(self, share: float, generator: torch.Generator) -> "Chunks":
-        """The same with normal noise on the shared rows, so large against them, or instead of them where that is 1."""
-        sides = []
-        for x, side in zip((self.b, self.a), self.sides, strict=True):
-            level = x[: side.shared].square().mean().sqrt()
-            noise = torch.randn((side.shared, x.shape[1]), generator=generator, dtype=x.dtype).to(x.device)
-            shared = (1 - share) * x[: side.shared] + share * level * noise
-            sides.append(torch.cat([shared, x[side.shared :]]))
-        return Chunks(*sides, self.sides)
+        """The same with normal noise, so large against it, or noise instead of it where that is 1."""
+
+        def mixed(x: Tensor) -> Tensor:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+            return (1 - share) * x + share * x.square().mean().sqrt() * noise
+
+        return Chunks(mixed(self.b), mixed(self.a), self.sides)
 
     def balanced(self) -> "Chunks":
         """The same update, both sides as long."""
@@ -144,13 +144,7 @@ def fit_prolora(source: Source, budget: int, storage: torch.dtype, seed: int) ->
     shapes = source.shapes
     best = None
     for unshared, shared in _layouts(source, budget):
-
-        def fitted(name: str, unshared: int = unshared, shared: int = shared) -> tuple[Chunks, float]:
-            start = source.svds[name].truncate([source.deltas[name].factors()], unshared + shared)
-            chunks, history = fit_chunks(source.deltas[name].factors(), start, unshared, shared, seed)
-            return chunks.balanced().stored(storage), history[-1]
-
-        found = dict(zip(shapes, each(fitted, shapes), strict=True))
+        found = dict(zip(shapes, each(partial(_fitted, source, unshared, shared, storage, seed), shapes), strict=True))
         lost = sum(one for _, one in found.values())
         if best is None or lost < best[0]:
             best = lost, unshared, shared, found
@@ -159,6 +153,15 @@ def fit_prolora(source: Source, budget: int, storage: torch.dtype, seed: int) ->
     deltas = {name: chunks.delta() for name, (chunks, _) in found.items()}
     settings = {"rank": unshared + shared, "unshared": unshared, "chunks": CHUNKS}
     return Fitted(deltas, prolora_parameters(shapes, unshared, shared), settings)
+
+
+def _fitted(
+    source: Source, unshared: int, shared: int, storage: torch.dtype, seed: int, name: str
+) -> tuple[Chunks, float]:
+    target = source.deltas[name].factors()
+    start = source.svds[name].truncate([target], unshared + shared)
+    chunks, history = fit_chunks(target, start, unshared, shared, seed)
+    return chunks.balanced().stored(storage), history[-1]
 
 
 def prolora_parameters(shapes: Mapping[str, Shape], unshared: int, shared: int) -> int:
@@ -197,7 +200,7 @@ def _layouts(source: Source, budget: int) -> list[tuple[int, int]]:
     limit = max(delta.rank for delta in source.deltas.values())
     most = max(unshared for unshared in range(limit + 1) if cost(unshared, LEAST_SHARED) <= budget)
     return [
-        (unshared, largest(lambda p, u=unshared: cost(u, p), budget, CHUNKS * limit, "PRoLoRA"))
+        (unshared, largest(partial(cost, unshared), budget, CHUNKS * limit, "PRoLoRA"))
         for unshared in sorted({0, most // 2, most})
     ]
 
