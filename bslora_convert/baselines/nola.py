@@ -9,8 +9,8 @@ normal, of variance 1 / (r · side), from a CPU generator for each length, one m
 of more.
 
 The fit alternates exact least squares for α and β of each module by itself, for ΔW = P Q with P (out, R), Q (R, in). Random
-matrices that nearly span a space are badly conditioned: coefficients grow, and so does what their rounding costs. With ε² the mean
-square relative error of the storage dtype's rounding, the expected cost is counted in the objective:
+matrices that nearly span a space are badly conditioned: coefficients grow, and so does what their rounding costs. With ε² the
+mean square relative error of the storage dtype's rounding, the expected cost is counted in the objective:
 
     ‖ΔW − BA‖² + ε² Σ_j β_j² ‖Y_j A‖² + ε² Σ_i α_i² ‖B X_i‖²
 
