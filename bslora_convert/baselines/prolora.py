@@ -40,8 +40,8 @@ from bslora_convert.modules.lowrank import Grams
 CHUNKS = 2  # m and n
 LEAST_SHARED = 2  # p: a rank of one has nothing to rotate
 DISTURBED = (0.1, 1.0, 1.0, 1.0, 1.0)  # noise in each start, against what stands there
-TRIAL_SWEEPS = 5  # of each start
-SWEEPS = 60
+TRIAL_SWEEPS = 3  # of each start
+SWEEPS = 40
 PATIENCE = 3
 TOLERANCE = 3e-3  # share of the objective that so many sweeps together must take off it to be followed by another
 FLOOR = 1e-12  # of the energy: below it the objective is rounding
