@@ -25,8 +25,8 @@ and the better goes on:
     spectral   α the leading right singular vector of (⟨Y_j X_i, ΔW⟩)_ji: where there are few coefficients for many entries, the
                products Y_j X_i are nearly orthogonal and ΔW's coefficients in them are β αᵀ
 
-k is the largest that fits, up to 512: the systems are k×k, 210 modules take half a minute of CPU time with 512 and some minutes with
-1024, and a budget that would buy more is left unspent. Ranks 1 and 2 are tried, each with the k that it leaves, and what loses
+k is the largest that fits, up to 512: the systems are k×k, 210 modules take about two minutes with 512 on two busy cores, and a
+budget that would buy more is left unspent. Ranks 1 and 2 are tried, each with the k that it leaves, and what loses
 least over all modules is taken: for the same k a lower rank has more of its factors within reach.
 """
 
