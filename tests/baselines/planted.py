@@ -6,6 +6,9 @@ from functools import partial
 import torch
 
 from bslora_convert.baselines.baseline import Fitted
+from bslora_convert.baselines.nola import Coefficients, nola_parameters
+from bslora_convert.baselines.nola import Random as Matrices
+from bslora_convert.baselines.prolora import Chunks, Side, prolora_parameters
 from bslora_convert.baselines.tied_lora import tl6_parameters
 from bslora_convert.baselines.vb_lora import Layout, vb_parameters
 from bslora_convert.baselines.vector_bank import Mixing
@@ -136,6 +139,29 @@ def bank_planted(seed: int = 0, size: int = 6) -> tuple[dict[str, Factors], int]
     return modules, vb_parameters(shapes, 4, 32, size)
 
 
+def chunks_planted(seed: int = 0, unshared: int = 1, shared: int = 2) -> tuple[dict[str, Factors], int]:
+    """Modules of rotated chunks beside an unshared part, and the numbers of both."""
+    random, modules = drawn(seed), {}
+    shapes = {name: KINDS[kind] for name, (_, kind) in names().items()}
+    for name, shape in shapes.items():
+        sides = Side.of(shape[0], unshared, shared), Side.of(shape[1], unshared, shared)
+        rows = [side.shared + side.chunks * side.unshared for side in sides]
+        b, a = (random(row, length // side.chunks) for row, length, side in zip(rows, shape, sides, strict=True))
+        modules[name] = regauged(Chunks(b, a, sides).delta(), random)
+    return modules, prolora_parameters(shapes, unshared, shared)
+
+
+def mixtures_planted(seed: int = 0, rank: int = 2, most: int = 12) -> tuple[dict[str, Factors], int]:
+    """Modules that mix the random matrices of a seed, and the numbers that their coefficients take."""
+    random, modules = drawn(0), {}
+    shapes = {name: KINDS[kind] for name, (_, kind) in names().items()}
+    drawn_of = {side: Matrices.of(side, rank, most, seed) for shape in shapes.values() for side in shape}
+    for name, (out, width) in shapes.items():
+        of_b, of_a = drawn_of[out], drawn_of[width]
+        modules[name] = regauged(Coefficients(random(most), random(most)).delta(of_b, of_a), random)
+    return modules, nola_parameters(shapes, rank, most)
+
+
 TIED = ("sharelora_a", "sharelora_b", "sharelora_ab", "sharelora_a_qkv", "tied_lora_tl5", "tied_lora_tl6")
 
 PLANTED: dict[str, Callable[[], tuple[dict[str, Factors], int]]] = {
@@ -144,4 +170,6 @@ PLANTED: dict[str, Callable[[], tuple[dict[str, Factors], int]]] = {
     **{form: partial(tied, form, 0) for form in TIED},
     "vera": vera_planted,
     "vb_lora": bank_planted,
+    "prolora": chunks_planted,
+    "nola": mixtures_planted,
 }

@@ -48,7 +48,7 @@ def row_of(record: dict[str, Any], form: str) -> dict[str, Any]:
 def test_every_form_of_the_contract_is_there() -> None:
     assert {
         "svd_uniform", "svd_adaptive", "bslora_ss", "bslora_gt", "bslora_ke", "sharelora_a", "sharelora_b", "sharelora_ab",
-        "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora",
+        "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora", "prolora", "nola",
     } <= set(WITHIN_BUDGET)  # fmt: skip
     assert set(FORMS) == set(WITHIN_BUDGET) | set(IN_CODES) | set(OWN_SIZE) | set(UNBIASED)
     assert {name.removesuffix(SUFFIX) for name in UNBIASED} < set(FORMS)
