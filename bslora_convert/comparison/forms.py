@@ -135,6 +135,8 @@ UNBIASED: Mapping[str, Fit] = {
     f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **IN_CODES}[name]) for name in (*BY_FORM, *IN_CODES)
 }
 
+SLOW = ("nola",)  # minutes for a real adapter: fitted only where it is named
+
 OWN_SIZE: Mapping[str, Fit] = {
     **{f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER},
     **WHOLE,

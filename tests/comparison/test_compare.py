@@ -15,7 +15,7 @@ from bslora_convert import compare, load_lora, verify
 from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
-from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SUFFIX, UNBIASED, WITHIN_BUDGET
+from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SLOW, SUFFIX, UNBIASED, WITHIN_BUDGET
 from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.gain import LARGEST
@@ -272,3 +272,8 @@ def test_whole_adapters_in_codes_stand_at_their_own_size() -> None:
     assert whole["parameter_ratio"] == 1
     assert scaled["gain"] == pytest.approx(1, abs=1e-3)
     assert whole["gain"] < scaled["gain"]
+
+
+def test_a_form_that_takes_minutes_is_fitted_where_it_is_named() -> None:
+    rows = compare(TINY / "gsm8k", budgets=[0.25], forms=["nola"])["rows"]
+    assert [row["form"] for row in rows] == ["nola"] == list(SLOW)
