@@ -58,9 +58,13 @@ class Coded:
     def hollow(cls, widths: Sequence[int], length: int) -> "Coded":
         """Codes of nothing, for the room that they take."""
         n = len(widths)
-        exact = torch.zeros(n, length, dtype=SCALES) if 16 in widths else None
-        codes, scales = torch.zeros(n, length, dtype=torch.uint8), torch.zeros(n, groups_of(length), dtype=SCALES)
-        return cls(torch.tensor(widths, dtype=torch.uint8), codes, scales, exact)
+        number, code = (
+            torch.zeros((), dtype=SCALES),
+            torch.zeros((), dtype=torch.uint8),
+        )  # one for all: they take no memory
+        exact = number.expand(n, length) if 16 in widths else None
+        scales = number.expand(n, groups_of(length))
+        return cls(torch.tensor(widths, dtype=torch.uint8), code.expand(n, length), scales, exact)
 
     def scaled(self, by: float | Tensor) -> "Coded":
         """The same codes under scales times `by`, numbers of 16 bits times it; rounded as they are stored. A tensor: (n, 1)."""

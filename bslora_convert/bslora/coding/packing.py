@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from bslora_convert.bslora.coding.levels import LEVELS
 
 EIGHT = 8
+AT_ONCE = 1 << 16  # eights of codes as words of eight bytes
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -25,9 +26,13 @@ def pack(codes: Tensor, width: int) -> Tensor:
     """(n,) codes -> (bytes,), uint8 both."""
     if width == EIGHT:
         return pad(codes, (0, -codes.numel() % EIGHT))
-    eights = pad(codes, (0, -codes.numel() % EIGHT)).view(-1, EIGHT).long()
-    words = (eights << torch.arange(EIGHT) * width).sum(1)
-    return torch.stack([words >> (8 * byte) & 255 for byte in range(width)], 1).to(torch.uint8).view(-1)
+    eights = pad(codes, (0, -codes.numel() % EIGHT)).view(-1, EIGHT)
+    packed = torch.empty((len(eights), width), dtype=torch.uint8)
+    for some, out in zip(eights.split(AT_ONCE), packed.split(AT_ONCE), strict=True):
+        words = (some.long() << torch.arange(EIGHT) * width).sum(1)
+        for byte in range(width):
+            out[:, byte] = words >> (8 * byte) & 255
+    return packed.view(-1)
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
