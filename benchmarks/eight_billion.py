@@ -6,6 +6,7 @@ Rows, each in a fresh process (the fastest of the repeats, since machines are sh
   read and cast    reading the file and casting every tensor to float32: the least that any converter does
   none, ke         `compress` end to end: read, hash, fit, write, read back, measure, fidelity.json and model card
   ke + report      the same with report.html
+  none, a quarter  `--transform none --bytes 0.25`: in codes
   dense SVD        torch.linalg.svd of B·A, thin (the arithmetic of PEFT's convert_to_lora) and full (kohya's resize), measured on
                    one k_proj and scaled to all modules by the operation count out · in · min(out, in)
 
@@ -30,6 +31,8 @@ SHAPES = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+
+CODED, BUDGET = "none, a quarter", 0.4459  # of the parameters, in floats
 
 
 def write_adapter(directory: Path, rank: int, layers: int) -> None:
@@ -86,7 +89,10 @@ def measure(job: str, directory: Path) -> dict[str, float]:
     else:
         with tempfile.TemporaryDirectory() as place:
             transform, _, page = job.partition(" + ")
-            compress(directory, Path(place) / "out", Recipe(transform=transform), report_html=page == "report")
+            recipe = (
+                Recipe(transform="none", bytes=0.25) if job == CODED else Recipe(transform=transform, budget=BUDGET)
+            )
+            compress(directory, Path(place) / "out", recipe, report_html=page == "report")
     return {"seconds": time.perf_counter() - began, "peak": peak() - before}
 
 
@@ -125,7 +131,7 @@ def main() -> None:
             print(f"\nrank {rank}, {options.layers} layers, {size / 1e6:.0f} MB")
             print(f"{'':16}{'seconds':>9}{'x read+cast':>13}{'peak / file':>13}{'x half the layers':>19}")
             base = best("read and cast", whole, options.repeats)
-            for job in ("read and cast", "none", "ke", "ke + report"):
+            for job in ("read and cast", "none", "ke", "ke + report", CODED):
                 run = base if job == "read and cast" else best(job, whole, options.repeats)
                 shorter = best(job, half, options.repeats)
                 print(
