@@ -15,8 +15,7 @@ chunk i has the rows Z_i x of A, Z_i zeros and ones (r, p + m u). So one small s
 
 The systems are float64 and solved for the change, so no step raises the objective. The problem has local optima: starts are
 the truncated SVD brought into the form by averages, which leave whole directions empty and so are disturbed a little, and random
-ones; each runs for a few sweeps, and the best goes on. A sweep starts ahead on the line through the last two points and is taken
-back where that ends higher.
+ones; each runs for a few sweeps, which start ahead (`strides`), and the best goes on.
 
 m = n = 2, a chunk a side where two don't divide it. For as many numbers u may be traded for p two to one: none, half and all but
 p = 2 of what fits unshared are tried, and what loses least over all modules is taken.
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach, largest, rounded
 from bslora_convert.baselines.proximal import toward_optimum
+from bslora_convert.baselines.strides import best_of
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import Factors, Shape
@@ -42,12 +42,6 @@ LEAST_SHARED = 2  # p: a rank of one has nothing to rotate
 DISTURBED = (0.1, 1.0, 1.0, 1.0, 1.0)  # noise in each start, against what stands there
 TRIAL_SWEEPS = 3  # of each start
 SWEEPS = 40
-PATIENCE = 3
-TOLERANCE = 3e-3  # share of the objective that so many sweeps together must take off it to be followed by another
-FLOOR = 1e-12  # of the energy: below it the objective is rounding
-FIRST_STRIDE = 0.5  # how far ahead a sweep starts, as a share of what the last one moved
-STRIDE_GROWTH = 1.5
-LONGEST_STRIDE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +176,7 @@ def fit_chunks(target: Factors, start: Factors, unshared: int, shared: int, seed
     svd = Chunks(sides[0].mean(start.b.T), sides[1].mean(start.a), sides)
     generator = torch.Generator("cpu").manual_seed(seed)
     starts = [svd.disturbed(share, generator) for share in DISTURBED]
-    trials = [_run(target, energy, chunks, TRIAL_SWEEPS) for chunks in starts]
-    chunks, history = min(trials, key=lambda trial: trial[1][-1])
-    chunks, further = _run(target, energy, chunks, SWEEPS - TRIAL_SWEEPS)
-    return chunks, history + further
+    return best_of(starts, partial(_sweep, target, energy), energy, TRIAL_SWEEPS, SWEEPS)
 
 
 def _layouts(source: Source, budget: int) -> list[tuple[int, int]]:
@@ -203,24 +194,6 @@ def _layouts(source: Source, budget: int) -> list[tuple[int, int]]:
         (unshared, largest(partial(cost, unshared), budget, CHUNKS * limit, "PRoLoRA"))
         for unshared in sorted({0, most // 2, most})
     ]
-
-
-def _run(target: Factors, energy: float, chunks: Chunks, sweeps: int) -> tuple[Chunks, list[float]]:
-    """Sweeps until one gains too little; each starts ahead of where the last one ended, unless that proves worse."""
-    before, (chunks, lost) = chunks, _sweep(target, energy, chunks)
-    history = [lost]
-    ahead = FIRST_STRIDE
-    for _ in range(sweeps - 1):
-        leap, leap_lost = _sweep(target, energy, chunks.beyond(before, ahead))
-        if leap_lost < lost:
-            before, chunks, lost, ahead = chunks, leap, leap_lost, min(ahead * STRIDE_GROWTH, LONGEST_STRIDE)
-        else:
-            ahead = FIRST_STRIDE
-            before, (chunks, lost) = chunks, _sweep(target, energy, chunks)
-        history.append(lost)
-        if lost <= FLOOR * energy or (len(history) > PATIENCE and history[-1 - PATIENCE] - lost < TOLERANCE * lost):
-            break
-    return chunks, history
 
 
 def _sweep(target: Factors, energy: float, chunks: Chunks) -> tuple[Chunks, float]:

@@ -17,8 +17,7 @@ Q_i (R, in). With C_i = Q_i Aᵀ (R, p), G = A Aᵀ, and ∘ the product entry b
     v_io          ⟨P_i[o] C_i, u_i ∘ b_o⟩ / (u_i ∘ b_o)ᵀ G (u_i ∘ b_o)                              a number
 
 The systems are solved for the change, with a ridge of rounding size on it, so a singular one leaves alone what it doesn't
-determine and no step raises the objective. Alternation creeps along valleys, so a sweep starts ahead, on the line through the
-last two points; where that ends higher than the last sweep it is taken back. The problem has local optima: factors planted with
+determine and no step raises the objective. Sweeps start ahead (`strides`). The problem has local optima: factors planted with
 u and v around one, where they start in training, are mostly found again, those with u and v of any sign often not. Two starts
 run for a few sweeps and the better goes on:
 
@@ -28,6 +27,7 @@ run for a few sweeps and the better goes on:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from torch import Tensor
 from bslora_convert.baselines.baseline import Fitted, Made, kinds, largest, rounded
 from bslora_convert.baselines.proximal import toward_optimum
 from bslora_convert.baselines.sharelora import mean_pair, mean_svd, sharelora_ab
+from bslora_convert.baselines.strides import best_of
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import Factors, Shape
@@ -42,12 +43,6 @@ from bslora_convert.modules.lowrank import Grams, gram, product_svd
 
 SWEEPS = 200
 TRIAL_SWEEPS = 5  # of each start
-PATIENCE = 3
-TOLERANCE = 3e-3  # share of the objective that so many sweeps together must take off it to be followed by another
-FLOOR = 1e-12  # of the energy: below it the objective is rounding
-FIRST_STRIDE = 0.5  # how far ahead a sweep starts, as a share of what the last one moved
-STRIDE_GROWTH = 1.5
-LONGEST_STRIDE = 30.0
 CHUNK = 1 << 22  # numbers of the rows' systems that stand in memory together
 
 
@@ -146,10 +141,8 @@ def fit_tl6(terms: Sequence[Factors], rank: int) -> tuple[Tl6, list[float]]:
     terms: the layers' updates, factors (out, R_i), (R_i, in).
     """
     targets = _targets(terms)
-    trials = [_run(targets, start, TRIAL_SWEEPS) for start in (_mean(terms, rank), _stacked(terms, rank))]
-    form, history = min(trials, key=lambda trial: trial[1][-1])
-    form, further = _run(targets, form, SWEEPS - TRIAL_SWEEPS)
-    return form, history + further
+    starts = _mean(terms, rank), _stacked(terms, rank)
+    return best_of(starts, partial(_sweep, targets), targets.energy, TRIAL_SWEEPS, SWEEPS)
 
 
 def _targets(terms: Sequence[Factors]) -> Targets:
@@ -182,27 +175,6 @@ def _stacked(terms: Sequence[Factors], rank: int) -> Tl6:
     u = torch.linalg.eigh(small)[1][:, :, -1].T  # (L, p), unit columns: the leading direction over layers
     b = torch.einsum("lot,lt->ot", columns, u)
     return Tl6(b, a, u, b.new_ones((len(terms), len(b))))
-
-
-def _run(targets: Targets, form: Tl6, sweeps: int) -> tuple[Tl6, list[float]]:
-    """Sweeps until one gains too little; each starts ahead of where the last one ended, unless that proves worse."""
-    before, (form, lost) = form, _sweep(targets, form)
-    history = [lost]
-    ahead = FIRST_STRIDE
-    for _ in range(sweeps - 1):
-        leap, leap_lost = _sweep(targets, form.beyond(before, ahead))
-        if leap_lost < lost:
-            before, form, ahead = form, leap, min(ahead * STRIDE_GROWTH, LONGEST_STRIDE)
-        else:
-            ahead = FIRST_STRIDE
-            before, (form, leap_lost) = form, _sweep(targets, form)
-        lost = leap_lost
-        history.append(lost)
-        if lost <= FLOOR * targets.energy or (
-            len(history) > PATIENCE and history[-1 - PATIENCE] - lost < TOLERANCE * lost
-        ):
-            break
-    return form, history
 
 
 def _sweep(targets: Targets, form: Tl6) -> tuple[Tl6, float]:

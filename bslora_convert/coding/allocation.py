@@ -69,10 +69,7 @@ def within_loss(items: Items, allowed: float) -> np.ndarray:
 def _around(items: Items, rise: Callable[[np.ndarray], bool]) -> tuple[np.ndarray, np.ndarray]:
     """The options just below and just above the price up to which `rise` says of them to go on."""
     finite = np.where(np.isfinite(items.lost), items.lost, 0.0)
-    low, high = (
-        0.0,
-        float(finite.max(initial=0.0) * 2 + 1e-300),
-    )  # a bit is dearer there than anything that it could save
+    low, high = 0.0, float(finite.max(initial=0.0) * 2 + 1e-300)  # a bit is dearer there than all that it could save
     below, above = items.at(low), items.at(high)
     for _ in range(BISECTIONS):
         middle = np.sqrt(low * high) if low else high / 2**20

@@ -9,8 +9,9 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from bslora_convert.fit.gain import carrier_of, strength_in
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
-from bslora_convert.metric.metric import PLAIN
+from bslora_convert.metric.metric import PLAIN, Metric
 from bslora_convert.modules.factors import Factors, Shape, add
 from bslora_convert.modules.lowrank import Grams, ProductSvd, residual_energy
 from bslora_convert.process.progress import Progress, silent
@@ -186,30 +187,28 @@ def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> di
 
     def local(name: str) -> _Local:
         metric, module = source.metric(name), form.modules[name]
-        svd = source.svds[name]
-        if module.paths:
-            svd = svd_in(metric, add(*residual_terms(source.deltas[name], form, name)))
+        target = cache(
+            lambda: add(*residual_terms(source.deltas[name], form, name))
+        )  # not needed plainly, nothing shared
+        svd = svd_in(metric, target()) if module.paths else source.svds[name]
         rank = None if aim.ranks is None else aim.ranks[name]
         most = min(module.shape)
         if aim.most_rank is not None:
             most = min(most, max(aim.most_rank - shared_rank(form, name), 0))
         count = min(int((svd.energies > 0).sum()), most) if rank is None else min(rank, len(svd.energies))
-        left, right = _lost_shares(source, form, name, svd, count)
+        left, right = _lost_shares(metric, module.shape, lambda: svd.truncate([target()], count))
         return _Local(svd, _items(svd.energies[:count].double().cpu().numpy(), module.shape, left, right, aim))
 
     return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))
 
 
-def _lost_shares(
-    source: Source, form: BsloraForm, name: str, svd: ProductSvd, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """D of the vectors of each side of a module's components at every width, (count, widths) or one row for all of them."""
-    metric = source.metric(name)
+def _lost_shares(metric: Metric, shape: Shape, start: Callable[[], Factors]) -> tuple[np.ndarray, np.ndarray]:
+    """D of the vectors of each side at every width, (count, widths), or one row for all of them. start: makes the vectors."""
     if metric is PLAIN:
-        out, width = form.modules[name].shape
-        return distortions(out).numpy()[None], distortions(width).numpy()[None]
-    start = svd.truncate([add(*residual_terms(source.deltas[name], form, name))], count)
-    return lost_shares(start.b.T, metric.left).numpy(), lost_shares(start.a, metric.right).numpy()
+        out, width = (distortions(side).numpy()[None] for side in shape)
+        return out, width
+    made = start()
+    return lost_shares(made.b.T, metric.left).numpy(), lost_shares(made.a, metric.right).numpy()
 
 
 def _items(energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, aim: Aim) -> Items:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -29,16 +28,6 @@ from tests.planting import write_lora
 from tests.vllm.test_tenants import BASE, HOSTILE, SERVED
 
 TINY = FIXTURES / "tiny"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of two real adapters."""
-    place = tmp_path_factory.mktemp("elsewhere")
-    for name, source in (("team/math", "gsm8k"), ("bank", "banking77")):
-        shutil.copytree(TINY / source, place / "in" / name)
-    batch(place / "in", place / "library", Recipe(transform="none", bytes=0.25), workers=0)
-    return place / "library"
 
 
 @pytest.fixture(scope="module")

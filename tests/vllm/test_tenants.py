@@ -33,16 +33,6 @@ BASE = str(TINY / "base")
 SERVED = "fixtures/tiny/base"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of two real adapters in codes."""
-    place = tmp_path_factory.mktemp("vllm")
-    for name, source in (("team/math", "gsm8k"), ("bank", "banking77")):
-        shutil.copytree(TINY / source, place / "in" / name)
-    batch(place / "in", place / "library", Recipe(transform="none", bytes=0.25), workers=0)
-    return place / "library"
-
-
 @pytest.fixture
 def library(made: Path, tmp_path: Path) -> Path:
     shutil.copytree(made, tmp_path / "library")

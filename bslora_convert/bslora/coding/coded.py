@@ -61,7 +61,7 @@ class Coded:
         number, code = (
             torch.zeros((), dtype=SCALES),
             torch.zeros((), dtype=torch.uint8),
-        )  # one for all: they take no memory
+        )  # expanded, they take no memory
         exact = number.expand(n, length) if 16 in widths else None
         scales = number.expand(n, groups_of(length))
         return cls(torch.tensor(widths, dtype=torch.uint8), code.expand(n, length), scales, exact)
