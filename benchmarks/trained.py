@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", type=lambda text: text.split(";"), help="names of forms, divided by ;")
     parser.add_argument("--out", type=Path, default=Path("build/trained"))
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     parts = options.parts or ["train", "convert", "ablate", "show"]
     unknown = set(parts) - {"train", "convert", "ablate", "show"}
     if unknown:

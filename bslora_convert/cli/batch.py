@@ -198,7 +198,7 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
 @click.option("--base-gib", type=float, required=True, help="What the base model and its cache take of it.")
 @verb
 def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None:
-    """Says how many adapters of a converted library fit beside the base model, as LoRA and as compact.
+    """Says how many adapters of a converted library, a directory or a URL, fit beside the base model, as LoRA and as compact.
 
     \b
     Example:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, spread
-from bslora_convert.bslora.coding.levels import EDGES, LEVELS
 from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, windows_of
 from bslora_convert.bslora.coding.widths import WIDTHS
 from bslora_convert.coding.viterbi import paths, paths_on_device
@@ -37,16 +36,17 @@ from bslora_convert.modules.lowrank import Grams, residual_energy
 SMALLEST_SCALE = 1e-30
 SMALLEST_NORM = 1e-300
 DISTORTIONS = {
-    1: 0.2723,
-    2: 0.0724,
-    3: 0.01936,
-    4: 0.00520,
-    5: 0.00140,
-    6: 0.00038,
-    8: 6e-5,
+    1: 0.2715,
+    2: 0.0718,
+    3: 0.01892,
+    4: 0.00499,
+    5: 0.00132,
+    6: 0.000349,
+    7: 9.7e-5,
+    8: 2.9e-5,
     16: 2.7e-6,
 }  # of the energy of a long normal vector: `python benchmarks/trellis.py`
-BEGINNING = 9  # numbers' worth of it that the beginning of a vector adds
+BEGINNING = 8  # numbers' worth of it that the beginning of a vector adds
 PROBES, PROBE_SEED = 8, 0
 
 
@@ -94,12 +94,9 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
             exact[chosen] = own.cpu().to(SCALES)
             continue
         groups = _Groups.of(own)
-        if width == 8:
-            found = groups.levelled()
-        else:
-            found = groups.searched(groups.rms(), width)
-            if like is not None:
-                found = groups.better(found, groups.searched(like[chosen].float(), width), width)
+        found = groups.searched(groups.rms(), width)
+        if like is not None:
+            found = groups.better(found, groups.searched(like[chosen].float(), width), width)
         codes[chosen] = found
         levels = groups.values(found, width)
         scales[chosen] = groups.scales(levels, unbiased)
@@ -128,12 +125,6 @@ class _Groups:
         counted[-1] = length - (self.cut.shape[1] - 1) * self.cut.shape[2]
         return (self.cut.square().sum(2) / counted).sqrt()
 
-    def levelled(self) -> Tensor:
-        """Codes of the nearest of 8 bits' levels, the largest number at the last of them."""
-        largest = self.cut.abs().amax(2, keepdim=True) / LEVELS[8][-1]
-        nearest = torch.bucketize(self.cut / largest.clamp_min(SMALLEST_SCALE), EDGES[8], out_int32=True)
-        return nearest.to(torch.uint8).view(len(self.vectors), -1)[:, : self.vectors.shape[1]]
-
     def searched(self, scales: Tensor, width: int) -> Tensor:
         """Codes of the best way through the trellis under these scales."""
         length, table = self.vectors.shape[1], tables()[width]
@@ -144,8 +135,7 @@ class _Groups:
 
     def values(self, codes: Tensor, width: int) -> Tensor:
         """What the codes stand for before scales, by group."""
-        table = LEVELS[8][codes.int()] if width == 8 else tables()[width][windows_of(codes, width)]
-        return _cut(table, codes.shape[1])
+        return _cut(tables()[width][windows_of(codes, width)], codes.shape[1])
 
     def scales(self, values: Tensor, unbiased: bool = False) -> Tensor:
         """Those of least error, or with which each vector is unbiased, rounded as they are stored."""

@@ -2,30 +2,45 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import MANIFEST
+from bslora_convert.files.store import Store, as_written, is_url
 
 DONE = ("ok", "skipped")  # statuses of adapters that are there
 
 
 def read_manifest(out: str | Path) -> list[dict[str, Any]]:
-    """The rows of a finished batch.
+    """The rows of a finished batch, of which a URL's manifest alone is fetched.
 
-    :raises InputError: when there is none.
+    :raises InputError: when there is none, or it can't be fetched.
     """
-    path = Path(out) / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{out}: no {MANIFEST}; the output of `batch` is expected")
+    path = f"{as_written(out)}/{MANIFEST}" if is_url(out) else Path(out) / MANIFEST
     rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(out).splitlines(), 1):
         try:
             row = json.loads(line)
             rows[row["id"]] = row
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
     return list(rows.values())
+
+
+def _text(out: str | Path) -> str:
+    missing = InputError(f"{as_written(out)}: no {MANIFEST}; the output of `batch` is expected")
+    if not is_url(out):
+        path = Path(out) / MANIFEST
+        if not path.is_file():
+            raise missing
+        return path.read_text(encoding="utf-8")
+    store = Store.at(str(out))
+    if store.bytes_of(MANIFEST) is None:
+        raise missing
+    with TemporaryDirectory(prefix="bslora-") as place:
+        store.copy([MANIFEST], Path(place))
+        return (Path(place) / MANIFEST).read_text(encoding="utf-8")
 
 
 def held(out: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -154,7 +154,7 @@ def test_more_bits_lose_less_and_the_estimate_is_near() -> None:
     assert bool((shares[:-1] > shares[1:]).all())
     for column, width in enumerate(WIDTHS):
         lost = float((vectors - encode(vectors, [width] * 20).decode()).square().sum() / vectors.square().sum())
-        assert lost == pytest.approx(float(shares[column]), rel=0.15 if width < 8 else 0.5)
+        assert lost == pytest.approx(float(shares[column]), rel=0.15 if width < 16 else 0.5)
     assert DISTORTIONS[4] < 0.6 * 0.0095  # Max's levels of four bits
 
 
@@ -178,7 +178,7 @@ def test_what_was_decoded_is_coded_again_as_it_was() -> None:
 
 def test_tables_are_those_of_the_format() -> None:
     held = torch.stack([tables()[width] for width in TRELLIS_WIDTHS]).mul(4096).to(torch.int16)
-    assert hashlib.sha256(held.numpy().tobytes()).hexdigest()[:32] == "be753aaf8eccccc3005350b0726628a0"
+    assert hashlib.sha256(held.numpy().tobytes()).hexdigest()[:32] == "4c00eec526b5ec18dfc4004e0c893739"
 
 
 SHAPES_OF_GOLDEN = [("m.bslora_local_A", (7, 37)), ("m.bslora_local_B", (1030, 7))]
@@ -197,8 +197,8 @@ SHAPES_OF_GOLDEN = [("m.bslora_local_A", (7, 37)), ("m.bslora_local_B", (1030, 7
         (
             2,
             (
-                "9d2dc38f265fc1dbef8562706410ec2a",
-                "8d1977ac4fa121ffcb6b37ac88b22bd3",
+                "e0650434cbe1dd1e45386e690e8cc880",
+                "2e7295768493b9d2e5d9be5b287e37cc",
             ),
         ),
     ],
@@ -233,7 +233,7 @@ def coded_file() -> tuple[dict[str, torch.Tensor], list[tuple[str, tuple[int, in
     ("name", "change", "words"),
     [
         (WIDTHS_NAME, lambda t: t[:-1], "is expected"),
-        (WIDTHS_NAME, lambda t: torch.full_like(t, 7), "holds 7"),
+        (WIDTHS_NAME, lambda t: torch.full_like(t, 9), "holds 9"),
         (WIDTHS_NAME, lambda t: t.short(), "is expected"),
         (WIDTHS_NAME, lambda t: torch.full_like(t, 8), "is expected"),
         (WIDTHS_NAME, lambda t: None, "missing"),

@@ -115,7 +115,7 @@ def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
     [
         ({"bytes": 0.0}, "bytes is 0.0"),
         ({"bytes": 1.5}, "bytes is 1.5"),
-        ({"bits": 7}, "bits is 7"),
+        ({"bits": 9}, "bits is 9"),
         ({"bytes": 0.5, "budget": 0.5}, "exclude each other"),
         ({"bytes": 0.5, "ranks": (1, 1, 1)}, "exclude each other"),
     ],

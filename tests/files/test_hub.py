@@ -132,6 +132,16 @@ def test_a_whole_library_of_a_url_is_expanded_and_measured(here: Hub, tmp_path: 
         record = json.loads((tmp_path / "served" / name / "expansion.json").read_text())
         assert record["source"]["path"] == f"{address}::{name}"
     assert str(tmp_path) not in json.dumps([row["source"] for row in said["rows"]])
+    room = ["--gpu-gib", "2", "--base-gib", "1"]
+    there, local = (
+        CliRunner().invoke(main, ["capacity", place, *room, "--json"]) for place in (address, str(tmp_path / "out"))
+    )
+    assert there.exit_code == 0, there.stderr
+    assert json.loads(there.stdout) == json.loads(local.stdout)
+    following = f"expand {address} {'whole' if kind == 'hub' else 'library'}-served --for vllm"
+    assert following in " ".join(CliRunner().invoke(main, ["capacity", address, *room]).output.split())
+    missing = CliRunner().invoke(main, ["capacity", f"{address}/none", "--gpu-gib", "2", "--base-gib", "1"])
+    assert missing.exit_code == 3 and "none: no manifest.jsonl" in missing.stderr
     words = [
         "verify",
         address,

@@ -2,8 +2,8 @@
 
     x̂_v = s_{v,g} · value      v: vector, g: its groups of GROUP numbers (the last may be shorter)
 
-A value is the table's entry for a window of the vector's codes (`trellis`), or, in the first version of the coding and at eight
-bits, a level for each code (`levels`).
+A value is the table's entry for a window of the vector's codes (`trellis`), or, in the first version of the coding, a level for
+each code (`levels`).
 
 Vectors run along what a component has: the columns of B, the rows of A. A kernel or a gate is one vector. A vector of 16 bits is
 in bfloat16, as scales are, and has none.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.levels import LEVELS
-from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, windows_of
+from bslora_convert.bslora.coding.trellis import tables, windows_of
 from bslora_convert.modules.factors import Shape
 
 GROUP = 1024
@@ -49,8 +49,7 @@ class Coded:
                 values[chosen] = self.exact[chosen].float()
             else:
                 codes = self.codes[chosen]
-                by_window = self.trellis and width in TRELLIS_WIDTHS
-                found = tables()[width][windows_of(codes, width)] if by_window else LEVELS[width][codes.int()]
+                found = tables()[width][windows_of(codes, width)] if self.trellis else LEVELS[width][codes.int()]
                 values[chosen] = found * spread(self.scales[chosen], length)
         return values
 

@@ -2,15 +2,14 @@
 
     bslora_widths    uint8    width of every vector, tensors in the layout's order
     bslora_scales    bfloat16 scales of the vectors of 1 to 8 bits, in the same order
-    bslora_trellis_<w> uint8  codes of the vectors of 1 to 6 bits, in the same order, packed (`packing`), read by `trellis`
-    bslora_codes_8   uint8    codes of the vectors of 8 bits, each of a level (`levels`)
+    bslora_trellis_<w> uint8  codes of the vectors of w bits, in the same order, packed (`packing`), read by `trellis`
     bslora_floats    bfloat16 numbers of the vectors of 16 bits
 
 A tensor for each module would cost a header entry each, at a sixteenth of a small adapter a tenth of the file. How many vectors
 there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
 
-Version 1, which is read as it was: widths 1, 2, 3, 4, 8 and 16, and `bslora_codes_<w>` for all of up to 8 bits, a level for each
-code.
+Version 1, which is read as it was: widths 1, 2, 3, 4, 8 and 16, and `bslora_codes_<w>` in place of `bslora_trellis_<w>`, a level
+(`levels`) for each code.
 """
 
 from collections import Counter
@@ -69,14 +68,14 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
 
 def version_of(tensors: Mapping[str, Tensor]) -> int:
     """The version of a file's code tensors, which their names tell."""
-    first = {_name(width, FIRST) for width in TRELLIS_WIDTHS}
+    first = {_name(width, FIRST) for width in FIRST_WIDTHS if width < 16}
     return FIRST if first & set(tensors) else VERSION
 
 
 def _name(width: int, version: int) -> str:
     if width == 16:
         return FLOATS_NAME
-    return f"bslora_{'trellis' if version == VERSION and width in TRELLIS_WIDTHS else 'codes'}_{width}"
+    return f"bslora_{'trellis' if version == VERSION else 'codes'}_{width}"
 
 
 def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
@@ -149,7 +148,7 @@ def check_codes(
         largest = _stored(tensors, width, count, where, version)
         if width != 16:
             owned = scales[(widths == width).repeat_interleave(groups * scaled)]
-            largest = owned * (tables()[width].abs().max() if _by_window(width, version) else LEVELS[width][-1])
+            largest = owned * (tables()[width].abs().max() if version == VERSION else LEVELS[width][-1])
         if float(largest.abs().max()) > torch.finfo(dtype).max:
             raise InputError(
                 f"{where}: {_name(width, version)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
@@ -205,8 +204,7 @@ def decoded(
             numbers[width] = stored[first : first + int(lengths[chosen].sum())].to(dtype)
         else:
             owned = scales[chosen.repeat_interleave(groups * scaled).to(scales.device)]
-            window = _by_window(width, version)
-            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, window, first, among)
+            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, version == VERSION, first, among)
     return tensors_of(shapes, widths, numbers, dtype)
 
 
@@ -214,10 +212,6 @@ def _lengths(shapes: Iterable[tuple[str, Shape]]) -> Tensor:
     """(vectors,) int64, of every tensor's one after another."""
     each = torch.tensor([vectors_shape(key, shape) for key, shape in shapes], dtype=torch.int64).view(-1, 2)
     return each[:, 1].repeat_interleave(each[:, 0])
-
-
-def _by_window(width: int, version: int) -> bool:
-    return version == VERSION and width in TRELLIS_WIDTHS
 
 
 def _stored(tensors: Mapping[str, Tensor], width: int, count: int, where: object, version: int) -> Tensor:

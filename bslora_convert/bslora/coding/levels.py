@@ -1,4 +1,4 @@
-"""The values that codes stand for, before their group's scale.
+"""The values that codes of the first version stand for, before their group's scale.
 
 Widths from 1 to 4 have the levels of least squared error for a normal distribution of unit variance (Max, 1960, table I): the
 numbers of a singular vector are close to normal. Eight bits have equal steps up to LARGEST, where a step's length matters more
@@ -26,4 +26,3 @@ LEVELS: dict[int, Tensor] = {
     **{width: _symmetric(positive) for width, positive in _POSITIVE.items()},
     8: (torch.arange(256, dtype=torch.float32) - 127.5) * (LARGEST / 127.5),
 }
-EDGES: dict[int, Tensor] = {width: (levels[1:] + levels[:-1]) / 2 for width, levels in LEVELS.items()}

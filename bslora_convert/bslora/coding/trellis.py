@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor
+from torch.nn.functional import pad
 
 WINDOW = 12
 STATES = 1 << WINDOW
 STEPS = 4096  # a table's entries are whole multiples of 1 / STEPS
-TRELLIS_WIDTHS = (1, 2, 3, 4, 5, 6)
+TRELLIS_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 BEFORE = 2  # bytes before a block of eight codes that its windows reach into
 EIGHT = 8
 
@@ -58,13 +59,14 @@ def values_of(packed: Tensor, width: int, first: int, count: int, starts: Tensor
     device = packed.device
     skipped = first % EIGHT
     begin, end = first // EIGHT * width, -(-(first + count) // EIGHT) * width
-    blocks = torch.zeros((end - begin) // width, dtype=torch.int64, device=device)
     padded = torch.cat([packed.new_zeros(max(BEFORE - begin, 0)), packed[max(begin - BEFORE, 0) : end]])
-    held = padded.long()
-    for byte in range(width + BEFORE):  # the block's bytes, and those before it, low end first
-        blocks |= held[byte : byte + end - begin : width] << 8 * byte
-    shifts = 8 * BEFORE - WINDOW + width * torch.arange(1, EIGHT + 1, device=device)
-    windows = (blocks[:, None] >> shifts & (STATES - 1)).to(torch.int32).view(-1)[skipped : skipped + count]
+    held = pad(padded.to(torch.int32), (0, 2))
+    words = held[:-2] | held[1:-1] << 8 | held[2:] << 16  # from every byte on as many bits as a window may reach over
+    blocks = torch.empty(((end - begin) // width, EIGHT), dtype=torch.int32, device=device)
+    for place in range(EIGHT):
+        byte, shift = divmod(8 * BEFORE - WINDOW + width * (place + 1), 8)
+        blocks[:, place] = words[byte : byte + end - begin : width] >> shift & (STATES - 1)
+    windows = blocks.view(-1)[skipped : skipped + count]
     for place in range(-(-WINDOW // width) - 1):  # those that reach back beyond the beginning of their vector
         foreign = WINDOW - width * (place + 1)
         reach = (starts[lengths > place] + place).to(device)
