@@ -1,6 +1,7 @@
 """Codes and bytes: what is coded comes back, levels are the best ones, and damaged files are refused."""
 
 import hashlib
+import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from safetensors.torch import load_file
 
 from bslora_convert.bslora.coding import decode
-from bslora_convert.bslora.coding.coded import GROUP, bits_of, groups_of
+from bslora_convert.bslora.coding.coded import GROUP, Coded, bits_of, groups_of, to_vectors
 from bslora_convert.bslora.coding.file import (
     FLOATS_NAME,
     SCALES_NAME,
@@ -114,22 +115,36 @@ def test_windows_are_the_last_bits_of_each_vector(width: int, lengths: list[int]
     assert rest.tolist() == expected[first:]
 
 
-@pytest.mark.parametrize("width", TRELLIS_WIDTHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_reader_gives_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype
-) -> None:
-    generator = torch.Generator().manual_seed(width)
-    lengths = torch.randint(1, 3000, (150,), generator=generator)
-    lengths[:4] = torch.tensor([1, GROUP, GROUP + 1, 2 * GROUP])
-    groups = int(torch.div(lengths + GROUP - 1, GROUP, rounding_mode="floor").sum())
-    packed = pack(torch.randint(2**width, (int(lengths.sum()),), generator=generator, dtype=torch.uint8), width)
-    scales = torch.rand(groups, generator=generator)
-    found = {}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_reader_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Vectors of all widths and lengths in any order, from the beginning of the file and from within."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 2, 5, GROUP, GROUP + 1, 2 * GROUP, *torch.randint(1, 3000, (14,), generator=generator).tolist()]
+    shapes = [
+        (f"m{at}.bslora_local_{'AB'[at % 2]}", (13, length)[:: 1 - at % 2 * 2]) for at, length in enumerate(lengths)
+    ]
+    widths = torch.tensor(WIDTHS, dtype=torch.uint8)[
+        torch.randint(len(WIDTHS), (len(lengths), 13), generator=generator)
+    ]
+    tensors = {}
+    for (key, _), own, length in zip(shapes, widths, lengths, strict=True):
+        codes = torch.randint(1 << 16, (13, length), generator=generator) % 2 ** own.long()[:, None].clamp_max(8)
+        scales = torch.rand(13, groups_of(length), generator=generator).bfloat16()
+        exact = torch.randn(13, length, generator=generator).bfloat16()
+        tensors[key] = Coded(own, codes.to(torch.uint8), scales, exact)
+    file = to_file(tensors)
+    *_, within = itertools.islice(starts(file[WIDTHS_NAME], shapes), 8)
+    found = []
     for many in (0, 1 << 60):
         monkeypatch.setattr(decode, "MANY", many)
-        found[many] = decode.numbers_of(packed, width, scales, lengths, dtype, trellis=True)
-    assert found[0].dtype == dtype and torch.equal(found[0], found[1 << 60])
+        found.append(
+            decoded(file, shapes, dtype)
+            | {f"{key} alone": t for key, t in decoded(file, shapes[7:9], dtype, start=within).items()}
+        )
+    for key, tensor in found[1].items():
+        assert found[0][key].dtype == dtype and torch.equal(found[0][key], tensor)
+        if not key.endswith("alone"):
+            assert torch.equal(to_vectors(key, tensor), tensors[key].decode().to(dtype))
 
 
 @pytest.mark.parametrize("width", TRELLIS_WIDTHS)

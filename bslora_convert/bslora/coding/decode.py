@@ -3,21 +3,23 @@
     x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes, or a level
 
 A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
-for each width and one to put the vectors of a tensor together. Many numbers of a trellis are read by a compiled loop (`walk`),
-and on a GPU as many at once as the card's memory easily holds.
+for each width and one to put the vectors of a tensor together; on a GPU as many at once as the card's memory easily holds. Many
+numbers of a trellis are read by a compiled loop (`walk`) in the order of the file, in one pass.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, groupby
+from functools import cache
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import GROUP, from_vectors, groups_of, vectors_shape
 from bslora_convert.bslora.coding.packing import levels_of
-from bslora_convert.bslora.coding.trellis import tables, values_of
+from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, values_of
 from bslora_convert.bslora.coding.walk import walk
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.compiled import can_compile
@@ -25,7 +27,8 @@ from bslora_convert.process.compiled import can_compile
 GROUPS_AT_ONCE = 64
 GROUPS_ON_DEVICE = 1 << 12  # at once, where a launch costs more than memory does
 VECTORS_AT_ONCE = 64
-MANY = 1 << 18  # numbers of one width from which starting the compiler is worth it
+MANY = 1 << 18  # numbers from which starting the compiler is worth it
+NOTHING = np.zeros(0, np.uint8)
 
 
 def numbers_of(
@@ -36,16 +39,12 @@ def numbers_of(
     dtype: torch.dtype,
     trellis: bool,
     first: int = 0,
-    among: int = 0,
 ) -> Tensor:
     """The numbers of whole vectors of one width, in `dtype`, on the device of their codes.
 
     scales: of all their groups, float32, beside the codes. lengths: (vectors,) int64, on the CPU. trellis: whether they are read
-    by windows. first: the number of the stream with which the first of them begins. among: how many numbers are read like this
-    in all, where that is more than these: the compiler is started once for all of them.
+    by windows. first: the number of the stream with which the first of them begins.
     """
-    if trellis and packed.device.type == "cpu" and max(int(lengths.sum()), among) >= MANY and can_compile():
-        return _walked(packed, width, scales, lengths, dtype, first)
     sizes = group_sizes(lengths)
     values = torch.empty(int(lengths.sum()), dtype=dtype, device=packed.device)
     begins = lengths.cumsum(0) - lengths
@@ -67,27 +66,74 @@ def numbers_of(
     return values
 
 
-def _walked(packed: Tensor, width: int, scales: Tensor, lengths: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-    """`numbers_of` a trellis, some whole vectors at a time, as many of these at once as torch has threads."""
-    values = torch.empty(int(lengths.sum()), dtype=dtype)
-    stream, table, loop = packed.numpy(), tables()[width].numpy(), walk()
-    vectors, groups = lengths.split(VECTORS_AT_ONCE), groups_of(lengths).split(VECTORS_AT_ONCE)
-    sizes, several = [int(own.sum()) for own in vectors], [int(counts.sum()) for counts in groups]
+def is_walked(device: torch.device, numbers: int) -> bool:
+    """Whether so many numbers of a trellis, on that device, are worth the compiler's start."""
+    return device.type == "cpu" and numbers >= MANY and can_compile()
 
-    def read(out: Tensor, own: Tensor, scale: Tensor, at: int) -> None:
+
+def walked(
+    streams: Mapping[int, Tensor],
+    firsts: Mapping[int, int],
+    widths: Tensor,
+    lengths: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The numbers of whole vectors of any widths in their order, in `dtype`, as many vectors at once as torch has threads.
+
+    streams: codes by width, and the numbers of 16 bits. firsts: by width the number with which the first of them begins.
+    widths, lengths: (vectors,). scales: of all their groups, float32.
+    """
+    loop, table = walk(), _tables()
+    values = torch.empty(int(lengths.sum()), dtype=dtype)
+    starts, ends = range(0, len(widths), VECTORS_AT_ONCE), values.numel()
+    counted = torch.zeros(len(starts), len(TRELLIS_WIDTHS) + 1, dtype=torch.int64)
+    exact, held = np.zeros(0, np.float32), [NOTHING] * len(TRELLIS_WIDTHS)
+    for width, stream in streams.items():
+        before = (lengths * (widths == width)).cumsum(0) - lengths * (widths == width)
+        if width == 16:
+            first, count = firsts.get(width, 0), int(lengths[widths == width].sum())
+            counted[:, 0], exact = before[::VECTORS_AT_ONCE], stream[first : first + count].float().numpy()
+        else:
+            counted[:, width] = before[::VECTORS_AT_ONCE] + firsts.get(width, 0)
+            held[width - 1] = stream.numpy()
+    several = groups_of(lengths) * (widths != 16)
+    at, group = lengths.cumsum(0) - lengths, several.cumsum(0) - several
+
+    def read(k: int, start: int) -> None:
+        end = start + VECTORS_AT_ONCE
+        out = values[int(at[start]) : int(at[end]) if end < len(at) else ends]
         found = out if dtype == torch.float32 else torch.empty(out.numel())
-        loop(stream, width, first + at, own.numpy(), scale.numpy(), table, found.numpy())
+        loop(
+            tuple(held), counted[k].numpy(), widths[start:end].numpy(), lengths[start:end].numpy(),
+            scales[int(group[start]) :].numpy(), table, exact, found.numpy(),
+        )  # fmt: skip
         if found is not out:
             out.copy_(found)
 
-    parts = (values.split(sizes), vectors, scales.split(several), accumulate(sizes, initial=0))
-    threads = min(torch.get_num_threads(), len(sizes))
+    threads = min(torch.get_num_threads(), len(starts))
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            deque(pool.map(read, *parts), maxlen=0)
+            deque(pool.map(read, range(len(starts)), starts), maxlen=0)
     else:
-        deque(map(read, *parts), maxlen=0)
+        deque(map(read, range(len(starts)), starts), maxlen=0)
     return values
+
+
+@cache
+def _tables() -> np.ndarray:
+    """(widths, 4096) float32."""
+    return torch.stack([tables()[width] for width in TRELLIS_WIDTHS]).numpy()
+
+
+def in_order(shapes: Sequence[tuple[str, Shape]], numbers: Tensor) -> dict[str, Tensor]:
+    """Every tensor by key, of numbers whose vectors follow each other as the tensors do."""
+    sizes = [vectors_shape(key, shape) for key, shape in shapes]
+    cut = numbers.split([count * length for count, length in sizes])
+    return {
+        key: from_vectors(key, own.view(size), shape)
+        for (key, shape), own, size in zip(shapes, cut, sizes, strict=True)
+    }
 
 
 def group_sizes(lengths: Tensor) -> Tensor:

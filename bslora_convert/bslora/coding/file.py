@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import SCALES, Coded, groups_of, vectors_shape
-from bslora_convert.bslora.coding.decode import numbers_of, tensors_of
+from bslora_convert.bslora.coding.decode import in_order, is_walked, numbers_of, tensors_of, walked
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables
@@ -188,7 +188,8 @@ def decoded(
 ) -> dict[str, Tensor]:
     """Tensors that follow each other in a file, in `dtype`, by key, on the device of their codes, which `check_codes` has seen.
 
-    shapes: of these tensors. start: of the first of them; the file's beginning. among: as of `numbers_of`.
+    shapes: of these tensors. start: of the first of them; the file's beginning. among: how many numbers are read in all, where
+    that is more than these: the compiler is started once for all of them.
     """
     start = start or Start()
     lengths = _lengths(shapes)
@@ -197,14 +198,17 @@ def decoded(
     groups = groups_of(lengths)
     several = int(groups[scaled].sum())
     scales = tensors[SCALES_NAME][start.scale : start.scale + several].float() if several else torch.zeros(0)
+    streams = {width: tensors[_name(width, version)] for width in widths.unique().tolist()}
+    if version == VERSION and is_walked(scales.device, max(int(lengths.sum()), among)):
+        return in_order(shapes, walked(streams, start.numbers, widths, lengths, scales, dtype))
     numbers = {}
-    for width in widths.unique().tolist():
-        chosen, stored, first = widths == width, tensors[_name(width, version)], start.numbers.get(width, 0)
+    for width, stored in streams.items():
+        chosen, first = widths == width, start.numbers.get(width, 0)
         if width == 16:
             numbers[width] = stored[first : first + int(lengths[chosen].sum())].to(dtype)
         else:
             owned = scales[chosen.repeat_interleave(groups * scaled).to(scales.device)]
-            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, version == VERSION, first, among)
+            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, version == VERSION, first)
     return tensors_of(shapes, widths, numbers, dtype)
 
 
