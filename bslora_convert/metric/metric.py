@@ -13,6 +13,7 @@ which agrees with Σ on the rows of A and has its trace. A vector x is weighed b
     Σ̃^½ x = √ρ x + Qᵀ (S^½ − √ρ) Q x
 
 The same holds for outputs with the gradient g in the place of x and Bᵀ in that of A; without gradients outputs count as they are.
+`weight_of` keeps nothing of the directions and weighs modules alone.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import NULL_FLOOR, gram
 
 Weigh = Callable[[Tensor], Tensor]
+DAMPING = 0.3  # measured: docs/precision.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,23 @@ class Metric:
 
 
 PLAIN = Metric()
+
+
+def weight_of(factors: Factors, moments: Moments) -> Metric:
+    """A module's weight among all: every direction of its update counts alike, by how strongly it is fed and felt.
+
+    Noise of one size everywhere in the update changes the loss by (E‖x‖²/d)(E‖g‖²/d') a number; its power DAMPING is what counts.
+    """
+    (out, _), (_, width) = factors.b.shape, factors.a.shape
+    by = (moments.input_power / width * moments.output_power / out) ** (
+        DAMPING / 4
+    )  # a root of the weight on either side
+
+    def weigh(vectors: Tensor) -> Tensor:
+        found: Tensor = by * vectors
+        return found
+
+    return Metric(weigh, weigh)
 
 
 def metric_of(factors: Factors, moments: Moments) -> Metric:

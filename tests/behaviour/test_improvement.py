@@ -97,7 +97,7 @@ def test_the_metric_that_does_better_is_kept_and_proved(tmp_path: Path, transfor
     record = compress(LORA, tmp_path / "out", recipe)
     evidence = record["evidence"]
     kl = evidence["metric"]["kl"]
-    assert set(kl) == {"plain", "input", "two-sided"}
+    assert set(kl) == {"plain", "modules", "input", "two-sided"}
     assert evidence["metric"]["kept"] == min(kl, key=lambda name: kl[name]) != "plain"
     assert evidence["rows"] == {"fit": 38, "choose": 13, "prove": 13}
     assert 0 < evidence["proof"]["retention"] < 1

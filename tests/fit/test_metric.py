@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bslora_convert.coding.form import Aim, code_form
 from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
-from bslora_convert.metric.metric import Moments, metric_of
+from bslora_convert.metric.metric import DAMPING, Moments, metric_of, weight_of
 from bslora_convert.modules.factors import Factors, add
 from tests.planting import random_products
 
@@ -125,3 +125,12 @@ def test_modules_that_are_never_fed_take_no_bits() -> None:
     assert coded.form.modules[silent].local.rank == 0
     assert all(coded.form.modules[name].local.rank for name in fed)
     assert all(tensor.isfinite().all() for tensor in coded.form.tensors())
+
+
+def test_a_modules_weight_is_the_damped_power_of_what_it_is_fed_and_felt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors(torch.randn(7, 3, generator=generator), torch.randn(3, 5, generator=generator))
+    moments = Moments(torch.eye(3, dtype=torch.float64), 40.0, torch.eye(3, dtype=torch.float64), 0.14)
+    weighed = weight_of(factors, moments).weighed(factors)
+    weight = (40.0 / 5 * 0.14 / 7) ** DAMPING
+    torch.testing.assert_close((weighed.b @ weighed.a).square().sum(), weight * (factors.b @ factors.a).square().sum())
