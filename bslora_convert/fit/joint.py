@@ -18,6 +18,11 @@ do, so both are repeated while that saves. An adapter whose own factors are smal
 No p below the one whose tail of eigenvalues weighs at most Σ w_i ε_i can do, whatever U is, and likewise for q. Where even these
 cost more than separate factors there is nothing to find, and unrelated adapters are let go after two eigenvalue problems.
 
+The same strength. A separate part of least error along T has ⟨T, L⟩ = ‖L‖², an unbiased one (`fit.gain`) ⟨T, L⟩ = ‖T‖². What is
+fitted in the bases, L̂, is of least error, γ̂ = ⟨T, L̂⟩ / ‖T‖² = 1 − its error, and is scaled by γ / γ̂ where that is more than one,
+γ = ⟨T, L⟩ / ‖T‖². Then its error is 1 − 2γ + γ² / γ̂ of ‖T‖², which must not be more than e = ε / ‖T‖²: before that it may lose
+‖T‖² (1 − γ² / (e − 1 + 2γ)).
+
 The same error. Two factors rounded to a dtype of unit roundoff u give a product that is off by about u ‖T‖ however exact the fit
 was, and one put together from three is off by no more than 2 u ‖T‖. So an adapter may have the error that it has separately, or
 2 u ‖T‖ where that is less. Half of it is kept free for rounding while bases are looked for; what counts is measured after it.
@@ -30,21 +35,28 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.bases import Basis
+from bslora_convert.fit.gain import LARGEST, SLIGHT
 from bslora_convert.modules.factors import Factors, Shape
-from bslora_convert.modules.lowrank import Grams, gram, residual_energy
+from bslora_convert.modules.lowrank import Grams, gram, inner, residual_energy
 
+LEAST = 0.25  # of the error allowed that what is fitted may always have: a scale is four at most
 ROUNDINGS = 4  # (2 u)²: two bases, a core and its products with them, which are rarely off by as much as u each
 TURNS = 8  # most times that bases are turned
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One adapter's part of a module: factors in float64, ‖T‖², the squared error allowed, numbers of its own local factors."""
+    """One adapter's part of a module: factors in float64, ‖T‖², the squared error allowed, numbers of its own local factors.
+
+    along: ⟨T, L⟩ of these. fitted: the squared error allowed before what is fitted is as strong as they are.
+    """
 
     factors: Factors
     energy: float
     allowed: float
     separate: int
+    along: float
+    fitted: float
 
     @classmethod
     def of(cls, factors: Factors, local: Factors) -> "Target":
@@ -52,8 +64,17 @@ class Target:
         factors = factors.to(torch.float64)
         grams = Grams.of(factors)
         lost = residual_energy(factors, grams, local)
-        energy = max(grams.energy, 0.0)
-        return cls(factors, energy, max(lost, ROUNDINGS * rounding(local.b.dtype) * energy), local.parameters)
+        energy, along = max(grams.energy, 0.0), inner(factors, local.to(torch.float64))
+        allowed = max(lost, ROUNDINGS * rounding(local.b.dtype) * energy)
+        least = 2 * along + allowed - energy
+        fitted = energy - along**2 / least if least > 0 else allowed
+        return cls(factors, energy, allowed, local.parameters, along, min(max(fitted, LEAST * allowed), allowed))
+
+    def scale(self, fitted: Factors) -> float:
+        """What makes something of least error as strong along T as the adapter's own factors are; 1 where it is."""
+        along = inner(self.factors, fitted.to(torch.float64))
+        scale = self.along / along if along > 0 else 1.0
+        return min(scale, LARGEST) if scale > 1 + SLIGHT else 1.0
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -76,10 +97,12 @@ def take(target: Target, basis: Basis) -> tuple[Tensor, Factors] | None:
     stored = next(side for side in (basis.left, basis.right) if side is not None)
     if _core_numbers(basis, target.factors.shape) >= target.separate:
         return None
-    core = core_of(target, basis).to(stored.dtype)
+    rank, core = basis.sizes_for(target.factors.rank).rank, core_of(target, basis)
+    fitted = basis.with_core(core.to(stored.dtype), rank)
+    core = (core * target.scale(fitted)).to(stored.dtype)
     if not core.isfinite().all():
         return None
-    local = basis.with_core(core, basis.sizes_for(target.factors.rank).rank)
+    local = basis.with_core(core, rank)
     if local.rank > target.factors.rank:
         return None  # a server's slot would grow
     lost = residual_energy(target.factors, Grams.of(target.factors), local)
@@ -118,7 +141,7 @@ class _Stack:
     def of(cls, targets: Sequence[Target], dtype: torch.dtype) -> "_Stack":
         """Two thin QR decompositions."""
         free = ROUNDINGS / 2 * rounding(dtype)
-        allowed = [target.allowed - free * target.energy for target in targets]
+        allowed = [target.fitted - min(free * target.energy, target.fitted / 2) for target in targets]
         ranks = [target.factors.rank for target in targets]
         scaled = [t.factors.b / epsilon**0.5 for t, epsilon in zip(targets, allowed, strict=True)]
         outer, x = torch.linalg.qr(torch.cat(scaled, dim=1))

@@ -104,7 +104,8 @@ def test_what_is_written_is_unbiased_and_the_record_says_so(tmp_path: Path, opti
     least = records["least-squares"]["weight"]
     assert least["gain"] < records["unbiased"]["weight"]["gain"]
     assert least["relative_error"] < records["unbiased"]["weight"]["relative_error"]
-    assert least["gain"] == pytest.approx(least["energy_kept"], abs=0.02)
+    rough = options["transform"] == "gt"  # a gate is one vector, and what it carries is not fitted anew to its codes
+    assert least["gain"] == pytest.approx(least["energy_kept"], abs=0.06 if rough else 0.02)
     assert records["unbiased"]["compact"]["bytes"] == records["least-squares"]["compact"]["bytes"]
     for row in records["auto"]["baselines"].values():
         assert row["relative_error"] <= row["unbiased_error"]

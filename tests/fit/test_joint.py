@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bslora_convert.fit.gain import Strength
 from bslora_convert.fit.joint import ROUNDINGS, Target, core_of, rounding, shared_basis, take
 from bslora_convert.modules.factors import Factors, Shape
 from bslora_convert.modules.lowrank import Grams, product_svd
@@ -79,6 +80,26 @@ def test_no_adapter_loses_more_than_it_does_alone() -> None:
         assert dense_error(target, taken[1]) <= target.allowed * (1 + 1e-9)
     separate = sum(target.separate for target in own)
     assert basis.parameters + COUNT * basis.sizes.left * basis.sizes.right < separate
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_what_is_shared_is_as_strong_as_it_was_alone(rank: int) -> None:
+    own = []
+    for product in updates(True, True):
+        fitted = product_svd(Grams.of(product)).truncate([product], rank)
+        strong = Factors(fitted.b * Strength.of(product, fitted).scale, fitted.a)
+        own.append(Target.of(product, strong.to(torch.float32)))
+        assert own[-1].along == pytest.approx(own[-1].energy, rel=1e-4)
+        assert own[-1].fitted < own[-1].allowed  # an unbiased part loses more than one of least error that is behind it
+    basis = shared_basis(own, torch.float32)
+    assert basis is not None
+    for target in own:
+        taken = take(target, basis)
+        assert taken is not None
+        assert dense_error(target, taken[1]) <= target.allowed * (1 + 1e-6)
+        exact = target.factors.b @ target.factors.a
+        along = float((exact * (taken[1].b.double() @ taken[1].a.double())).sum())
+        assert along == pytest.approx(target.energy, rel=2e-3)
 
 
 def test_turned_bases_are_no_dearer_than_any_pair_of_the_higher_order_svd() -> None:
