@@ -2,12 +2,14 @@
 
 inputs   E[(Ax)(Ax)ᵀ]     x the module's inputs, over all tokens, the original adapter active
 outputs  E[(Bᵀg)(Bᵀg)ᵀ]   g the gradient of the completions' negative log-likelihood at the module's output
+fed      E[‖x‖² (Bᵀg)(Bᵀg)ᵀ]
 
-and E‖x‖², E‖g‖², which say how much there is outside of what the factors see.
+and E‖x‖², E‖g‖², E‖x‖²‖g‖², which say how much there is outside of what the factors see.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,25 +29,25 @@ def collect(
     factors: Mapping[str, Factors],
     examples: Sequence[Example],
     batch_size: int,
-    metric: str = "input",
+    gradients: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
     """Moments of each module's factors b (out, q), a (q, in), with the reference active on the base.
 
-    metric: `input`, or `two-sided` with a backward pass for the outputs.
+    gradients: with a backward pass for the outputs.
     """
     sums = {name: _Sum(part, base.device) for name, part in factors.items()}
     done = 0
     with reference:
         for batch in batches(examples, batch_size, base.pad):
-            with _watching(base.model, sums, batch.mask.bool(), metric == "two-sided"):
-                if metric == "two-sided":
+            with _watching(base.model, sums, batch.mask.bool(), gradients):
+                if gradients:
                     _backward(base, batch)
                 else:
                     base.predictions(batch)
             done += len(batch.examples)
             progress(done)
-    return {name: total.moments(metric) for name, total in sums.items()}
+    return {name: total.moments(gradients) for name, total in sums.items()}
 
 
 class _Sum:
@@ -55,34 +57,45 @@ class _Sum:
         q = factors.rank
         self.factors = factors.to(torch.float32, device)
         self.inputs = torch.zeros((q, q), dtype=torch.float64, device=device)
-        self.outputs = torch.zeros((q, q), dtype=torch.float64, device=device)
-        self.input_power = self.output_power = torch.zeros((), dtype=torch.float64, device=device)
+        self.outputs, self.fed = (torch.zeros((q, q), dtype=torch.float64, device=device) for _ in range(2))
+        self.input_power = self.output_power = self.fed_power = torch.zeros((), dtype=torch.float64, device=device)
         self.count = 0
 
-    def see_input(self, x: Tensor) -> None:
-        """Takes in x (n, in), or an embedding's token ids (n,)."""
+    def see_input(self, x: Tensor) -> Tensor:
+        """Takes in x (n, in), or an embedding's token ids (n,), and returns ‖x‖² (n,)."""
         z = (self.factors.a.T[x] if x.ndim == 1 else x.float() @ self.factors.a.T).double()
         self.inputs.addmm_(z.T, z)
-        self.input_power = self.input_power + (_power(x) if x.is_floating_point() else len(x))
+        power = _power(x) if x.is_floating_point() else torch.ones(len(x), dtype=torch.float64, device=x.device)
+        self.input_power = self.input_power + power.sum()
         self.count += len(z)
+        return power
 
-    def see_gradient(self, g: Tensor) -> None:
-        """Takes in g (n, out)."""
-        z = (g.float() @ self.factors.b).double()
+    def see_gradient(self, g: Tensor, power: Tensor) -> None:
+        """Takes in g (n, out). power: ‖x‖² (n,) of the inputs that it belongs to."""
+        z, own = (g.float() @ self.factors.b).double(), _power(g)
         self.outputs.addmm_(z.T, z)
-        self.output_power = self.output_power + _power(g)
+        self.fed.addmm_((power[:, None] * z).T, z)
+        self.output_power = self.output_power + own.sum()
+        self.fed_power = self.fed_power + power @ own
 
-    def moments(self, metric: str) -> Moments:
+    def moments(self, gradients: bool) -> Moments:
         """The means, on the CPU."""
         count = max(self.count, 1)
-        inputs, input_power = (self.inputs / count).cpu(), float(self.input_power) / count
-        if metric == "input":
-            return Moments(inputs, input_power)
-        return Moments(inputs, input_power, (self.outputs / count).cpu(), float(self.output_power) / count)
+        found = Moments((self.inputs / count).cpu(), float(self.input_power) / count)
+        if not gradients:
+            return found
+        return replace(
+            found,
+            outputs=(self.outputs / count).cpu(),
+            output_power=float(self.output_power) / count,
+            fed=(self.fed / count).cpu(),
+            fed_power=float(self.fed_power) / count,
+        )
 
 
 def _power(rows: Tensor) -> Tensor:
-    return rows.float().square().sum(dtype=torch.float64)
+    """(n, size) -> (n,), float64."""
+    return rows.float().square().sum(1, dtype=torch.float64)
 
 
 @contextmanager
@@ -98,9 +111,9 @@ def _watching(model: nn.Module, sums: Mapping[str, _Sum], mask: Tensor, gradient
     def hook(total: _Sum) -> Callable[..., None]:
         def see(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            total.see_input(rows(x, int(x.is_floating_point())))
+            power = total.see_input(rows(x, int(x.is_floating_point())))
             if gradients:
-                output.register_hook(lambda g: total.see_gradient(rows(g, 1)))
+                output.register_hook(lambda g: total.see_gradient(rows(g, 1), power))
 
         return see
 

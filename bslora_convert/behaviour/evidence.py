@@ -18,7 +18,7 @@ from bslora_convert.behaviour.rows import RowSums, means, measures, resampled_me
 from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.behaviour.writing import Writing, order_of_need
 from bslora_convert.errors import InputError
-from bslora_convert.metric.metric import Metric, metric_of, weight_of
+from bslora_convert.metric.metric import Metric, metric_of, output_metric
 from bslora_convert.modules.lowrank import Delta
 
 CHOOSING = PROVING = 0.2  # shares of the rows
@@ -81,18 +81,17 @@ def metrics_of(
 ) -> dict[str, dict[str, Metric]]:
     """The metrics to choose from, by name and module: `plain` (nothing), and those that were asked for.
 
-    metric: `modules`, `input`, `two-sided` or `auto` for all.
+    metric: `output`, `input`, `two-sided` or `auto` for all.
     """
     factors = {name: delta.factors() for name, delta in deltas.items()}
-    two_sided = metric != "input"
     moments = collect(
         workshop.base, workshop.reference, factors, evidence.fit, evidence.batch_size,
-        "two-sided" if two_sided else "input",
+        metric != "input",
         lambda done: workshop.progress("reading the metric", done, len(evidence.fit)),
     )  # fmt: skip
     found: dict[str, dict[str, Metric]] = {PLAIN_NAME: {}}
-    if metric in ("modules", "auto"):
-        found["modules"] = {name: weight_of(factors[name], one) for name, one in moments.items()}
+    if metric in ("output", "auto"):
+        found["output"] = {name: output_metric(factors[name], one) for name, one in moments.items()}
     if metric in ("input", "auto"):
         one_sided = {name: replace(one, outputs=None) for name, one in moments.items()}
         found["input"] = {name: metric_of(factors[name], one) for name, one in one_sided.items()}

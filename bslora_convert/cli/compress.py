@@ -135,8 +135,8 @@ def recipe_options(function: Any) -> Any:
                 type=click.Choice(METRICS),
                 default="auto",
                 show_default=True,
-                help="Of --prompts: a weight for each module, the directions that modules are fed, these and those of the loss's "
-                "gradient at their outputs, or what does best.",
+                help="Of --prompts: directions of the loss's gradient at the modules' outputs, of what they are fed, both, or "
+                "what does best.",
             ),
             click.option(
                 "--finetune",

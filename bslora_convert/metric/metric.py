@@ -13,7 +13,10 @@ which agrees with Σ on the rows of A and has its trace. A vector x is weighed b
     Σ̃^½ x = √ρ x + Qᵀ (S^½ − √ρ) Q x
 
 The same holds for outputs with the gradient g in the place of x and Bᵀ in that of A; without gradients outputs count as they are.
-`weight_of` keeps nothing of the directions and weighs modules alone.
+
+The noise of codes comes in all directions of the inputs alike. Of such N, with entries of variance ν, what changes the loss is
+E(gᵀNx)² = ν E‖x‖²‖g‖², and by the same token a part of it in some directions of the outputs: `output_metric` completes
+E[‖x‖² (Bᵀg)(Bᵀg)ᵀ] / d and counts inputs as they are, so that modules weigh as much as they are fed and felt together.
 """
 
 from collections.abc import Callable
@@ -26,7 +29,6 @@ from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import NULL_FLOOR, gram
 
 Weigh = Callable[[Tensor], Tensor]
-DAMPING = 0.3  # measured: docs/precision.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +36,15 @@ class Moments:
     """Second moments of one module's factors b (out, q), a (q, in), float64.
 
     inputs: E[(Ax)(Ax)ᵀ] (q, q), input_power: E‖x‖². outputs: E[(Bᵀg)(Bᵀg)ᵀ] (q, q), output_power: E‖g‖²; None where outputs
-    count as they are.
+    count as they are. fed, fed_power: of the outputs, with each token's ‖x‖² as its weight.
     """
 
     inputs: Tensor
     input_power: float
     outputs: Tensor | None = None
     output_power: float = 0.0
-
-    def to(self, device: torch.device) -> "Moments":
-        """The moments on another device."""
-        outputs = None if self.outputs is None else self.outputs.to(device)
-        return Moments(self.inputs.to(device), self.input_power, outputs, self.output_power)
+    fed: Tensor | None = None
+    fed_power: float = 0.0
 
 
 def as_it_is(vectors: Tensor) -> Tensor:
@@ -68,21 +67,11 @@ class Metric:
 PLAIN = Metric()
 
 
-def weight_of(factors: Factors, moments: Moments) -> Metric:
-    """A module's weight among all: every direction of its update counts alike, by how strongly it is fed and felt.
-
-    Noise of one size everywhere in the update changes the loss by (E‖x‖²/d)(E‖g‖²/d') a number; its power DAMPING is what counts.
-    """
-    (out, _), (_, width) = factors.b.shape, factors.a.shape
-    by = (moments.input_power / width * moments.output_power / out) ** (
-        DAMPING / 4
-    )  # a root of the weight on either side
-
-    def weigh(vectors: Tensor) -> Tensor:
-        found: Tensor = by * vectors
-        return found
-
-    return Metric(weigh, weigh)
+def output_metric(factors: Factors, moments: Moments) -> Metric:
+    """The metric of outputs alone, each token as strong as what it feeds the module."""
+    assert moments.fed is not None  # there were gradients
+    width = factors.a.shape[1]
+    return Metric(_completed(factors.b.T, moments.fed / width, moments.fed_power / width))
 
 
 def metric_of(factors: Factors, moments: Moments) -> Metric:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
 
-METRICS = ("auto", "modules", "input", "two-sided")
+METRICS = ("auto", "output", "input", "two-sided")
 
 
 @dataclass(frozen=True, slots=True)

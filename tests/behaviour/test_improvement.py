@@ -59,7 +59,7 @@ def test_moments_are_those_of_the_modules_inputs_and_gradients(
 ) -> None:
     some, name = examples[:5], "model.layers.1.mlp.up_proj"
     factors = {name: workshop.adapter.form.modules[name].local}
-    found = collect(workshop.base, workshop.reference, factors, some, 3, metric)[name]
+    found = collect(workshop.base, workshop.reference, factors, some, 3, metric == "two-sided")[name]
     layer = workshop.base.model.get_submodule(name)
     inputs: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
@@ -85,6 +85,10 @@ def test_moments_are_those_of_the_modules_inputs_and_gradients(
         assert found.outputs is not None
         w = g @ factors[name].b.double()
         torch.testing.assert_close(found.outputs, w.T @ w / len(w), rtol=1e-3, atol=1e-8)
+        power = x.square().sum(1)
+        assert found.fed is not None
+        torch.testing.assert_close(found.fed, (w * power[:, None]).T @ w / len(w), rtol=1e-3, atol=1e-6)
+        assert found.fed_power == pytest.approx(float(power @ g.square().sum(1)) / len(w), rel=1e-3)
     assert all(parameter.grad is None for parameter in workshop.base.model.parameters())
 
 
@@ -97,7 +101,7 @@ def test_the_metric_that_does_better_is_kept_and_proved(tmp_path: Path, transfor
     record = compress(LORA, tmp_path / "out", recipe)
     evidence = record["evidence"]
     kl = evidence["metric"]["kl"]
-    assert set(kl) == {"plain", "modules", "input", "two-sided"}
+    assert set(kl) == {"plain", "output", "input", "two-sided"}
     assert evidence["metric"]["kept"] == min(kl, key=lambda name: kl[name]) != "plain"
     assert evidence["rows"] == {"fit": 38, "choose": 13, "prove": 13}
     assert 0 < evidence["proof"]["retention"] < 1

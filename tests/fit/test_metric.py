@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bslora_convert.coding.form import Aim, code_form
 from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
-from bslora_convert.metric.metric import DAMPING, Moments, metric_of, weight_of
+from bslora_convert.metric.metric import Moments, metric_of, output_metric
 from bslora_convert.modules.factors import Factors, add
 from tests.planting import random_products
 
@@ -127,10 +127,21 @@ def test_modules_that_are_never_fed_take_no_bits() -> None:
     assert all(tensor.isfinite().all() for tensor in coded.form.tensors())
 
 
-def test_a_modules_weight_is_the_damped_power_of_what_it_is_fed_and_felt() -> None:
+def test_the_metric_of_outputs_is_what_noise_in_all_inputs_does() -> None:
+    """E(gᵀNx)² of N with entries of one variance, within the rows of N that the columns of B span."""
     generator = torch.Generator().manual_seed(0)
     factors = Factors(torch.randn(7, 3, generator=generator), torch.randn(3, 5, generator=generator))
-    moments = Moments(torch.eye(3, dtype=torch.float64), 40.0, torch.eye(3, dtype=torch.float64), 0.14)
-    weighed = weight_of(factors, moments).weighed(factors)
-    weight = (40.0 / 5 * 0.14 / 7) ** DAMPING
-    torch.testing.assert_close((weighed.b @ weighed.a).square().sum(), weight * (factors.b @ factors.a).square().sum())
+    x = torch.randn(5, 200, generator=generator).double()
+    g = samples(7, 3)[:, :1] * torch.randn(1, 200, generator=generator) + torch.randn(7, 200, generator=generator)
+    g = factors.b.double() @ torch.linalg.pinv(factors.b.double()) @ g
+    power = x.square().sum(0)
+    moments = replace(
+        moments_of(factors, x, g),
+        fed=(factors.b.double().T @ g * power) @ (factors.b.double().T @ g).T / 200,
+        fed_power=float((power * g.square().sum(0)).sum()) / 200,
+    )
+    noise = Factors(factors.b, torch.randn(3, 5, generator=generator))
+    found = output_metric(factors, moments).weighed(noise)
+    dense = noise.b.double() @ noise.a.double()
+    expected = float(((dense.T @ g).square().sum(0) * power).sum()) / 200 / 5
+    assert float((found.b @ found.a).square().sum()) == pytest.approx(expected, rel=1e-4)
