@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from bslora_convert.library.manifest import read_manifest
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.factors import Factors
 from bslora_convert.recipe.recipe import Recipe
-from bslora_convert.verbs.batch import batch, read_manifest
+from bslora_convert.verbs.batch import batch
 
 RANK = 16
 SHAPES = {
