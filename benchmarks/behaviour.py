@@ -2,9 +2,9 @@
 
     python benchmarks/behaviour.py LORA --base-model BASE --train TRAIN.jsonl --heldout HELDOUT.jsonl
         [--calibration ROWS.jsonl] [--budgets 0.25,0.125] [--transforms none,ke] [--minutes 10] [--out DIR]
-        [--ways data-free,input,two-sided,local,all]
+        [--ways data-free,output,input,two-sided,local,all]
 
-For each transform and budget: the data-free fit, calibrated in both metrics, and distilled from the data-free fit with the local
+For each transform and budget: the data-free fit, calibrated in each metric, and distilled from the data-free fit with the local
 or all parts trained for the given minutes (everything counted), each measured by `verify` on HELDOUT. Rows go to
 OUT/behaviour.jsonl as they end, and what is there already is not made again. TRAIN and HELDOUT must not share rows.
 """
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bslora_convert import Recipe, Training, compress, verify
 
-WAYS = ("data-free", "input", "two-sided", "local", "all")
+WAYS = ("data-free", "output", "input", "two-sided", "local", "all")
 MEASURES = ("kl", "kl_p99", "base_kl", "retention", "agreement", "hidden_error")
 
 
@@ -32,7 +32,7 @@ def make(
     training = None
     if way != "data-free":
         fields["base_model"] = options.base_model
-    if way in ("input", "two-sided"):
+    if way in ("output", "input", "two-sided"):
         fields |= {"prompts": str(options.calibration or options.train), "metric": way}
     if way in ("local", "all"):
         fields |= {"finetune": str(options.train)}

@@ -34,6 +34,8 @@ def train(options: argparse.Namespace, place: Path) -> None:
     base = load_base(options.base, "cpu")
     rows = [encode(row, base.tokenizer, base.context, True) for row in read_prompts(options.prompts)]
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    if len(rows) < BATCH:
+        raise SystemExit(f"{options.prompts}: {BATCH} rows are needed at least")
     tuned = get_peft_model(base.model, config).train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=6e-4, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=float, default=0.0625)
     parser.add_argument("--out", type=Path, default=Path("build/slots"))
     options = parser.parse_args()
-    lora = options.out / f"lora-{options.rank}"
+    lora = options.out / f"lora-{options.rank}-{options.train}"
     if not (lora / "adapter_config.json").is_file():
         train(options, lora)
     floats = {"transform": "none", "max_rank": options.slot, "budget": options.slot / options.rank}
@@ -85,8 +87,11 @@ def main() -> None:
         f"codes, {options.bytes:.2%} of the bytes, distilled": Recipe(**codes, **distilled),
     }
     log = options.out / "slots.jsonl"
-    known = {row["form"]: row for row in map(json.loads, log.read_text().splitlines())} if log.is_file() else {}
-    for number, (name, recipe) in enumerate(forms.items()):
+    asked = {name: value for name, value in sorted(vars(options).items()) if name != "out"}
+    asked |= {"prompts": Path(options.prompts).name, "heldout": options.heldout.name, "base": Path(options.base).name}
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    known = {row["form"]: row for row in rows if row["asked"] == asked}
+    for number, (name, recipe) in enumerate(forms.items(), len(rows)):
         if name in known:
             continue
         place, training = options.out / str(number), Training(max_steps=options.steps) if "distilled" in name else None
@@ -94,7 +99,7 @@ def main() -> None:
         served = expand(place, options.out / f"{number}-served", engine="vllm", overwrite=True)
         found = verify(place, reference=lora, base_model=options.base, prompts=options.heldout, max_new_tokens=0)
         known[name] = {
-            "form": name, "slot": served["served"]["max_lora_rank"],
+            "form": name, "asked": asked, "slot": served["served"]["max_lora_rank"],
             **{key: record["compact"][key] for key in ("bytes", "byte_ratio")},
             **{key: found[key] for key in ("kl", "base_kl", "retention", "retention_ci95", "agreement", "nll")},
         }  # fmt: skip

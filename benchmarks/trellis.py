@@ -2,7 +2,7 @@
 
     python benchmarks/trellis.py [--rounds 30] [--vectors 1600] [--out FILE]
 
-Each width begins with normal quantiles in a random order, wider than the numbers by SPREAD, as many bits are better spent, and is
+Each width begins with normal quantiles in a random order, wider than the numbers by SPREAD where bits are many, and is
 trained by the generalised Lloyd step: vectors of 1,024 normal numbers are encoded, and every entry becomes the mean of what it
 stood for. The table that is printed is measured on other
 vectors, at the scale of least error. Entries are whole multiples of 1/4096; --out writes them as the package holds them

@@ -127,7 +127,8 @@ def _watching(model: nn.Module, sums: Mapping[str, _Sum], mask: Tensor, gradient
 def _backward(base: BaseModel, batch: Batch) -> None:
     """Gradients of the completions' negative log-likelihood at every module; no parameter gets any."""
     embeddings = base.model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    begin = lambda _, __, output: output.requires_grad_()  # noqa: E731  before whoever watches this layer
+    handle = embeddings.register_forward_hook(begin, prepend=True)
     try:
         with torch.enable_grad():
             _, logits = base.predictions(batch, gradients=True)

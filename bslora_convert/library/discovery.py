@@ -11,11 +11,11 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.remote import LOCAL
 from bslora_convert.files.store import Store, parts_of
 from bslora_convert.library.items import Item, check_ids, safe_ids
+from bslora_convert.library.manifest import LARGEST_MANIFEST
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
 MANIFESTS = (".jsonl", ".csv")
 COLUMNS = ("id", "uri", "revision", "prompts", "base_model")
-LARGEST_MANIFEST = 256 << 20
 
 
 def discover(library: str) -> list[Item]:

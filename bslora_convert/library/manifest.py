@@ -7,9 +7,11 @@ from typing import Any
 
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import MANIFEST
-from bslora_convert.files.store import Store, as_written, is_url
+from bslora_convert.files.remote import LOCAL, fetched
+from bslora_convert.files.store import Store, as_written, is_url, parts_of
 
 DONE = ("ok", "skipped")  # statuses of adapters that are there
+LARGEST_MANIFEST = 256 << 20
 
 
 def read_manifest(out: str | Path) -> list[dict[str, Any]]:
@@ -17,9 +19,11 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
 
     :raises InputError: when there is none, or it can't be fetched.
     """
+    if is_url(out) and parts_of(out)[0] in LOCAL:
+        out = fetched(str(out))
     path = f"{as_written(out)}/{MANIFEST}" if is_url(out) else Path(out) / MANIFEST
     rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
-    for number, line in enumerate(_text(out).splitlines(), 1):
+    for number, line in enumerate(_lines(out), 1):
         try:
             row = json.loads(line)
             rows[row["id"]] = row
@@ -28,19 +32,22 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _text(out: str | Path) -> str:
+def _lines(out: str | Path) -> list[bytes]:
     missing = InputError(f"{as_written(out)}: no {MANIFEST}; the output of `batch` is expected")
     if not is_url(out):
         path = Path(out) / MANIFEST
         if not path.is_file():
             raise missing
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().splitlines()
     store = Store.at(str(out))
-    if store.bytes_of(MANIFEST) is None:
+    size = store.bytes_of(MANIFEST)
+    if size is None:
         raise missing
+    if size > LARGEST_MANIFEST:
+        raise InputError(f"{as_written(out)}/{MANIFEST}: larger than {LARGEST_MANIFEST} bytes")
     with TemporaryDirectory(prefix="bslora-") as place:
         store.copy([MANIFEST], Path(place))
-        return (Path(place) / MANIFEST).read_text(encoding="utf-8")
+        return (Path(place) / MANIFEST).read_bytes().splitlines()
 
 
 def held(out: Path) -> tuple[list[dict[str, Any]], list[str]]:

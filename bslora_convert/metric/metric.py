@@ -84,6 +84,9 @@ def metric_of(factors: Factors, moments: Moments) -> Metric:
 
 def _completed(rows: Tensor, moment: Tensor, power: float) -> Weigh:
     """Σ̃^½ as a function. rows (q, d), moment (q, q), power tr Σ."""
+    if not len(rows):
+        return as_it_is  # of nothing
+    moment = moment.to(rows.device)
     values, vectors = torch.linalg.eigh(gram(rows.T))
     kept = values > NULL_FLOOR * values.max().clamp_min(torch.finfo(values.dtype).tiny)
     onto = vectors[:, kept] / values[kept].sqrt()

@@ -7,6 +7,7 @@ from typing import Any
 
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SUFFIX
 from bslora_convert.comparison.winners import Row, error, kl, winners
+from bslora_convert.files.address import MARK
 from bslora_convert.files.store import as_written, is_url
 
 UNKNOWN_BASE = "BASE_MODEL"
@@ -137,8 +138,8 @@ def after_capacity(place: str) -> str:
 
 def expand(place: str) -> str:
     """What a server loads, beside the place, or here where that is elsewhere."""
-    place = as_written(place).rstrip("/")
-    here = place.rpartition("/")[2].partition("@")[0] if is_url(place) else place
+    place = as_written(place).rstrip("/") or "/"
+    here = place.partition(MARK)[0].rpartition("/")[2].partition("@")[0] if is_url(place) else place.rstrip("/")
     return _joined("expand", place, f"{here}-served", "--for", "vllm")
 
 

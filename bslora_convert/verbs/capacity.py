@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bslora_convert.bslora.decoded import DECODED_BYTES
-from bslora_convert.errors import RecipeError
+from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.library.manifest import DONE
 from bslora_convert.library.serving import GIB, slots
 from bslora_convert.results import Capacity
 
@@ -20,14 +21,21 @@ from bslora_convert.results import Capacity
 def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float) -> Capacity:
     """Adapters that fit in what the base leaves of a GPU; rows: of a manifest.
 
-    :raises RecipeError: when the base leaves nothing, or nothing was converted.
+    :raises RecipeError: when the base leaves nothing, or nothing was converted. :raises InputError: when a row is damaged.
     """
     free = (gpu_gib - base_gib) * GIB
     if not (math.isfinite(free) and free > 0 <= base_gib):
         raise RecipeError(
             f"gpu_gib is {gpu_gib:g} and base_gib {base_gib:g}: the base must leave room", "gpu_gib", "base_gib"
         )
-    good = [row for row in rows if row["status"] in ("ok", "skipped")]
+    try:
+        return _fitting(rows, free, gpu_gib, base_gib)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError("a row of the manifest lacks what `batch` writes; run `batch` again to make it anew") from None
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]], free: float, gpu_gib: float, base_gib: float) -> Capacity:
+    good = [row for row in rows if row["status"] in DONE]
     if not good:
         raise RecipeError("the manifest holds no converted adapter")
     mean = {

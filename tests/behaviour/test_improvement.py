@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, compress, finetune, load_compact, verify
 from bslora_convert.behaviour.attach import Attached
@@ -90,6 +92,15 @@ def test_moments_are_those_of_the_modules_inputs_and_gradients(
         torch.testing.assert_close(found.fed, (w * power[:, None]).T @ w / len(w), rtol=1e-3, atol=1e-6)
         assert found.fed_power == pytest.approx(float(power @ g.square().sum(1)) / len(w), rel=1e-3)
     assert all(parameter.grad is None for parameter in workshop.base.model.parameters())
+
+
+def test_gradients_reach_an_adapted_embedding(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    recipe = Recipe(transform="none", bytes=0.3, base_model=str(BASE), prompts=str(PROMPTS), metric="output")
+    record = compress(tmp_path / "lora", tmp_path / "out", recipe, report_html=False)
+    assert set(record["evidence"]["metric"]["kl"]) == {"plain", "output"}
 
 
 @pytest.mark.parametrize("transform", ["none", "ke"])

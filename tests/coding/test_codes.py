@@ -210,7 +210,7 @@ SHAPES_OF_GOLDEN = [("m.bslora_local_A", (7, 37)), ("m.bslora_local_B", (1030, 7
             ),
         ),
         (
-            2,
+            3,
             (
                 "e0650434cbe1dd1e45386e690e8cc880",
                 "2e7295768493b9d2e5d9be5b287e37cc",

@@ -512,6 +512,14 @@ def _empty(tmp_path: Path) -> Path:
     return tmp_path / "empty"
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe{}", b"{", b"[]", b'{"status": "ok"}', b'{"id": "a", "status": "ok"}'])
+def test_a_manifest_of_a_stranger_is_refused_in_words(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "manifest.jsonl").write_bytes(line + b"\n")
+    for place in (tmp_path, f"file://{tmp_path}"):
+        found = CliRunner().invoke(main, ["capacity", str(place), "--gpu-gib", "2", "--base-gib", "1"])
+        assert found.exit_code == 2 and ("damaged" in found.stderr or "lacks" in found.stderr), found.stderr
+
+
 def test_capacity_counts_what_is_loaded(tmp_path: Path) -> None:
     write_lora(tmp_path / "library" / "one", random_products(layers=1))
     record = batch(tmp_path / "library", tmp_path / "out", Recipe(transform="none", bytes=0.5))

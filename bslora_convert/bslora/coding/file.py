@@ -28,7 +28,7 @@ from bslora_convert.bslora.coding.widths import FIRST_WIDTHS, WIDTHS
 from bslora_convert.errors import InputError
 from bslora_convert.modules.factors import Shape
 
-FIRST, VERSION = 1, 2
+FIRST, VERSION = 1, 3  # the second had other tables and was never released
 VERSIONS = (FIRST, VERSION)
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
 CODED_WIDTHS = [width for width in WIDTHS if width < 16]
@@ -199,7 +199,8 @@ def decoded(
     several = int(groups[scaled].sum())
     scales = tensors[SCALES_NAME][start.scale : start.scale + several].float() if several else torch.zeros(0)
     streams = {width: tensors[_name(width, version)] for width in widths.unique().tolist()}
-    if version == VERSION and is_walked(scales.device, max(int(lengths.sum()), among)):
+    coded = int(lengths[scaled].sum())
+    if version == VERSION and coded and is_walked(scales.device, max(coded, among)):
         return in_order(shapes, walked(streams, start.numbers, widths, lengths, scales, dtype))
     numbers = {}
     for width, stored in streams.items():
