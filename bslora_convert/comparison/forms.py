@@ -78,21 +78,18 @@ def one_level(transform: str, level: str, source: Source, budget: int, storage: 
     return fitted(fit_by_hand(source, options, (0, ranks["intra"], ranks["inter"])).form, storage)
 
 
-def coded(width: int | None, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
-    """Truncated SVD in codes, of one width or of the best ones."""
+def coded(width: int | None, strong: bool, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """Truncated SVD in codes, of one width or of the best ones, of least error or as strong as the original."""
     plain = BsloraForm(
         None, {name: Module(d.shape, d.factors(), {}, source.kind(name)) for name, d in source.deltas.items()}
     )
-    found = code_form(source, plain, Aim(bits=8 * storage.itemsize * budget, width=width), torch.float32)
+    found = code_form(
+        source, plain, Aim(bits=8 * storage.itemsize * budget, width=width, unbiased=strong), torch.float32
+    )
     form = found.form
     settings = {"bits a number": round(found.bits / max(form.parameters, 1), 2)}
-
-    def times(name: str, by: float) -> Factors:
-        scaled = found.tensors[f"{name}.bslora_local_B"].scaled(by).decode().T
-        return Factors(scaled.to(form.modules[name].local.b.device), form.modules[name].local.a)
-
     deltas = {name: form.delta(name) for name in form.modules}
-    return Fitted(deltas, form.parameters, settings, bytes=-(-found.bits // 8), times=times)
+    return Fitted(deltas, form.parameters, settings, bytes=-(-found.bits // 8))
 
 
 def as_strong(source: Source, found: Fitted, storage: torch.dtype) -> Fitted:
@@ -115,11 +112,8 @@ def unbiased(fit: Fit, source: Source, budget: int, storage: torch.dtype, seed: 
     return as_strong(source, fit(source, budget, storage, seed), storage)
 
 
-CODED: Mapping[str, Fit] = {
-    "svd_int8": partial(coded, 8),
-    "svd_int4": partial(coded, 4),
-    "svd_mixed": partial(coded, None),
-}
+WIDTHS: Mapping[str, int | None] = {"svd_int8": 8, "svd_int4": 4, "svd_mixed": None}
+CODED: Mapping[str, Fit] = {name: partial(coded, width, False) for name, width in WIDTHS.items()}
 
 BY_FORM = ("svd_uniform", "svd_adaptive", *(f"bslora_{name}" for name in PAPER))  # of floats, those that compress makes
 
@@ -132,7 +126,11 @@ WITHIN_BUDGET: Mapping[str, Fit] = {
 IN_CODES: Mapping[str, Fit] = {**CODED, **QUANTISED, **WHOLE}
 
 UNBIASED: Mapping[str, Fit] = {
-    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **IN_CODES}[name]) for name in (*BY_FORM, *IN_CODES)
+    **{
+        f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **QUANTISED, **WHOLE}[name])
+        for name in (*BY_FORM, *QUANTISED, *WHOLE)
+    },
+    **{f"{name}{SUFFIX}": partial(coded, width, True) for name, width in WIDTHS.items()},
 }
 
 SLOW = ("nola",)  # minutes for a real adapter: fitted only where it is named
