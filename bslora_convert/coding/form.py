@@ -10,8 +10,8 @@
 Where bits are spent. Within bits, and where updates are to be unbiased, behaviour counts and not the error of the weights. Noise
 of variance ν in every entry of a module (out, in) changes the loss by ν E‖x‖²‖g‖², and that power differs little from module to
 module (within a factor of two in the mean of each kind of SmolLM2-135M's), whatever their sizes. So an error counts by
-1 / (out · in), damped by the power EVEN, as what is truncated is no noise; docs/precision.md has what that is worth. In a metric of
-prompts, and where an error is asked for, errors count as they are.
+1 / (out · in), damped by the power EVEN, as what is truncated is no noise; docs/precision.md has what that is worth. In a
+metric of prompts, and where an error is asked for, errors count as they are.
 """
 
 import math
