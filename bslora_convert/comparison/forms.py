@@ -8,7 +8,8 @@ svd_int8, svd_int4  truncated SVD in codes of one width, within the bytes that t
 svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does
 rtn_int8, nf4, …    other quantisers, of the whole adapter or of its truncated SVD (`baselines.quantised`, `baselines.loraquant`)
 …_unbiased          the same with each module's update scaled to the original's strength (`fit.gain`): the scale goes into numbers
-                    that are there anyway, floats or the scales of codes, rounded as these are, and takes no bytes
+                    that are there anyway, floats or the scales of codes, rounded as these are, and takes no bytes; our codes as
+                    compress makes them then, with bits where behaviour is
 """
 
 from collections.abc import Mapping
@@ -125,11 +126,13 @@ WITHIN_BUDGET: Mapping[str, Fit] = {
 
 IN_CODES: Mapping[str, Fit] = {**CODED, **QUANTISED, **WHOLE}
 
+SCALED: Mapping[str, Fit] = {
+    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **QUANTISED, **WHOLE}[name])
+    for name in (*BY_FORM, *QUANTISED, *WHOLE)
+}  # what their twins only scale
+
 UNBIASED: Mapping[str, Fit] = {
-    **{
-        f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **QUANTISED, **WHOLE}[name])
-        for name in (*BY_FORM, *QUANTISED, *WHOLE)
-    },
+    **SCALED,
     **{f"{name}{SUFFIX}": partial(coded, width, True) for name, width in WIDTHS.items()},
 }
 

@@ -12,7 +12,7 @@ import torch
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SLOW, SUFFIX, UNBIASED, as_strong
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SLOW, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -89,7 +89,7 @@ def compare(
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
             plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled
-            row, fitted = _row(name, budget, source, storage, seed, plain if name in UNBIASED else None)
+            row, fitted = _row(name, budget, source, storage, seed, plain if name in SCALED else None)
             found.append((row, fitted))
             fits[name, budget] = fitted
     if rows is not None:
