@@ -164,7 +164,7 @@ ON = "--reference LORA --prompts rows.jsonl --base-model BASE"  # a base model o
 # options that no verb takes: verb -> those that are tried
 OPTIONS: dict[str, list[str]] = {
     "compress": [
-        "--budget 0", "--budget 2", "--budget nan", "--budget x", "--bytes 0", "--bytes 7", "--bytes -1", "--bits 7",
+        "--budget 0", "--budget 2", "--budget nan", "--budget x", "--bytes 0", "--bytes 7", "--bytes -1", "--bits 9",
         "--ranks 1,2", "--ranks 0,0,0", "--ranks a,b,c", "--ranks 1,1,-1", "--max-error 0", "--max-error 2",
         "--budget 0.5 --ranks 1,1,1", "--bytes 0.5 --budget 0.5", "--transform spline", "--min-shared -1",
         "--transform none --min-shared 1", "--shared-size 0", "--transform ss --shared-size 8",

@@ -83,6 +83,8 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
             with nullcontext() if verbose or debug else libraries_quiet():
                 function(output, *args, **options)
         except BsloraConvertError as error:
+            if SEEN.is_set():  # a library read a file, and took the interrupt for what is wrong with it
+                _fail(UNWRITTEN, INTERRUPTED)
             if debug:
                 raise
             _fail(words(error), error.exit_code)

@@ -23,6 +23,7 @@ def exit_on_interrupts() -> None:
 
 def raise_interrupts() -> None:
     """From here on an interrupt is a KeyboardInterrupt, so that what was begun is cleaned up."""
+    SEEN.clear()
     _on_interrupts(_raise)
 
 

@@ -92,20 +92,23 @@ def test_what_is_written_is_unbiased_and_the_record_says_so(tmp_path: Path, opti
         load_compact(tmp_path / "least-squares").form,
         load_compact(tmp_path / "unbiased").form,
     )
+    chosen = "bytes" in options  # then bits are spent where behaviour is, not where the error of the weights is
     along = energy = 0.0
     for name, module in source.modules.items():
         target = dense(module.factors())
         least, found = (float((target * dense(one.delta(name))).sum()) for one in (least_form, form))
         along, energy = along + found, energy + float(target.square().sum())
-        expected = min(1, LARGEST * least / float(target.square().sum()))
-        assert found / float(target.square().sum()) == pytest.approx(expected, abs=4e-3)
+        if not chosen:
+            expected = min(1, LARGEST * least / float(target.square().sum()))
+            assert found / float(target.square().sum()) == pytest.approx(expected, abs=4e-3)
     assert records["unbiased"]["weight"]["gain"] == pytest.approx(along / energy, abs=1e-6)
     assert records["unbiased"]["weight"]["gain"] > 0.95
     least = records["least-squares"]["weight"]
     assert least["gain"] < records["unbiased"]["weight"]["gain"]
     assert least["relative_error"] < records["unbiased"]["weight"]["relative_error"]
     assert least["gain"] == pytest.approx(least["energy_kept"], abs=0.02)
-    assert records["unbiased"]["compact"]["bytes"] == records["least-squares"]["compact"]["bytes"]
+    sizes = [records[gain]["compact"]["bytes"] for gain in ("unbiased", "least-squares")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=2e-3) if chosen else sizes[0] == sizes[1]
     for row in records["auto"]["baselines"].values():
         assert row["relative_error"] <= row["unbiased_error"]
 
