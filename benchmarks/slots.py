@@ -91,7 +91,7 @@ def main() -> None:
     asked |= {"prompts": Path(options.prompts).name, "heldout": options.heldout.name, "base": Path(options.base).name}
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     known = {row["form"]: row for row in rows if row["asked"] == asked}
-    for number, (name, recipe) in enumerate(forms.items(), len(rows)):
+    for number, (name, recipe) in enumerate(forms.items()):
         if name in known:
             continue
         place, training = options.out / str(number), Training(max_steps=options.steps) if "distilled" in name else None

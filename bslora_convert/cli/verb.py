@@ -15,7 +15,7 @@ from bslora_convert.cli.bars import Lines, bar, each_step
 from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
-from bslora_convert.process.interrupt import INTERRUPTED, SEEN, UNWRITTEN, raise_interrupts
+from bslora_convert.process.interrupt import INTERRUPTED, UNWRITTEN, heeded, raise_interrupts
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.process.quiet import libraries_quiet
 
@@ -80,11 +80,9 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         raise_interrupts()  # a terminated run cleans up like an interrupted one
         output = Output(as_json, quiet, verbose) if _speaks() else Output(False, True, False)
         try:
-            with nullcontext() if verbose or debug else libraries_quiet():
+            with heeded(), nullcontext() if verbose or debug else libraries_quiet():
                 function(output, *args, **options)
         except BsloraConvertError as error:
-            if SEEN.is_set():  # a library read a file, and took the interrupt for what is wrong with it
-                _fail(UNWRITTEN, INTERRUPTED)
             if debug:
                 raise
             _fail(words(error), error.exit_code)
@@ -95,8 +93,6 @@ def verb(function: Callable[..., Any]) -> Callable[..., Any]:
         except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
-            if SEEN.is_set():
-                _fail(UNWRITTEN, INTERRUPTED)
             if debug:
                 raise
             reason = unreachable(error)

@@ -45,7 +45,7 @@ DISTORTIONS = {
     7: 9.7e-5,
     8: 2.9e-5,
     16: 2.7e-6,
-}  # of the energy of a long normal vector: `python benchmarks/trellis.py`
+}  # of the energy of a long normal vector: `python benchmarks/entropy.py`, less what BEGINNING adds
 BEGINNING = 8  # numbers' worth of it that the beginning of a vector adds
 PROBES, PROBE_SEED = 8, 0
 

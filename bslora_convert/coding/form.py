@@ -9,7 +9,7 @@
 
 Where bits are spent. Within bits, and where updates are to be unbiased, behaviour counts and not the error of the weights. Noise
 of variance ν in every entry of a module (out, in) changes the loss by ν E‖x‖²‖g‖², and that power differs little from module to
-module (within a factor of two in the mean of each kind of SmolLM2-135M's), whatever their sizes. So an error counts by
+module (by about two in the mean of each kind of SmolLM2-135M's), whatever their sizes. So an error counts by
 1 / (out · in), damped by the power EVEN, as what is truncated is no noise; docs/precision.md has what that is worth. In a
 metric of prompts, and where an error is asked for, errors count as they are.
 """
@@ -121,8 +121,9 @@ def code_form(
     :raises RecipeError: when not even the least codes fit in the bits.
     """
     counted = _Counter(progress, (3 if form.shared else 2) * len(form.modules))
-    locals_ = _locals(source, form, aim, counted)
-    shared = _shared_items(form, _weights(source, aim))
+    weights = _weights(source, aim)
+    locals_ = _locals(source, form, aim, weights, counted)
+    shared = _shared_items(form, weights)
     chosen = _choose(
         _joined([*(shared.items() and [_stack(shared, aim)]), *(local.items for local in locals_.values())]), aim
     )
@@ -132,7 +133,7 @@ def code_form(
         return _hollow(form, shared, locals_, chosen, storage)
     if shared:
         form, tensors, taken = _coded_shared(form, shared, chosen)
-        locals_ = _locals(source, form, aim, counted)
+        locals_ = _locals(source, form, aim, weights, counted)
         rest = None if aim.bits is None else aim.bits - taken
         chosen = _choose(_joined([local.items for local in locals_.values()]), replace(aim, bits=rest))
     done = _coded_modules(source, form, locals_, chosen, tensors, aim.unbiased, storage, counted)
@@ -189,8 +190,10 @@ def _choose(items: Items, aim: Aim) -> np.ndarray:
     return chosen
 
 
-def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> dict[str, _Local]:
-    """What every module's local part has to hold, measured in its metric."""
+def _locals(
+    source: Source, form: BsloraForm, aim: Aim, weights: Mapping[str, float], counted: _Counter
+) -> dict[str, _Local]:
+    """What every module's local part has to hold, measured in its metric. weights: what an error in each module counts for."""
 
     def local(name: str) -> _Local:
         metric, module = source.metric(name), form.modules[name]
@@ -207,7 +210,6 @@ def _locals(source: Source, form: BsloraForm, aim: Aim, counted: _Counter) -> di
         energies = weights[name] * svd.energies[:count].double().cpu().numpy()
         return _Local(svd, _items(energies, module.shape, left, right, aim))
 
-    weights = _weights(source, aim)
     return dict(zip(form.modules, counted(each(local, form.modules)), strict=True))
 
 

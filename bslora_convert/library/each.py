@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bslora_convert.errors import Refused
+from bslora_convert.process.interrupt import heeded
 from bslora_convert.process.progress import Progress
 
 OK, FAILED, REFUSED = "ok", "failed", "refused"
@@ -26,7 +27,8 @@ def for_each(
         tell("reading")
         said: dict[str, Any] = {"id": row["id"], "status": OK, "error": None, "message": None}
         try:
-            found.append({**said, **do(row, tell)})
+            with heeded():
+                found.append({**said, **do(row, tell)})
         except Exception as error:  # whatever it was, it is this adapter's and not the library's
             status, kind = REFUSED if isinstance(error, Refused) else FAILED, type(error).__name__
             found.append(said | {"status": status, "error": kind, "message": str(error) or kind})

@@ -20,6 +20,7 @@ from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
+from bslora_convert.process.interrupt import heeded
 
 COPYING = "copying"  # status of a duplicate whose copy has not landed yet
 
@@ -119,7 +120,7 @@ def convert_one(job: Job, compress: Compress) -> Result:
     place = job.item.uri
     try:
         _discard_damaged(job)
-        with local_copy(job.item) as source:
+        with heeded(), local_copy(job.item) as source:
             place = str(source)
             record = compress(
                 source,
@@ -151,7 +152,8 @@ def _discard_damaged(job: Job) -> None:
     weights = job.destination / WEIGHTS_NAME
     if weights.is_file() and is_ours(job):
         try:
-            read_headers(weights)
+            with heeded():
+                read_headers(weights)
         except InputError:
             weights.unlink()
 

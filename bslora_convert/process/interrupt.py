@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130
 UNWRITTEN = "interrupted; nothing was written"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SEEN = threading.Event()  # an interrupt came; what was being imported may have made another exception of it
+SEEN = threading.Event()  # an interrupt came
 
 
 def exit_on_interrupts() -> None:
@@ -25,6 +27,17 @@ def raise_interrupts() -> None:
     """From here on an interrupt is a KeyboardInterrupt, so that what was begun is cleaned up."""
     SEEN.clear()
     _on_interrupts(_raise)
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """What an import, or a library that was reading a file, made of an interrupt is one again."""
+    try:
+        yield
+    except Exception:
+        if SEEN.is_set():
+            raise KeyboardInterrupt from None
+        raise
 
 
 def exit_now() -> NoReturn:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.library.discovery import discover
+from bslora_convert.library.each import for_each
 from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
 from bslora_convert.library.jobs import marker_of
 from bslora_convert.library.manifest import read_manifest
 from bslora_convert.library.serving import serving
+from bslora_convert.process import interrupt
+from bslora_convert.process.progress import silent
 from bslora_convert.verbs.batch import is_failed, resume
 from bslora_convert.verbs.capacity import capacity
 from tests.conftest import FIXTURES
@@ -518,6 +522,22 @@ def test_a_manifest_of_a_stranger_is_refused_in_words(tmp_path: Path, line: byte
     for place in (tmp_path, f"file://{tmp_path}"):
         found = CliRunner().invoke(main, ["capacity", str(place), "--gpu-gib", "2", "--base-gib", "1"])
         assert found.exit_code == 2 and ("damaged" in found.stderr or "lacks" in found.stderr), found.stderr
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_an_interrupt_that_a_reader_took_for_damage_ends_the_run(monkeypatch: pytest.MonkeyPatch, seen: bool) -> None:
+    monkeypatch.setattr(interrupt, "SEEN", threading.Event())
+
+    def do(row: Any, _: Any) -> Any:
+        if seen:
+            interrupt.SEEN.set()
+        raise InputError("truncated or not a safetensors file")
+
+    if seen:
+        with pytest.raises(KeyboardInterrupt):
+            for_each([{"id": "a"}, {"id": "b"}], "reading", do, silent)
+    else:
+        assert [row["status"] for row in for_each([{"id": "a"}], "reading", do, silent)] == ["failed"]
 
 
 def test_capacity_counts_what_is_loaded(tmp_path: Path) -> None:

@@ -3,15 +3,16 @@
     x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes, or a level
 
 A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
-for each width and one to put the vectors of a tensor together; on a GPU as many at once as the card's memory easily holds. Many
+for each width and one to put the vectors together; on a GPU as many at once as the card's memory easily holds. Many
 numbers of a trellis are read by a compiled loop (`walk`) in the order of the file, in one pass.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -144,25 +145,14 @@ def group_sizes(lengths: Tensor) -> Tensor:
     return sizes
 
 
-def tensors_of(
-    shapes: Iterable[tuple[str, Shape]], widths: Tensor, numbers: Mapping[int, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Every tensor by key, its vectors taken in order from the numbers of their widths. widths: of all vectors."""
-    device = next((values.device for values in numbers.values()), None)
-    runs: dict[int, list[int]] = {width: [] for width in numbers}
-    cuts: list[tuple[str, Shape, Shape, list[int]]] = []
-    row, named = 0, widths.tolist()
-    for key, shape in shapes:
-        count, length = vectors_shape(key, shape)
-        order = []
-        for width, run in groupby(named[row : row + count]):
-            runs[width].append(length * len(list(run)))
-            order.append(width)
-        cuts.append((key, shape, (count, length), order))
-        row += count
-    parts = {width: iter(values.split(runs[width])) for width, values in numbers.items()}
-    found = {}
-    for key, shape, size, order in cuts:
-        vectors = [next(parts[width]) for width in order] or [torch.empty(0, dtype=dtype, device=device)]
-        found[key] = from_vectors(key, torch.cat(vectors).view(size), shape)
-    return found
+def merged(widths: Tensor, lengths: Tensor, numbers: Mapping[int, Tensor], dtype: torch.dtype) -> Tensor:
+    """The numbers of vectors in their order, taken from those of each width. widths, lengths: (vectors,)."""
+    order = [
+        (width, sum(length for _, length in run))
+        for width, run in groupby(zip(widths.tolist(), lengths.tolist(), strict=True), key=itemgetter(0))
+    ]
+    parts = {
+        width: iter(values.split([size for other, size in order if other == width]))
+        for width, values in numbers.items()
+    }
+    return torch.cat([next(parts[width]) for width, _ in order] or [torch.empty(0, dtype=dtype)])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import SCALES, Coded, groups_of, vectors_shape
-from bslora_convert.bslora.coding.decode import in_order, is_walked, numbers_of, tensors_of, walked
+from bslora_convert.bslora.coding.decode import in_order, is_walked, merged, numbers_of, walked
 from bslora_convert.bslora.coding.levels import LEVELS
 from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables
@@ -31,14 +31,14 @@ from bslora_convert.modules.factors import Shape
 FIRST, VERSION = 1, 3  # the second had other tables and was never released
 VERSIONS = (FIRST, VERSION)
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
-CODED_WIDTHS = [width for width in WIDTHS if width < 16]
 # A file's tensors where nothing is coded and all of it would be of one width: the least header.
 EMPTY_CODES = dict.fromkeys((WIDTHS_NAME, SCALES_NAME, "bslora_trellis_4"), torch.zeros(0, dtype=torch.uint8))
+FIRST_NAMES = tuple(f"bslora_codes_{width}" for width in FIRST_WIDTHS if width < 16)
 NAMES = (
     WIDTHS_NAME,
     SCALES_NAME,
     FLOATS_NAME,
-    *(f"bslora_codes_{width}" for width in FIRST_WIDTHS if width < 16),
+    *FIRST_NAMES,
     *(f"bslora_trellis_{width}" for width in TRELLIS_WIDTHS),
 )
 
@@ -68,8 +68,7 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
 
 def version_of(tensors: Mapping[str, Tensor]) -> int:
     """The version of a file's code tensors, which their names tell."""
-    first = {_name(width, FIRST) for width in FIRST_WIDTHS if width < 16}
-    return FIRST if first & set(tensors) else VERSION
+    return VERSION if set(FIRST_NAMES).isdisjoint(tensors) else FIRST
 
 
 def _name(width: int, version: int) -> str:
@@ -81,7 +80,7 @@ def _name(width: int, version: int) -> str:
 def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
     """What `to_file` made the file's tensors from, by key; they have been checked by `from_file`."""
     widths, version = tensors[WIDTHS_NAME], version_of(tensors)
-    left = {width: unpack(tensors[_name(width, version)], width) for width in CODED_WIDTHS if width in widths}
+    left = {width: unpack(tensors[_name(width, version)], width) for width in TRELLIS_WIDTHS if width in widths}
     left[16] = tensors.get(FLOATS_NAME, torch.zeros(0, dtype=SCALES))
     scales = tensors.get(SCALES_NAME, torch.zeros(0, dtype=SCALES))
     found, row = {}, 0
@@ -210,7 +209,7 @@ def decoded(
         else:
             owned = scales[chosen.repeat_interleave(groups * scaled).to(scales.device)]
             numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, version == VERSION, first)
-    return tensors_of(shapes, widths, numbers, dtype)
+    return in_order(shapes, merged(widths, lengths, numbers, dtype))
 
 
 def _lengths(shapes: Iterable[tuple[str, Shape]]) -> Tensor:

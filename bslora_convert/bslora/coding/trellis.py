@@ -20,10 +20,12 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bslora_convert.bslora.coding.widths import WIDTHS
+
 WINDOW = 12
 STATES = 1 << WINDOW
 STEPS = 4096  # a table's entries are whole multiples of 1 / STEPS
-TRELLIS_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+TRELLIS_WIDTHS = tuple(width for width in WIDTHS if width < 16)
 BEFORE = 2  # bytes before a block of eight codes that its windows reach into
 EIGHT = 8
 
