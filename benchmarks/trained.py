@@ -1,23 +1,25 @@
 """Sharing learned in training, sharing found after it, and codes: every form trained on the same rows, beside a converted LoRA.
 
-    python benchmarks/trained.py BASE [train] [convert] [ablate] [show] [--rows fixtures/short-answers] [--steps 50] [--seeds 1]
-        [--only ke,ss] [--out build/trained]
+    python benchmarks/trained.py BASE [train] [convert] [ablate] [speed] [show] [--rows fixtures/short-answers] [--steps 50]
+        [--seeds 1] [--only "LoRA r=8;VeRA r=64"] [--device cpu] [--out build/trained]
 
 BASE: a causal model such as SmolLM2-135M; q, k, v, up and down of every layer are adapted, as in the paper.
 
 train    AdamW, a warm-up of a tenth and half a cosine, batches of 8 rows, loss on completions, float32. The learning rate climbs
-         a ladder of factors of four from where the form's kind usually is, until the loss on the rows that choose gets worse:
+         a ladder of factors of two from where the form's kind usually is, until the loss on the rows that choose gets worse:
          three rates or more. The best one's run counts, on rows that neither saw. Seeds above the first take that rate.
 convert  The LoRA of rank 16 that was trained, converted to the numbers of each BSLoRA (the same form, and local parts alone) and
          to its bytes in codes.
 ablate   Windows, draws, sizes, kernels and ranks, at the rate of the form that they vary.
+speed    Steps a second of each form by itself: of CPU time on one thread, on a GPU by the clock.
 show     The table of what is there (also after all others).
 
 Loss: nats a token of completions. Accuracy: rows whose greedy answer is right to the last token and then ends. Bytes: two a
-number for what was trained, the file for what was converted. Steps a second: of CPU time on one thread.
+number for what was trained, the file for what was converted.
 
-Every run is a line of OUT/<steps>-steps/runs.jsonl as it ends; what is there is not run again. A run takes about three minutes of
-CPU time, all forms about sixty runs and three to four hours; the first line of the output says it for what was asked.
+Every run is a line of OUT/<steps>-steps/runs.jsonl as it ends; what is there is not run again, and processes of different forms
+may write beside each other. A run of 50 steps takes three minutes of CPU time, all forms and ablations a hundred runs;
+the first line of the output says it for what was asked. On a GPU it is about a tenth of that.
 """
 
 import argparse
@@ -43,10 +45,11 @@ from bslora_convert.peft import BsloraConfig, Init
 from bslora_convert.peft.fresh import TARGETS, targets
 
 ROOT = Path(__file__).parents[1]
+PARTS = ["train", "convert", "ablate", "speed", "show"]
 BATCH = 8
 SECONDS = 3.6  # of CPU time a step takes on one thread, measuring counted
-LADDER = [4.0**k * 5e-4 for k in range(-2, 5)]  # 3e-5 to 0.13
-LORA, SMALL = 2, 3  # where on it LoRA's kinds usually are, and those of few numbers
+LADDER = [2.0**k * 5e-4 for k in range(-4, 9)]  # 3e-5 to 0.13
+LORA, SMALL = 6, 8  # where on it LoRA's kinds usually are, and those of few numbers
 REFERENCE = "LoRA r=16"  # what is converted
 
 
@@ -137,7 +140,7 @@ FORMS = {
     "ShareLoRA qkv r=8": Form(tied(8, "A", qkv)),
     "ShareLoRA AB = TL5 r=8": Form(tied(8, "AB", kind_of), SMALL),
     "Tied-LoRA TL6 r=8": Form(tied(8, "AB", kind_of, gated=True), SMALL),
-    "VeRA r=64": Form(vera, SMALL + 1),
+    "VeRA r=64": Form(vera, SMALL + 2),
     "VB-LoRA r=4": Form(vb_lora, SMALL),
 }
 ABLATIONS = {
@@ -187,7 +190,7 @@ class Bench:
 
     def base(self) -> Any:
         """The base model; nothing that was done to another one is in it."""
-        return AutoModelForCausalLM.from_pretrained(self.options.base, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(self.options.base, dtype=torch.float32).to(self.options.device)
 
     def kept(self, **wanted: Any) -> list[dict[str, Any]]:
         """Runs of these fields."""
@@ -211,6 +214,7 @@ class Bench:
             whole = row.prompt + row.completion
             ids[at, -len(whole) :], mask[at, -len(whole) :] = torch.tensor(whole), 1
             wanted[at, -len(row.completion) :] = torch.tensor(row.completion)
+        ids, mask, wanted = (tensor.to(self.options.device) for tensor in (ids, mask, wanted))
         found = model(input_ids=ids, attention_mask=mask, logits_to_keep=last + 1).logits[:, :-1]
         return found[wanted >= 0], wanted[wanted >= 0]
 
@@ -235,11 +239,23 @@ class Bench:
         done = self.kept(stage=stage, name=name, rate=rate, seed=seed)
         if done:
             return done[0]
+        model, trained = self.steps(form, rate, seed, self.options.steps)
+        found = {"choose": self.measure(model, "choose")["loss"]}
+        best = self.best(name) if seed == 0 and stage == "train" else None
+        if best is None or found["choose"] < best["choose"]:  # what another rate does better is not shown
+            found |= self.measure(model, "heldout")
+        if name == REFERENCE and seed == 0:
+            model.save_pretrained(self.out / "lora" / f"{rate:g}")
+        numbers = sum(parameter.numel() for parameter in trained)
+        return self.keep({"stage": stage, "name": name, "rate": rate, "seed": seed, "parameters": numbers,
+                          "bytes": 2 * numbers, **found})  # fmt: skip
+
+    def steps(self, form: Form, rate: float, seed: int, steps: int) -> tuple[Any, list[nn.Parameter]]:
+        """A model after so many of them, and what was trained on it."""
         torch.manual_seed(seed)
         model = form.make(self.base()).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-        steps, began = self.options.steps, time.process_time()
         for step, rows in zip(range(steps), self.batches(seed), strict=False):
             share = (step + 1) / steps
             factor = min(share / 0.1, 0.5 * (1 + math.cos(math.pi * max(share - 0.1, 0) / 0.9)))
@@ -250,16 +266,27 @@ class Bench:
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        spent = time.process_time() - began
-        found = {"choose": self.measure(model, "choose")["loss"]}
-        best = self.best(name) if seed == 0 and stage == "train" else None
-        if best is None or found["choose"] < best["choose"]:  # what another rate does better is not shown
-            found |= self.measure(model, "heldout")
-        if name == REFERENCE and seed == 0:
-            model.save_pretrained(self.out / "lora" / f"{rate:g}")
-        numbers = sum(parameter.numel() for parameter in trained)
-        return self.keep({"stage": stage, "name": name, "rate": rate, "seed": seed, "parameters": numbers,
-                          "bytes": 2 * numbers, "steps_a_second": steps / spent, **found})  # fmt: skip
+        return model, trained
+
+    def speed(self, name: str, form: Form) -> None:
+        """Steps a second: what twenty more take."""
+        if self.kept(stage="speed", name=name, device=self.options.device):
+            return
+        on_gpu, spent = torch.device(self.options.device).type == "cuda", []
+        for steps in (5, 25):
+            began = time.perf_counter() if on_gpu else time.process_time()
+            self.steps(form, LADDER[0], 0, steps)
+            if on_gpu:
+                torch.cuda.synchronize()
+            spent.append((time.perf_counter() if on_gpu else time.process_time()) - began)
+        self.keep(
+            {
+                "stage": "speed",
+                "name": name,
+                "device": self.options.device,
+                "steps_a_second": 20 / (spent[1] - spent[0]),
+            }
+        )
 
     def batches(self, seed: int) -> Iterator[list[Row]]:
         """Batches of rows of like length, one epoch after another, in an order that the seed decides alone."""
@@ -304,7 +331,7 @@ class Bench:
             for how, recipe in recipes.items():
                 if self.kept(stage="convert", of=name, name=how):
                     continue
-                place = self.out / "converted"
+                place = self.out / "converted" / str(list(FORMS).index(name))  # processes may stand beside each other
                 compress(lora, place, recipe, overwrite=True, report_html=False)
                 adapter, model = load_compact(place), self.base()
                 with load_into(model, place):
@@ -334,12 +361,13 @@ class Bench:
                 wide = (sum((run[key] - mean(key)) ** 2 for run in runs) / max(len(runs) - 1, 1)) ** 0.5
                 return f"{mean(key):.{digits}f}" + (f" ±{wide:.{digits}f}" if len(runs) > 1 else "")
 
-            speed = f"{mean('steps_a_second'):.2f}" if "steps_a_second" in runs[0] else ""
+            timed = self.kept(stage="speed", name=label)
+            speed = f"{timed[-1]['steps_a_second']:.2f}" if timed else ""
             rate = f"{runs[0]['rate']:.2g}" if "rate" in runs[0] else ""
             table.add_row(label, f"{runs[0]['parameters']:,}", f"{runs[0]['bytes'] / 1e6:.2f}", rate, spread("loss", 4),
                           *(spread(task, 3) for task in tasks), speed, str(len(runs)))  # fmt: skip
 
-        for run in self.kept(stage="base"):
+        for run in self.kept(stage="base")[:1]:
             line("base", [run])
         for name in FORMS:
             best = self.best(name)
@@ -348,8 +376,8 @@ class Bench:
             for run in self.kept(stage="convert", of=name):
                 line(f"  {REFERENCE} {run['name']}", [run])
         for name in ABLATIONS:
-            for run in self.kept(stage="ablate", name=name):
-                line(name, [run])
+            if runs := self.kept(stage="ablate", name=name):
+                line(name, runs)
         Console(width=150).print(table)
 
 
@@ -361,11 +389,12 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROOT / "fixtures" / "short-answers")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", type=lambda text: text.split(";"), help="names of forms, divided by ;")
+    parser.add_argument("--only", type=lambda text: text.split(";"), help="names of forms and ablations, divided by ;")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("build/trained"))
     options = parser.parse_intermixed_args()
-    parts = options.parts or ["train", "convert", "ablate", "show"]
-    unknown = set(parts) - {"train", "convert", "ablate", "show"}
+    parts = options.parts or PARTS
+    unknown = set(parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
@@ -388,8 +417,13 @@ def main() -> None:
             bench.train(name, form, bench.search(name, form)["rate"], seed)
     if "ablate" in parts:
         for name, (parent, make) in ABLATIONS.items():
-            best = bench.search(parent, FORMS[parent])
-            bench.train(name, Form(make), best["rate"], 0, stage="ablate")
+            if not options.only or name in options.only:
+                best = bench.search(parent, FORMS[parent])
+                for seed in range(options.seeds):
+                    bench.train(name, Form(make), best["rate"], seed, stage="ablate")
+    if "speed" in parts:
+        for name, form in forms.items():
+            bench.speed(name, form)
     bench.show()
 
 

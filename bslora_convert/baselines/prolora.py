@@ -80,7 +80,7 @@ class Side:
         """The sum of the factor's entries at what each number of x stands for, spread's transpose: (r, side) -> x."""
         pieces = factor.reshape(len(factor), self.chunks, -1).transpose(0, 1)
         x = factor.new_zeros((self.shared + self.chunks * self.unshared, pieces.shape[2]))
-        return x.index_add_(0, self.rows.flatten(), pieces.flatten(0, 1))
+        return x.index_add_(0, self.rows.flatten().to(x.device), pieces.flatten(0, 1))
 
     def normal(self, gram: Tensor) -> Tensor:
         """Σ_i Z_iᵀ gram Z_i: (r, r) -> (q, q)."""

@@ -136,6 +136,8 @@ UNBIASED: Mapping[str, Fit] = {
     **{f"{name}{SUFFIX}": partial(coded, width, True) for name, width in WIDTHS.items()},
 }
 
+SEARCHED = {name for form in CODED for name in (form, f"{form}{SUFFIX}")}  # in our codes, which are searched on a CPU
+
 SLOW = ("nola",)  # minutes for a real adapter: fitted only where it is named
 
 OWN_SIZE: Mapping[str, Fit] = {

@@ -22,4 +22,6 @@ def pick_device(name: str) -> torch.device:
         raise RecipeError(f"device is {name!r}: auto, cpu, cuda or cuda:N is allowed", "device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device is {name}: no CUDA device is available here; cpu is allowed", "device")
+    if device.type == "cuda":
+        torch.linalg.inv(torch.ones(1, 1, device=device))  # its library loads at the first use, which several threads at once break
     return device

@@ -12,7 +12,7 @@ import torch
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SLOW, SUFFIX, as_strong
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SLOW, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -84,12 +84,16 @@ def compare(
     found: list[tuple[dict[str, Any], Fitted | None]] = []
     fits: dict[tuple[str, float], Fitted | None] = {}
     with modules_over_cores():
-        source = measure(adapter.to(pick_device(device)).modules, adapter.kinds)
+        place = pick_device(device)
+        source = measure(adapter.to(place).modules, adapter.kinds)
         check_magnitude(source, adapter.weights)
+        here = source if place.type == "cpu" or SEARCHED.isdisjoint(chosen) else measure(adapter.modules, adapter.kinds)
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
             plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled
-            row, fitted = _row(name, budget, source, storage, seed, plain if name in SCALED else None)
+            row, fitted = _row(
+                name, budget, here if name in SEARCHED else source, storage, seed, plain if name in SCALED else None
+            )
             found.append((row, fitted))
             fits[name, budget] = fitted
     if rows is not None:

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bslora_convert import Recipe, Training, compress, finetune, load_compact, verify
+from bslora_convert import Recipe, Training, compress, finetune, load_compact
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.distill import distill, split_heldout
@@ -435,20 +435,6 @@ def test_recomputing_activations_changes_nothing(
     assert not any("recomputed" in note for note in found[0].notes)
     assert any("recomputed" in note for note in found[1].notes)
     assert [row["loss"] for row in found[0].log] == pytest.approx([row["loss"] for row in found[1].log], rel=1e-5)
-
-
-@pytest.mark.gpu
-def test_everything_runs_on_a_gpu(compact: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        transform="ke", budget=0.3, base_model=str(BASE), prompts=str(PROMPTS), metric="two-sided",
-        finetune=str(PROMPTS), device="cuda",
-    )  # fmt: skip
-    record = compress(LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2))
-    assert record["training"]["device"] == "cuda"
-    assert record["training"]["heldout_kl_after"] <= record["training"]["heldout_kl_before"]
-    found = verify(tmp_path / "out", LORA, BASE, prompts=PROMPTS, device="cuda", limit=8, max_new_tokens=4)
-    on_cpu = verify(tmp_path / "out", LORA, BASE, prompts=PROMPTS, limit=8, max_new_tokens=0)
-    assert found["kl"] == pytest.approx(on_cpu["kl"], rel=0.2)
 
 
 def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Example]) -> None:

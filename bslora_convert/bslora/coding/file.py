@@ -126,7 +126,7 @@ def check_codes(
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
     lengths = _lengths(shapes)
-    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where)
+    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where).cpu()
     allowed = WIDTHS if version == VERSION else FIRST_WIDTHS
     unknown = set(widths.tolist()) - set(allowed)
     if unknown:
@@ -146,7 +146,7 @@ def check_codes(
             continue
         largest = _stored(tensors, width, count, where, version)
         if width != 16:
-            owned = scales[(widths == width).repeat_interleave(groups * scaled)]
+            owned = scales[(widths == width).repeat_interleave(groups * scaled).to(scales.device)]
             largest = owned * (tables()[width].abs().max() if version == VERSION else LEVELS[width][-1])
         if float(largest.abs().max()) > torch.finfo(dtype).max:
             raise InputError(

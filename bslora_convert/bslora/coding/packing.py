@@ -40,8 +40,8 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     if width == EIGHT:
         return packed
     parts = packed.view(-1, width).long()
-    words = (parts << 8 * torch.arange(width)).sum(1)
-    codes: Tensor = words[:, None] >> torch.arange(EIGHT) * width & (2**width - 1)
+    words = (parts << 8 * torch.arange(width, device=packed.device)).sum(1)
+    codes: Tensor = words[:, None] >> torch.arange(EIGHT, device=packed.device) * width & (2**width - 1)
     return codes.to(torch.uint8).view(-1)
 
 
