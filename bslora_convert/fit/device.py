@@ -23,5 +23,5 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device is {name}: no CUDA device is available here; cpu is allowed", "device")
     if device.type == "cuda":
-        torch.linalg.inv(torch.ones(1, 1, device=device))  # its library loads at the first use, which several threads at once break
+        torch.linalg.inv(torch.ones(1, 1, device=device))  # loads its library, which several threads at once break
     return device
