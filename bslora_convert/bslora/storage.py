@@ -154,7 +154,7 @@ def save_compact(
 
 
 def coded_bytes(codes: Mapping[str, Tensor], carried: Mapping[str, Tensor]) -> int:
-    """Bytes of the weight file that `save_compact` would write of these codes and the tensors that travel along."""
+    """Bytes of the weight file that `save_compact` would write of these codes, or of their sizes, and of what travels along."""
     return file_bytes({PREFIX + name: tensor for name, tensor in {**codes, **carried}.items()})
 
 

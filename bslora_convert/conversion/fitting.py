@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.file import EMPTY_CODES, to_file
+from bslora_convert.bslora.coding.file import EMPTY_CODES, sizes, to_file
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import coded_bytes
 from bslora_convert.coding.forecast import Forecast
@@ -163,7 +163,7 @@ class Room:
             except RecipeError as error:
                 refused = error
                 break
-            left = self.allowed - coded_bytes(to_file(found.tensors), self.carried)
+            left = self.allowed - coded_bytes(sizes(found.tensors), self.carried)
             if left >= 0 and (best is None or found.lost < best.lost):
                 best = found
             if 0 <= left <= max(ROOM_LEFT * self.allowed, LEAST_LEFT) or (left >= 0 and found.bits == before):

@@ -16,9 +16,12 @@ from typing import TypeVar
 
 import torch
 
+from bslora_convert.process.memory import give_back
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+TIDIED = 32  # modules after which freed memory is given back: what it costs is nothing beside their work
 AHEAD = 2  # items in flight for each worker: enough to keep it busy, few enough to hold little memory
 
 _workers: ContextVar[int] = ContextVar("workers", default=1)
@@ -47,8 +50,12 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
     """`function` of every item, in order, a few items at a time; one after the other outside of `modules_over_cores`."""
     workers = _workers.get()
     if workers == 1:
-        yield from map(function, items)
+        yield from _tidy(map(function, items))
         return
+    yield from _tidy(_over(workers, function, items))
+
+
+def _over(workers: int, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     pool = _pool(workers, os.getpid())
     waiting: deque[Future[Result]] = deque()
     for item in items:
@@ -57,3 +64,14 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _tidy(results: Iterator[Result]) -> Iterator[Result]:
+    """The same; the memory of what their making left behind is given back now and then."""
+    count = 0
+    for count, result in enumerate(results, 1):
+        yield result
+        if count % TIDIED == 0:
+            give_back()
+    if count > TIDIED:
+        give_back()

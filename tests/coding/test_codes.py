@@ -21,6 +21,7 @@ from bslora_convert.bslora.coding.file import (
     coded_tensors,
     decoded,
     from_file,
+    sizes,
     starts,
     to_file,
     version_of,
@@ -80,6 +81,9 @@ def test_files_give_back_what_was_coded(
         tensors[key] = encode(torch.randn(count, length, generator=generator), [width] * count).coded
         shapes.append((key, (count, length) if index % 2 == 0 else (length, count)))
     file = to_file(tensors)
+    promised = sizes(tensors)
+    assert [*promised] == [*file]
+    assert all(promised[name].dtype == t.dtype and promised[name].shape == t.shape for name, t in file.items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "GROUPS_AT_ONCE", at_once)
         back = from_file(file, shapes, dtype, "file")

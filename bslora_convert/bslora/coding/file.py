@@ -66,6 +66,25 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     return found
 
 
+def sizes(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
+    """What `to_file` would make of them, without their numbers: tensors on the meta device."""
+    numbers, vectors, scales = Counter[int](), 0, 0
+    for coded in tensors.values():
+        length = coded.codes.shape[1]
+        for width, several in Counter(coded.widths.tolist()).items():
+            numbers[width] += several * length
+            vectors += several
+            scales += 0 if width == 16 else several * groups_of(length)
+    found = {WIDTHS_NAME: torch.empty(vectors, dtype=torch.uint8, device="meta")}
+    if scales:
+        found[SCALES_NAME] = torch.empty(scales, dtype=SCALES, device="meta")
+    for width in WIDTHS:
+        if count := numbers[width]:
+            size, dtype = (count, SCALES) if width == 16 else (packed_bytes(count, width), torch.uint8)
+            found[_name(width, VERSION)] = torch.empty(size, dtype=dtype, device="meta")
+    return found
+
+
 def version_of(tensors: Mapping[str, Tensor]) -> int:
     """The version of a file's code tensors, which their names tell."""
     return VERSION if set(FIRST_NAMES).isdisjoint(tensors) else FIRST
