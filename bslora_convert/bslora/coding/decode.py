@@ -99,26 +99,35 @@ def walked(
             counted[:, width], held[width - 1] = before + first, stream.numpy()
     several = np.where(named == 16, 0, groups_of(lengths).numpy())
     at, group = np.append(sizes.cumsum() - sizes, total), several.cumsum() - several
-    values = torch.empty(total, dtype=dtype)
+    values = _empty(total, dtype)
 
-    def read(k: int, start: int) -> None:
-        end = min(start + VECTORS_AT_ONCE, len(named))
-        out = values[at[start] : at[end]]
-        found = out if dtype == torch.float32 else torch.empty(out.numel())
-        loop(
-            tuple(held), counted[k], named[start:end], sizes[start:end], scale[group[start] :], table, exact,
-            found.numpy(),
-        )  # fmt: skip
-        if found is not out:
-            out.copy_(found)
+    def read(own: Sequence[int]) -> None:
+        """Some of `starts`, by one thread, which keeps its room for numbers that are rounded."""
+        ends = [min(start + VECTORS_AT_ONCE, len(named)) for start in own]
+        most = max(int(at[end] - at[start]) for start, end in zip(own, ends, strict=True))
+        room = None if dtype == torch.float32 else torch.empty(most)
+        for start, end in zip(own, ends, strict=True):
+            out = values[at[start] : at[end]]
+            found = out if room is None else room[: out.numel()]
+            loop(
+                tuple(held), counted[start // VECTORS_AT_ONCE], named[start:end], sizes[start:end], scale[group[start] :], table,
+                exact, found.numpy(),
+            )  # fmt: skip
+            if room is not None:
+                out.copy_(found)
 
     threads = min(torch.get_num_threads(), len(starts))
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            deque(pool.map(read, range(len(starts)), starts), maxlen=0)
-    else:
-        deque(map(read, range(len(starts)), starts), maxlen=0)
+            deque(pool.map(read, (starts[first::threads] for first in range(threads))), maxlen=0)
+    elif starts:
+        read(starts)
     return values
+
+
+def _empty(count: int, dtype: torch.dtype) -> Tensor:
+    """Room for many numbers. NumPy asks the system for large pages, which half of the reading's time went into without them."""
+    return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
 @cache
