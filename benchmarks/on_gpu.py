@@ -4,9 +4,9 @@
 
 Llama-3-8B's shapes with random weights in bfloat16 (16 GB are written to OUT once), the tokenizer of fixtures/tiny, the rows of
 fixtures/word-problems.jsonl, and an adapter of benchmarks/eight_billion.py. Tables: seconds and the most memory that the GPU
-held, the base's counted, for each way to convert it; milliseconds of a token with it as LoRA, as decoded codes, and as codes read layer
-by layer; and what the search for codes takes on the GPU beside one of the CPU's cores. Nothing is said about behaviour: weights
-are noise.
+held, the base's counted, for each way to convert it; milliseconds of a token with it as LoRA, as decoded codes, and as codes read
+layer by layer; and what the search for codes takes on the GPU beside one core. Nothing is said about behaviour: weights are
+noise.
 """
 
 import argparse
