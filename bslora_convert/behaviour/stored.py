@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bslora_convert.bslora.coding.coded import Coded, from_vectors, to_vectors
 from bslora_convert.bslora.coding.file import to_file
-from bslora_convert.coding.encode import encode
+from bslora_convert.coding.encode import Encoded, encode
+from bslora_convert.fit.parallel import each, modules_over_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,8 @@ class Stored:
         if not self.start:
             return {key: tensor.to(self.dtype) for key, tensor in trained.items()}
         return {
-            key: from_vectors(key, coded.decode(), trained[key].shape).to(trained[key].device, self.dtype)
-            for key, coded in self._coded(trained).items()
+            key: from_vectors(key, found.decode(), trained[key].shape).to(trained[key].device, self.dtype)
+            for key, found in self._coded(trained).items()
         }
 
     def encoded(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,15 +33,15 @@ class Stored:
         if not self.start:
             return {}
         kept = {key: coded if coded.trellis else _anew(coded) for key, coded in self.start.items()}
-        return to_file({**kept, **self._coded(trained)})
+        return to_file({**kept, **{key: found.coded for key, found in self._coded(trained).items()}})
 
-    def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Coded]:
-        return {
-            key: encode(
-                to_vectors(key, tensor.detach().cpu()), self.start[key].widths.tolist(), self.start[key].scales, True
-            ).coded
-            for key, tensor in trained.items()
-        }
+    def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Encoded]:
+        def code(key: str) -> Encoded:
+            start = self.start[key]
+            return encode(to_vectors(key, trained[key].detach().cpu()), start.widths.tolist(), start.scales, True)
+
+        with modules_over_cores():
+            return dict(zip(trained, each(code, trained), strict=True))
 
 
 def _anew(coded: Coded) -> Coded:
