@@ -1,6 +1,6 @@
 """`compress` on an adapter with the shapes of an 8B model, beside its peers in the same run.
 
-    python benchmarks/eight_billion.py [--ranks 16,64] [--layers 32] [--repeats 3] [--skip-dense] [--device cpu]
+    python benchmarks/eight_billion.py [--ranks 16,64] [--layers 32] [--repeats 3] [--skip-dense]
 
 Rows, each in a fresh process (the fastest of the repeats, since machines are shared):
   read and cast    reading the file and casting every tensor to float32: the least that any converter does
@@ -60,7 +60,7 @@ def write_adapter(directory: Path, rank: int, layers: int) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
-def measure(job: str, directory: Path, device: str) -> dict[str, float]:
+def measure(job: str, directory: Path) -> dict[str, float]:
     """Runs one row in this process: seconds and peak bytes above the imports."""
     import resource
     import time
@@ -75,7 +75,7 @@ def measure(job: str, directory: Path, device: str) -> dict[str, float]:
     def peak() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    torch.linalg.eigh(torch.eye(4, device=device))  # loads LAPACK, or what a GPU has in its place
+    torch.linalg.eigh(torch.eye(4))  # loads LAPACK
     before = peak()
     began = time.perf_counter()
     if job == "read and cast":
@@ -90,19 +90,17 @@ def measure(job: str, directory: Path, device: str) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as place:
             transform, _, page = job.partition(" + ")
             recipe = (
-                Recipe(transform="none", bytes=0.25, device=device)
-                if job == CODED
-                else Recipe(transform=transform, budget=BUDGET, device=device)
+                Recipe(transform="none", bytes=0.25) if job == CODED else Recipe(transform=transform, budget=BUDGET)
             )
             compress(directory, Path(place) / "out", recipe, report_html=page == "report")
     return {"seconds": time.perf_counter() - began, "peak": peak() - before}
 
 
-def best(job: str, directory: Path, repeats: int, device: str) -> dict[str, float]:
+def best(job: str, directory: Path, repeats: int) -> dict[str, float]:
     """The fastest of several fresh processes."""
     runs = []
     for _ in range(repeats):
-        command = [sys.executable, __file__, "--job", job, "--adapter", str(directory), "--device", device]
+        command = [sys.executable, __file__, "--job", job, "--adapter", str(directory)]
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ)).stdout
         runs.append(json.loads(output))
     return min(runs, key=lambda run: run["seconds"])
@@ -115,18 +113,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-dense", action="store_true")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(measure(options.job, options.adapter, options.device)))
+        print(json.dumps(measure(options.job, options.adapter)))
         return
-    dense = (
-        {}
-        if options.skip_dense
-        else {job: best(job, Path(), 1, options.device) for job in ("dense thin", "dense full")}
-    )
+    dense = {} if options.skip_dense else {job: best(job, Path(), 1) for job in ("dense thin", "dense full")}
     out, width = SHAPES["self_attn.k_proj"]
     work = sum(o * w * min(o, w) for o, w in SHAPES.values()) * options.layers / (out * width * min(out, width))
     for rank in map(int, options.ranks.split(",")):
@@ -137,10 +130,10 @@ def main() -> None:
             size = (whole / "adapter_model.safetensors").stat().st_size
             print(f"\nrank {rank}, {options.layers} layers, {size / 1e6:.0f} MB")
             print(f"{'':16}{'seconds':>9}{'x read+cast':>13}{'peak / file':>13}{'x half the layers':>19}")
-            base = best("read and cast", whole, options.repeats, options.device)
+            base = best("read and cast", whole, options.repeats)
             for job in ("read and cast", "none", "ke", "ke + report", CODED):
-                run = base if job == "read and cast" else best(job, whole, options.repeats, options.device)
-                shorter = best(job, half, options.repeats, options.device)
+                run = base if job == "read and cast" else best(job, whole, options.repeats)
+                shorter = best(job, half, options.repeats)
                 print(
                     f"{job:16}{run['seconds']:9.2f}{run['seconds'] / base['seconds']:13.1f}{run['peak'] / size:13.2f}"
                     f"{run['seconds'] / shorter['seconds']:19.2f}",

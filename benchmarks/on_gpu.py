@@ -5,7 +5,7 @@
 Llama-3-8B's shapes with random weights in bfloat16 (16 GB are written to OUT once), the tokenizer of fixtures/tiny, the rows of
 fixtures/word-problems.jsonl, and an adapter of benchmarks/eight_billion.py. Tables: seconds and the most memory that the GPU
 held, the base's counted, for each way to convert it; milliseconds of a token with it as LoRA, as decoded codes, and as codes read
-layer by layer; and what the search for codes takes on the GPU beside one core. Nothing is said about behaviour: weights are
+module by module; and what the search for codes takes on the GPU beside one core. Nothing is said about behaviour: weights are
 noise.
 """
 
@@ -98,7 +98,7 @@ def conversions(lora: Path, base: Path, out: Path, rows: int, steps: int) -> Tab
 
 @torch.inference_mode()
 def tokens(lora: Path, coded: Path, base: Path, repeats: int = 10) -> Table:
-    """Milliseconds of a token in a batch of one, by CUDA's own events, the median."""
+    """Milliseconds of a token, by the clock around a synchronised pass, the median."""
     names = [str(number) for number in range(4)]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).cuda().eval()
     ids = torch.arange(4, device="cuda")[:, None]
@@ -137,8 +137,8 @@ def tokens(lora: Path, coded: Path, base: Path, repeats: int = 10) -> Table:
     timed("codes, cold", lambda: codes(input_ids=ids[:1]), lambda: shelf.decoded.drop(shelf.adapters["0"]))
     timed("codes, 4 in a batch, hot", lambda: codes(input_ids=ids, adapter_names=names))
     shelf.decoded.limit = 0
-    timed("codes, layer by layer", lambda: codes(input_ids=ids[:1]))
-    timed("codes, 4 in a batch, layer by layer", lambda: codes(input_ids=ids, adapter_names=names))
+    timed("codes, module by module", lambda: codes(input_ids=ids[:1]))
+    timed("codes, 4 in a batch, module by module", lambda: codes(input_ids=ids, adapter_names=names))
     return table
 
 

@@ -18,8 +18,8 @@ Loss: nats a token of completions. Accuracy: rows whose greedy answer is right t
 number for what was trained, the file for what was converted.
 
 Every run is a line of OUT/<steps>-steps/runs.jsonl as it ends; what is there is not run again, and processes of different forms
-may write beside each other. A run of 50 steps takes three minutes of CPU time, all forms and ablations a hundred runs;
-the first line of the output says it for what was asked. On a GPU it is about a tenth of that.
+may write beside each other. A run of 50 steps takes three minutes of CPU time, all forms and ablations are eighty runs;
+the first line of the output says it for what was asked. On a GPU a run took a sixth of that, nine beside each other.
 """
 
 import argparse
@@ -402,7 +402,7 @@ def main() -> None:
     forms = {name: form for name, form in FORMS.items() if not options.only or name in options.only}
     if parts != ["show"]:
         minutes = options.steps * SECONDS / 60
-        print(f"{len(bench.runs)} runs are there. About {minutes:.1f} minutes of CPU time a run, 3.3 runs a form: "
+        print(f"{len(bench.runs)} runs are there. About {minutes:.1f} minutes a run on a CPU, 3.3 runs a form: "
               f"{len(forms) * 3.3 * minutes / 60:.1f} hours for {len(forms)} forms")  # fmt: skip
         bench.bare()
     if "train" in parts:

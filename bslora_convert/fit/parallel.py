@@ -73,5 +73,5 @@ def _tidy(results: Iterator[Result]) -> Iterator[Result]:
         yield result
         if count % TIDIED == 0:
             give_back()
-    if count > TIDIED:
+    if count > TIDIED and count % TIDIED:
         give_back()

@@ -84,10 +84,10 @@ def compare(
     found: list[tuple[dict[str, Any], Fitted | None]] = []
     fits: dict[tuple[str, float], Fitted | None] = {}
     with modules_over_cores():
-        chip = pick_device(device)
-        source = measure(adapter.to(chip).modules, adapter.kinds)
+        where = pick_device(device)
+        source = measure(adapter.to(where).modules, adapter.kinds)
         check_magnitude(source, adapter.weights)
-        here = source if chip.type == "cpu" or SEARCHED.isdisjoint(chosen) else measure(adapter.modules, adapter.kinds)
+        here = source if where.type == "cpu" or SEARCHED.isdisjoint(chosen) else measure(adapter.modules, adapter.kinds)
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
             plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled

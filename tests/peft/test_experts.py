@@ -128,11 +128,11 @@ def test_on_qwen2_moe_peft_makes_of_the_expanded_what_it_makes_of_the_source(tmp
     same({name: found[name] for name in ("expanded", "uniform")})
 
 
-@pytest.mark.parametrize("recipe", [Recipe(transform="none", budget=0.5), Recipe(transform="ke", bytes=0.25)])
+@pytest.mark.parametrize("recipe", [Recipe(transform="none", budget=0.5), Recipe(transform="ke", bytes=0.2)])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_ranks_that_vary(tmp_path: Path, family: str, recipe: Recipe) -> None:
     found, claimed = routes(base(family), adapter(tmp_path / "lora", family), tmp_path, recipe)
-    assert 0.005 < claimed < 0.9
+    assert 0.01 < claimed < 0.9
     assert all(distance < 5 * claimed for distance in found.values()), (found, claimed)
     assert max(found.values()) - min(found.values()) < 0.01
     modules = load_lora(tmp_path / "expanded").modules
