@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.bslora.coding.file import from_file, to_file
+from bslora_convert.bslora.codes.file import from_file, to_file
 from bslora_convert.coding.encode import encode
 from bslora_convert.files.tensorfile import check_finite
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bslora_convert import load_compact
-from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS
+from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS
 from bslora_convert.coding.encode import encode
 
 STEPS = 1 << 14  # of a quantiser to either side of zero, at most

@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bslora_convert import Recipe, Training, compress, load_many, verify
-from bslora_convert.bslora.coding.trellis import tables
+from bslora_convert.bslora.codes.trellis import tables
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.peft.model import shelf_of
 

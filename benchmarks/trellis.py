@@ -6,7 +6,7 @@ Each width begins with normal quantiles in a random order, wider than the number
 trained by the generalised Lloyd step: vectors of 1,024 normal numbers are encoded, and every entry becomes the mean of what it
 stood for. The table that is printed is measured on other
 vectors, at the scale of least error. Entries are whole multiples of 1/4096; --out writes them as the package holds them
-(`bslora/coding/trellis.safetensors`).
+(`bslora/codes/trellis.safetensors`).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bslora_convert.bslora.coding.trellis import STATES, STEPS, TRELLIS_WIDTHS, windows_of
+from bslora_convert.bslora.codes.trellis import STATES, STEPS, TRELLIS_WIDTHS, windows_of
 from bslora_convert.coding.viterbi import paths
 
 LENGTH = 1024

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, analyze, batch, compare, compress, finetune, load_into, verify
 from bslora_convert.baselines import BASELINES
-from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables
+from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.comparison.forms import IN_CODES, SLOW, UNBIASED

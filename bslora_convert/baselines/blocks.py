@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bslora_convert.bslora.coding.packing import pack, packed_bytes
+from bslora_convert.bslora.codes.packing import pack, packed_bytes
 from bslora_convert.modules.factors import Factors, add
 
 SCALES = torch.bfloat16

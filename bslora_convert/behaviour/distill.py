@@ -39,7 +39,7 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
 from bslora_convert.behaviour.stored import Stored
 from bslora_convert.behaviour.student import Student
-from bslora_convert.bslora.coding.file import coded_tensors
+from bslora_convert.bslora.codes.file import coded_tensors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors

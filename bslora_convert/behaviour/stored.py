@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import Coded, from_vectors, to_vectors
-from bslora_convert.bslora.coding.file import to_file
+from bslora_convert.bslora.codes.coded import Coded, from_vectors, to_vectors
+from bslora_convert.bslora.codes.file import to_file
 from bslora_convert.coding.encode import Encoded, encode
 from bslora_convert.fit.parallel import each, modules_over_cores
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bslora_convert.bslora.coding.coded import SCALES
-from bslora_convert.bslora.coding.file import (
+from bslora_convert.bslora.codes.coded import SCALES
+from bslora_convert.bslora.codes.file import (
     FLOATS_NAME,
     NAMES,
     SCALES_NAME,
@@ -23,7 +23,7 @@ from bslora_convert.bslora.coding.file import (
     decoded,
     starts,
 )
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.decoded import Decoded
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.parts import Moved, Parts, parts_of

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora import bases
-from bslora_convert.bslora.coding.coded import GROUP
-from bslora_convert.bslora.coding.file import NAMES, check_codes, from_file, version_of
-from bslora_convert.bslora.coding.file import VERSIONS as CODING_VERSIONS
+from bslora_convert.bslora.codes.coded import GROUP
+from bslora_convert.bslora.codes.file import NAMES, check_codes, from_file, version_of
+from bslora_convert.bslora.codes.file import VERSIONS as CODING_VERSIONS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError

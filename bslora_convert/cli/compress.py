@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.cli.chosen import chosen
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training, training_options

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bslora_convert.bslora.coding.coded import GROUP, SCALES, Coded, groups_of, spread
-from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, windows_of
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.coded import GROUP, SCALES, Coded, groups_of, spread
+from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables, windows_of
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
 from bslora_convert.modules.factors import Factors

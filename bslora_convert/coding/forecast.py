@@ -14,8 +14,8 @@ from itertools import product
 import numpy as np
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import bits_of
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.coded import bits_of
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding.allocation import Items, least_loss, within_loss
 from bslora_convert.coding.encode import distortions
 from bslora_convert.fit.gain import Strength

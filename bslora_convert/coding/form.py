@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import Coded, bits_of, from_vectors, to_vectors, vectors_shape
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.coded import Coded, bits_of, from_vectors, to_vectors, vectors_shape
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items, within_bits, within_loss

@@ -1,4 +1,4 @@
-"""Viterbi's search for the best codes of the trellis (`bslora.coding.trellis`): exact, and the same on every machine.
+"""Viterbi's search for the best codes of the trellis (`bslora.codes.trellis`): exact, and the same on every machine.
 
     state s: the last 12 bits, the newest lowest        s' = (s ≪ w | c) mod 4096
     cost(s') = min over the 2^w states before it of cost(s)  +  (x − value(s'))²
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.trellis import STATES, WINDOW, reversed_bits
+from bslora_convert.bslora.codes.trellis import STATES, WINDOW, reversed_bits
 from bslora_convert.process.compiled import compiled
 
 FAR = 1e30

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bslora_convert.bslora.coding.coded import vectors_shape
-from bslora_convert.bslora.coding.file import WIDTHS_NAME
+from bslora_convert.bslora.codes.coded import vectors_shape
+from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.form import PARTS, BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CompactAdapter

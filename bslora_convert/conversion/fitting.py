@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.file import EMPTY_CODES, sizes, to_file
+from bslora_convert.bslora.codes.file import EMPTY_CODES, sizes, to_file
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import coded_bytes
 from bslora_convert.coding.forecast import Forecast

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.bslora.coding.file import EMPTY_CODES
+from bslora_convert.bslora.codes.file import EMPTY_CODES
 from bslora_convert.bslora.storage import coded_bytes
 from bslora_convert.coding.forecast import Forecast
 from bslora_convert.fit.source import Source

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from bslora_convert.bslora import bases
-from bslora_convert.bslora.coding.file import NAMES, from_file
+from bslora_convert.bslora.codes.file import NAMES, from_file
 from bslora_convert.bslora.form import PARTS
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.resident import RESIDENT

@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from bslora_convert.bslora.coding.file import NAMES
+from bslora_convert.bslora.codes.file import NAMES
 from bslora_convert.bslora.storage import PREFIX, WEIGHTS_NAME
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.address import MARK, resolve

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
 

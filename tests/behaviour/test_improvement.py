@@ -28,8 +28,8 @@ from bslora_convert.behaviour.prompts import Example, Prompts, read_prompts
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.workshop import Workshop, open_workshop
 from bslora_convert.behaviour.writing import Writing
-from bslora_convert.bslora.coding.file import WIDTHS_NAME
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.file import WIDTHS_NAME
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError

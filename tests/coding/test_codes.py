@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
 
-from bslora_convert.bslora.coding import decode
-from bslora_convert.bslora.coding.coded import GROUP, Coded, bits_of, groups_of, to_vectors
-from bslora_convert.bslora.coding.file import (
+from bslora_convert.bslora.codes import decode
+from bslora_convert.bslora.codes.coded import GROUP, Coded, bits_of, groups_of, to_vectors
+from bslora_convert.bslora.codes.file import (
     FLOATS_NAME,
     SCALES_NAME,
     WIDTHS_NAME,
@@ -26,10 +26,10 @@ from bslora_convert.bslora.coding.file import (
     to_file,
     version_of,
 )
-from bslora_convert.bslora.coding.levels import LEVELS
-from bslora_convert.bslora.coding.packing import levels_of, pack, packed_bytes, unpack
-from bslora_convert.bslora.coding.trellis import STATES, TRELLIS_WIDTHS, tables, values_of, windows_of
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.levels import LEVELS
+from bslora_convert.bslora.codes.packing import levels_of, pack, packed_bytes, unpack
+from bslora_convert.bslora.codes.trellis import STATES, TRELLIS_WIDTHS, tables, values_of, windows_of
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding.encode import DISTORTIONS, encode, lost_shares
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.errors import InputError

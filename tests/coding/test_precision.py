@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding import rate
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import code_pair

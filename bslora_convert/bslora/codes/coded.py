@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.levels import LEVELS
-from bslora_convert.bslora.coding.trellis import tables, windows_of
+from bslora_convert.bslora.codes.levels import LEVELS
+from bslora_convert.bslora.codes.trellis import tables, windows_of
 from bslora_convert.modules.factors import Shape
 
 GROUP = 1024

@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bslora_convert.bslora.coding.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import WIDTHS
 
 WINDOW = 12
 STATES = 1 << WINDOW
@@ -33,7 +33,7 @@ EIGHT = 8
 @cache
 def tables() -> Mapping[int, Tensor]:
     """Width -> (4096,) float32, by window."""
-    held = load(files("bslora_convert.bslora.coding").joinpath("trellis.safetensors").read_bytes())["tables"]
+    held = load(files("bslora_convert.bslora.codes").joinpath("trellis.safetensors").read_bytes())["tables"]
     return {width: held[row].float() / STEPS for row, width in enumerate(TRELLIS_WIDTHS)}
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import GROUP, from_vectors, groups_of, vectors_shape
-from bslora_convert.bslora.coding.packing import levels_of
-from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables, values_of
-from bslora_convert.bslora.coding.walk import walk
+from bslora_convert.bslora.codes.coded import GROUP, from_vectors, groups_of, vectors_shape
+from bslora_convert.bslora.codes.packing import levels_of
+from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables, values_of
+from bslora_convert.bslora.codes.walk import walk
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.compiled import can_compile
 

@@ -11,8 +11,8 @@ from functools import cache
 
 import numpy as np
 
-from bslora_convert.bslora.coding.coded import GROUP
-from bslora_convert.bslora.coding.trellis import WINDOW
+from bslora_convert.bslora.codes.coded import GROUP
+from bslora_convert.bslora.codes.trellis import WINDOW
 from bslora_convert.process.compiled import compiled
 
 Streams = tuple[np.ndarray, ...]

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.coding.coded import SCALES, Coded, groups_of, vectors_shape
-from bslora_convert.bslora.coding.decode import in_order, is_walked, merged, numbers_of, walked
-from bslora_convert.bslora.coding.levels import LEVELS
-from bslora_convert.bslora.coding.packing import pack, packed_bytes, unpack
-from bslora_convert.bslora.coding.trellis import TRELLIS_WIDTHS, tables
-from bslora_convert.bslora.coding.widths import FIRST_WIDTHS, WIDTHS
+from bslora_convert.bslora.codes.coded import SCALES, Coded, groups_of, vectors_shape
+from bslora_convert.bslora.codes.decode import in_order, is_walked, merged, numbers_of, walked
+from bslora_convert.bslora.codes.levels import LEVELS
+from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
+from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
+from bslora_convert.bslora.codes.widths import FIRST_WIDTHS, WIDTHS
 from bslora_convert.errors import InputError
 from bslora_convert.modules.factors import Shape
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bslora_convert.bslora.coding.levels import LEVELS
+from bslora_convert.bslora.codes.levels import LEVELS
 
 EIGHT = 8
 AT_ONCE = 1 << 16  # eights of codes as words of eight bytes
