@@ -30,6 +30,10 @@ def state_of(base: BaseModel, path: Path | None) -> Any:
     return Attached(base.model, adapter.form, adapter.carried, path, enabled=False)
 
 
+def said(phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
+    print(phase, words)
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +63,7 @@ def main() -> None:
         for task in missing:
             scores = evaluate(
                 base, {name: state}, [task], limit=options.limit, batch_size=options.batch_size, include_path=None,
-                task_data=options.task_data, chat_template=True, seed=0, progress=print,
+                task_data=options.task_data, chat_template=True, seed=0, progress=said,
             )  # fmt: skip
             rows.append({"name": name, "task": task, "scores": scores[task].items[name].tolist()})
             with options.out.open("a", encoding="utf-8") as file:

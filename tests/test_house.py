@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bslora_convert"
-ROOT = {"errors", "extras", "version", "results"}  # anyone may ask for these
+ROOT = {"errors", "extras", "notes", "results", "version"}  # anyone may ask for these
 ORDER = (
     "files", "modules", "process", "metric", "lora", "bslora", "layers", "serving", "recipe", "fit", "coding", "analysis",
     "baselines", "comparison", "conversion", "behaviour", "peft", "vllm", "report", "library", "verbs", "cli",

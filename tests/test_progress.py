@@ -11,7 +11,6 @@ from rich.console import Console
 from bslora_convert import Recipe, compress
 from bslora_convert.cli import bars, main
 from bslora_convert.cli.bars import EVERY, FIRST, Lines, bar, spent
-from bslora_convert.process.progress import phase_of
 from tests.planting import random_products, write_lora
 
 
@@ -33,7 +32,7 @@ def test_a_line_after_ten_seconds_and_then_one_every_thirty() -> None:
     assert said[0] == "batch: converting 2/40, 10 s"
     assert said[4] == "batch: converting 26/40, 2 min 10 s"
     clock.now = 4000.0
-    lines("training: loss 0.1", 3, 0)
+    lines("training", 3, words="loss 0.1")
     assert said[-1] == "batch: training, loss 0.1, 1 h 6 min"
 
 
@@ -64,7 +63,7 @@ def test_words_change_and_the_bar_goes_on() -> None:
     with bar("finetune", console, clock) as show:
         for step in range(1, 6):
             clock.now = 30.0 * step
-            show(f"training: loss {1 / step:.2f} [red]/x", step, 11)
+            show("training", step, 11, f"loss {1 / step:.2f} [red]/x")
     last = shown_last(screen)
     assert "finetune: training" in last
     assert "5/11" in last
@@ -84,12 +83,13 @@ def test_phases_have_bars_of_their_own() -> None:
 @pytest.mark.parametrize("options", [{"bytes": 0.25}, {"bits": 4, "budget": 0.5}, {"max_error": 0.3, "bits": 3}])
 def test_coding_counts_what_it_codes(tmp_path: Path, options: dict[str, float]) -> None:
     lora = write_lora(tmp_path / "lora", random_products(rank=8))
-    said: list[tuple[str, int, int]] = []
-    recipe = Recipe(transform="ke", shared_size=32, **options)  # type: ignore[arg-type]
-    compress(lora, tmp_path / "out", recipe, progress=lambda *step: said.append(step))
     phases: dict[str, list[tuple[int, int]]] = {}
-    for step, done, total in said:
-        phases.setdefault(phase_of(step)[0], []).append((done, total))
+
+    def listen(phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
+        phases.setdefault(phase, []).append((done, total))
+
+    recipe = Recipe(transform="ke", shared_size=32, **options)  # type: ignore[arg-type]
+    compress(lora, tmp_path / "out", recipe, progress=listen)
     coding = {phase: counts for phase, counts in phases.items() if phase.startswith("coding ke")}
     assert coding
     for counts in coding.values():
@@ -110,7 +110,7 @@ def test_a_log_gets_lines_and_stdout_only_the_result(tmp_path: Path, monkeypatch
         assert done.exit_code == 0, done.stderr
         return done.stdout, done.stderr
 
-    assert "batch: converting 2/3, 0 s\n" in run("a")[1]
+    assert re.search(r"^batch: converting 2/3, \d s$", run("a")[1], re.MULTILINE)
     stdout, stderr = run("b", "--json")
     assert stdout.startswith("{")
     assert "converting" in stderr

@@ -8,7 +8,7 @@ Slices and Kronecker blocks are fitted as `compress` fits them. A gated path is 
 number, so its energy is that of each module's leading component, the same for every null by construction, and its z is 0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import Any
 
@@ -19,6 +19,7 @@ from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
 from bslora_convert.lora import LoraModule
+from bslora_convert.process.progress import Progress
 
 PAPER_RANKS = {"intra": 4, "inter": 16}  # of the paper's triple for KE
 Z_LEAST = 1e-6  # a standard deviation below this share of the mean is rounding
@@ -40,9 +41,7 @@ def random_like(source: Source, generator: torch.Generator) -> Source:
     return measure(deltas, source.kinds)
 
 
-def shared_energy(
-    source: Source, draws: int, seed: int, progress: Callable[[str, int, int], None]
-) -> dict[str, dict[str, dict[str, Any]]]:
+def shared_energy(source: Source, draws: int, seed: int, progress: Progress) -> dict[str, dict[str, dict[str, Any]]]:
     """By transform and level: `energy`, `null_mean`, `null_std`, `z` and the `rank` of the pair that was fitted.
 
     draws: random adapters that make the null, two at least.

@@ -166,7 +166,7 @@ class Run:
     def finish(self, progress: Progress) -> Distilled:
         """Trains to the end and returns the best state."""
         if math.isnan(self.before):
-            progress("measuring the start", 0, 0)
+            progress("measuring the start")
             self.before = self.lowest = self._heldout()
         order = self._order()
         for _ in range(self.step * self.training.accumulate):
@@ -182,7 +182,7 @@ class Run:
             self.log.append(row)
             if "heldout_kl" in row and self.checkpoints is not None and self.accelerator.is_main_process:
                 self.save()
-            progress(f"training: {self._said(row)}", self.step, self.steps)
+            progress("training", self.step, self.steps, self._said(row))
         if self.step and self.log and "heldout_kl" not in self.log[-1]:
             self.log[-1]["heldout_kl"] = self._evaluate()
         return self._result()

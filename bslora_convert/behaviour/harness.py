@@ -4,7 +4,7 @@ Scores of one item are paired, so the interval of the difference compact − ref
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from bslora_convert.behaviour.intervals import paired_interval
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.errors import InputError, RecipeError
+from bslora_convert.process.progress import Progress
 from bslora_convert.process.quiet import hushed
 
 TASKS = Path(__file__).parent / "tasks"
@@ -49,7 +50,7 @@ def evaluate(
     task_data: Path | None,
     chat_template: bool,
     seed: int,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, "Scores"]:
     """Scores by task.
 
@@ -77,7 +78,7 @@ def evaluate(
     model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size)
     scores: dict[str, Scores] = {}
     for name, state in states.items():
-        progress(f"tasks with {name}")
+        progress("running tasks", words=f"with {name}")
         with state, hushed():
             try:
                 found = simple_evaluate(

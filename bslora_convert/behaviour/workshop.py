@@ -48,7 +48,7 @@ class Workshop:
 
         :raises InputError: when it is missing or not the one that the adapter was made for.
         """
-        progress("loading the base model", 0, 0)
+        progress("loading the base model")
         self.progress, self.adapter = progress, reference
         modules = Layout.of(reference.form).modules
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bslora_convert.process.progress import Progress, phase_of
+from bslora_convert.process.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,16 +27,16 @@ class Lines:
     clock: Callable[[], float] = time.monotonic
     began: float = field(init=False)
     due: float = field(init=False)
-    at: tuple[str, int, int] = ("", 0, 0)
+    at: tuple[str, int, int, str] = ("", 0, 0, "")
     alone: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.began = self.clock()
         self.due = self.began + FIRST
 
-    def __call__(self, step: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
         """Takes note of where the work is."""
-        self.at = step, done, total
+        self.at = phase, done, total, words
         self.look()
 
     def look(self) -> None:
@@ -46,8 +46,7 @@ class Lines:
             if now < self.due or not self.at[0]:
                 return
             self.due = now + EVERY
-        step, done, total = self.at
-        phase, words = phase_of(step)
+        phase, done, total, words = self.at
         count = f" {done}/{total}" if total else ""
         self.say(
             f"{self.title}: " + ", ".join(text for text in (phase + count, words, spent(now - self.began)) if text)
@@ -88,8 +87,7 @@ def bar(title: str, console: "Console", clock: Callable[[], float] = time.monoto
     running: dict[str, TaskID] = {}
     with Shown(*columns, console=console, transient=True, get_time=clock, speed_estimate_period=REMEMBERED) as shown:
 
-        def show(step: str, done: int, total: int) -> None:
-            phase, words = phase_of(step)
+        def show(phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
             count = f"{done}/{total}" if total else ""
             if phase not in running:
                 while running:
@@ -104,7 +102,8 @@ def each_step(title: str, say: Callable[[str], None]) -> Progress:
     """Every step on a line of its own, once."""
     said = [""]
 
-    def show(step: str, done: int, total: int) -> None:
+    def show(phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
+        step = f"{phase}: {words}" if words else phase
         if step != said[0]:
             said[0] = step
             say(f"{title}: {step}")

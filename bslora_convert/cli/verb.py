@@ -15,6 +15,7 @@ from bslora_convert.cli.bars import Lines, bar, each_step
 from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
+from bslora_convert.notes import Note
 from bslora_convert.process.interrupt import INTERRUPTED, UNWRITTEN, heeded, raise_interrupts
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.process.quiet import libraries_quiet
@@ -30,7 +31,7 @@ class Output:
 
     @contextmanager
     def bar(self, title: str) -> Iterator[Progress]:
-        """Shows on stderr where the work is: called with a step, how much of it is done and how much there is (0 = unknown)."""
+        """Shows on stderr where the work is: see `Progress`."""
         say = functools.partial(click.echo, file=sys.stderr)  # this one, whatever a library's is turned to meanwhile
         if self.quiet:
             yield silent
@@ -55,8 +56,8 @@ class Output:
     def notes(self, notes: list[str]) -> None:
         """Things worth knowing, on stderr."""
         if not self.quiet:
-            for note in notes:
-                urgent = note.startswith("ATTENTION")
+            for note in map(Note.parse, notes):
+                urgent = note.is_urgent
                 click.secho(f"note: {note}", err=True, fg="yellow" if urgent else None, dim=None if urgent else True)
 
 

@@ -24,6 +24,7 @@ from bslora_convert.fit.convert import Fit, Options, Source, fit_by_hand, fit_to
 from bslora_convert.fit.gain import unbiased
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
+from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import is_whole
 from bslora_convert.recipe.recipe import Recipe
@@ -122,7 +123,10 @@ def fit_stored(
         allowed = recipe.aim.max_error
         if lost[best] > wanted:
             reached = math.sqrt(lost[best] / source.energy)
-            notes = (*notes, f"ATTENTION: {missed(recipe, reached, fitted=True)}; what comes nearest was written")
+            notes = (
+                *notes,
+                str(Note(f"{missed(recipe, reached, fitted=True)}; what comes nearest was written", "attention")),
+            )
             allowed = min(math.ceil(reached / FINEST_ERROR) * FINEST_ERROR, 1 - FINEST_ERROR)
         recipe = recipe.but(max_error=allowed)
     return Stored.of(replace(fit, form=coded.form, notes=notes), dtype, recipe, to_file(coded.tensors))
@@ -177,7 +181,7 @@ class Room:
 
 def _named(phase: str, progress: Progress) -> Callable[[str], None]:
     """Steps that nobody can count beforehand, as words of a phase."""
-    return lambda step: progress(f"{phase}: {step}", 0, 0)
+    return lambda step: progress(phase, words=step)
 
 
 def by_name(recipe: Recipe) -> list[Recipe]:
@@ -242,7 +246,11 @@ def _coded(
     if recipe.aim.max_error is None:
         ranks = None if room is not None else {name: module.local.rank for name, module in form.modules.items()}
         return code_form(
-            source, form, replace(aim, ranks=ranks), dtype, lambda _, done, total: progress(phase, done, total)
+            source,
+            form,
+            replace(aim, ranks=ranks),
+            dtype,
+            lambda _, done=0, total=0, words="": progress(phase, done, total),
         )
     attempt = 0
 
@@ -250,7 +258,7 @@ def _coded(
         nonlocal attempt
         attempt += 1
 
-        def tried(_: str, done: int, total: int) -> None:
+        def tried(_: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
             progress(f"{phase}, attempt {attempt}", done, total)
 
         coded = code_form(source, form, replace(aim, lost=lost), dtype, tried)

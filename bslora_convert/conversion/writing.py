@@ -1,7 +1,7 @@
 """A compact directory as it lands: written, read back, measured, and described by what was measured."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
+from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.aim import AIMS
 from bslora_convert.version import __version__
 
@@ -54,7 +55,7 @@ def write_result(
     html: bool = True,
     source_name: str | None = None,
     cores: Cores | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Writes everything of a compact directory into `place` and returns its record.
 

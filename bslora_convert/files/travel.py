@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bslora_convert.files.record import named
+from bslora_convert.notes import Note
 
 TRAVELLING = (
     "added_tokens.json",
@@ -109,10 +110,11 @@ def copy_travelling(source: Path, place: Path) -> tuple[str, ...]:
     notes = []
     changing = [name for name in names if _is_any(name, CHANGING_ANSWERS)]
     if changing:
-        notes.append(
-            f"ATTENTION: {named(changing, NAMED)} of the source change{'s' if len(changing) == 1 else ''} what the model "
-            "answers and can't be compressed: copied unchanged beside the result; loading the adapter alone does not load it"
+        said = (
+            f"{named(changing, NAMED)} of the source change{'s' if len(changing) == 1 else ''} what the model answers and can't "
+            "be compressed: copied unchanged beside the result; loading the adapter alone does not load it"
         )
+        notes.append(str(Note(said, "attention")))
     left = sorted(
         f"{path.name}{'/' if path.is_dir() else ''}"
         for path in source.iterdir()

@@ -19,10 +19,12 @@ def for_each(
     rows: of the manifest. do: takes a row, and says its own steps.
     """
     found = []
-    for done, row in enumerate(rows):
+    for at, row in enumerate(rows):
 
-        def tell(step: str, *_: int, done: int = done, name: str = row["id"]) -> None:
-            progress(f"{title}: {name}, {step}", done, len(rows))
+        def tell(
+            phase: str, /, done: int = 0, total: int = 0, words: str = "", *, at: int = at, name: str = row["id"]
+        ) -> None:
+            progress(title, at, len(rows), f"{name}, {phase}")
 
         tell("reading")
         said: dict[str, Any] = {"id": row["id"], "status": OK, "error": None, "message": None}

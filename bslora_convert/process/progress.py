@@ -1,18 +1,18 @@
-"""How long work says where it is; who shows it is the caller's business.
+"""How long work says where it is; who shows it is the caller's business."""
 
-A step names a phase; what follows ": " in it are words that change while the phase goes on, as in "training: loss 0.12".
-"""
-
-from collections.abc import Callable
-
-Progress = Callable[[str, int, int], None]  # step, done, total (0 = unknown)
+from typing import Protocol
 
 
-def silent(step: str, done: int, total: int) -> None:
+class Progress(Protocol):
+    """Is told where the work is.
+
+    phase: what is being done, the same text for as long as it goes on. done, total: how much of it; a total of 0 is unknown.
+    words: what changes while the phase goes on, such as `loss 0.12`.
+    """
+
+    def __call__(self, phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
+        """Says where it is now."""
+
+
+def silent(phase: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
     """Says nothing."""
-
-
-def phase_of(step: str) -> tuple[str, str]:
-    """`training: loss 0.12` -> ("training", "loss 0.12")."""
-    phase, _, words = step.partition(": ")
-    return phase, words

@@ -6,10 +6,10 @@ from typing import Any
 
 from bslora_convert.behaviour.intervals import too_few
 from bslora_convert.files.record import named
+from bslora_convert.notes import Note
 
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
-URGENT = "ATTENTION"  # begins a note that is not to be overlooked
 EVEN = 0.002  # of a gain: as far as rounding moves it
 TIE = 0.002  # relative difference of errors under which two results are called equal
 
@@ -198,9 +198,9 @@ def thresholds(functional: Mapping[str, Any]) -> list[tuple[str, str, str, str, 
 
 
 def attention(notes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Notes that are not to be overlooked, without the word that marks them, and the others."""
-    urgent = [note.removeprefix(URGENT).lstrip(": ") for note in notes if note.startswith(URGENT)]
-    return urgent, [note for note in notes if not note.startswith(URGENT)]
+    """The texts of the urgent notes, and of the others."""
+    found = [Note.parse(note) for note in notes]
+    return [one.text for one in found if one.is_urgent], [one.text for one in found if not one.is_urgent]
 
 
 def intervals(functional: Mapping[str, Any]) -> str | None:

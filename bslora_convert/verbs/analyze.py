@@ -65,7 +65,7 @@ def analyze(
         from bslora_convert.behaviour.prompts import Prompts
 
         rows = Prompts.read(prompts, limit)
-    progress("reading", 0, 0)
+    progress("reading")
     scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
     adapter = load_lora(lora, **scaling)
     if out is not None:
@@ -97,7 +97,7 @@ def _measured(
     adapter: LoraAdapter, others: Mapping[str, LoraAdapter], source: Source, draws: int, seed: int, progress: Progress
 ) -> dict[str, Any]:
     pools = {name: entropy.pool(delta, source.grams[name]) for name, delta in source.deltas.items()}
-    progress("comparing subspaces", 0, 0)
+    progress("comparing subspaces")
     spaces = {name: subspaces.Spaces.of(delta.factors()) for name, delta in source.deltas.items()}
     within, across = _subspaces(source, spaces)
     sharable = bool(source.sharing) and source.energy > 0

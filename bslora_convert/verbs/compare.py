@@ -72,7 +72,7 @@ def compare(
     if out is not None:
         check_output(Path(out), overwrite, resolve(lora))
     rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
-    progress("reading", 0, 0)
+    progress("reading")
     scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
     adapter = load_lora(lora, **scaling)
     if out is not None:

@@ -83,7 +83,7 @@ def compress(
         need("analysis", "groups auto", "groups")
     check_output(out, overwrite, resolve(source))
     began = time.perf_counter()
-    progress("reading", 0, 0)
+    progress("reading")
     prompts = _prompts(recipe, training)
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
@@ -114,7 +114,7 @@ def compress(
             place, fit.form, adapter, measured, digest.result(), fit.recipe.to_dict(),
             replace(extras, codes=fit.codes, notes=(*notes, *extras.notes)),
             {"read": read - began, "fit": fitted - read} if timed else None, html=report_html, source_name=source_name,
-            progress=lambda step: progress(step, 0, 0),
+            progress=progress,
         )  # fmt: skip
         error = record["weight"]["relative_error"]
         allowed = recipe.aim.max_error if recipe.aim.asked else None

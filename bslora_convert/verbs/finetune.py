@@ -70,7 +70,7 @@ def finetune(
         )
     check_count("max_new_tokens", max_new_tokens)
     began = time.perf_counter()
-    progress("reading", 0, 0)
+    progress("reading")
     settings: dict[str, Any] = {
         "max_length": training.max_length,
         "max_new_tokens": max_new_tokens,
@@ -123,7 +123,7 @@ def finetune(
         record = write_result(
             place, done.form, replace(source, carried=student.carried), measured, workshop.adapter.sha256, record_of, extras,
             {"read": read - began, "fit": trained - read}, html=report_html,
-            progress=lambda step: progress(step, 0, 0),
+            progress=progress,
         )  # fmt: skip
     forget(out)
     meet()

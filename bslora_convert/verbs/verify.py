@@ -82,7 +82,7 @@ def verify(
         need("eval", "tasks", "tasks")
     if save:
         check_saved(compact)
-    progress("reading", 0, 0)
+    progress("reading")
     rows = None
     if prompts is not None:
         rows = Prompts.read(
@@ -144,7 +144,7 @@ def verify(
                 task_data=Path(task_data) if task_data else None,
                 chat_template=chat_template,
                 seed=seed,
-                progress=lambda step: progress(step, 0, 0),
+                progress=progress,
             )
             record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
             record["notes"] += [
