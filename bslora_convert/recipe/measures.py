@@ -1,6 +1,6 @@
 """Measures of behaviour that a limit can be put on: one object holds a measure's name, its option and its text.
 
-    missed    0 where the compact adapter behaves exactly as the original: 1 − retention, KL, 1 − agreement, the drop of accuracy
+missed    0 where the compact adapter behaves exactly as the original: 1 − retention, KL, 1 − agreement, the drop of accuracy
 """
 
 from dataclasses import dataclass
