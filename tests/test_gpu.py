@@ -17,7 +17,7 @@ from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.viterbi import paths, paths_on_device
-from bslora_convert.comparison.forms import IN_CODES, SLOW, UNBIASED
+from bslora_convert.comparison.forms import IN_CODES, UNBIASED
 from bslora_convert.peft import BsloraConfig, load_many
 from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
 
@@ -117,10 +117,9 @@ def test_distillation(tmp_path: Path, size: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("kinds", [BASELINES, IN_CODES, UNBIASED], ids=["floats", "codes", "unbiased"])
 def test_rivals(kinds: Mapping[str, Any]) -> None:
-    forms = [name for name in kinds if name not in SLOW]
     rows = {
         device: compare(
-            LORA, budgets=[0.25], forms=forms, base_model=str(BASE), prompts=PROMPTS, limit=8, device=device
+            LORA, budgets=[0.25], forms=list(kinds), base_model=str(BASE), prompts=PROMPTS, limit=8, device=device
         )["rows"]
         for device in ("cpu", "cuda")
     }
@@ -138,18 +137,15 @@ def test_redundancy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "across"),
-    [
-        ({"bytes": 0.1}, False), ({"budget": 0.3}, True),
-        ({"bytes": 0.1, "base_model": str(BASE), "prompts": str(PROMPTS)}, False),
-    ],
-    ids=["codes", "across", "prompts"],
-)  # fmt: skip
-def test_a_library(tmp_path: Path, options: dict[str, Any], across: bool) -> None:
+    "options",
+    [{"bytes": 0.1}, {"bytes": 0.1, "base_model": str(BASE), "prompts": str(PROMPTS)}],
+    ids=["codes", "prompts"],
+)
+def test_a_library(tmp_path: Path, options: dict[str, Any]) -> None:
     for name in ("banking77", "gsm8k"):
         shutil.copytree(TINY / name, tmp_path / "library" / name)
     recipe = Recipe(transform="none", device="cuda", **options)
-    summary = batch(tmp_path / "library", tmp_path / "out", recipe, share_across=across)
+    summary = batch(tmp_path / "library", tmp_path / "out", recipe)
     assert summary["ok"] == 2
 
 

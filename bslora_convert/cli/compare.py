@@ -49,9 +49,7 @@ class Shares(click.ParamType[tuple[float, ...]]):
     show_default=True,
     help="Shares of the LoRA's bytes.",
 )
-@click.option(
-    "--forms", type=Names(), default="", help="Only these forms.  [default: all but nola, which takes minutes]"
-)
+@click.option("--forms", type=Names(), default="", help="Only these forms.  [default: all]")
 @click.option("--base-model", help="Directory of the base model, or its name on the hub: adds behaviour.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")
 @click.option("--limit", type=int, help="First N rows.")

@@ -123,10 +123,10 @@ def recipe_options(function: Any) -> Any:
             click.option(
                 "--gain",
                 type=click.Choice(GAINS),
-                default="auto",
+                default="unbiased",
                 show_default=True,
                 help="unbiased: each module's update scaled to the original's strength; least-squares: left of least error, "
-                "too weak; auto = unbiased.",
+                "too weak.",
             ),
             click.option("--base-model", help="Directory or hub name of the base model, for --prompts and --finetune."),
             click.option("--prompts", help="JSONL rows: fit in the base model's metric, choose and prove on them."),

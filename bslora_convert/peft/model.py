@@ -124,8 +124,7 @@ class BsloraModel(BaseTuner):
         """An adapter to be held as codes; `_remap_adapter_state_dict_for_load` brings them."""
         stored, named = peft_config.stored, peft_config.layout()
         names = None if stored is named else dict(zip(named.modules, stored.modules, strict=True))
-        version = peft_config.coding["version"]
-        return Resident(stored, peft_config.stored_dtype, version, self._shelf.decoded, self._shelf.device_of, names)
+        return Resident(stored, peft_config.stored_dtype, self._shelf.decoded, self._shelf.device_of, names)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT's; what is in codes is decoded to float32 where floats are cast to it, and now where it is active."""
@@ -229,7 +228,7 @@ class BsloraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What `from_pretrained` puts on the model: codes, as they are or decoded; cores in a library's bases as local parts."""
+        """What `from_pretrained` puts on the model: codes, as they are or decoded."""
         shelf = shelf_of(model)
         resident = shelf.adapters.get(adapter_name) if shelf is not None else None
         if resident is None:

@@ -7,7 +7,7 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GAINS = ("auto", "unbiased", "least-squares")
+GAINS = ("unbiased", "least-squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +15,14 @@ class Storage:
     """dtype: of the tensors that a reader gets, auto = the source's. bits: one width for every coded number.
 
     gain: `unbiased`: each module's update is scaled so that ⟨ΔW, ΔŴ⟩ = ‖ΔW‖², which nearly always behaves better;
-    `least-squares`: as the fit left it, of least weight error. `auto` is unbiased.
+    `least-squares`: as the fit left it, of least weight error.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
     dtype: str = "auto"
     bits: int | None = None
-    gain: str = "auto"
+    gain: str = "unbiased"
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -33,4 +33,4 @@ class Storage:
     @property
     def is_unbiased(self) -> bool:
         """Whether updates are scaled to the original's strength."""
-        return self.gain != "least-squares"
+        return self.gain == "unbiased"

@@ -12,7 +12,7 @@ import torch
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SLOW, SUFFIX, as_strong
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -59,7 +59,7 @@ def compare(
     """Fits every form to a LoRA at each budget and returns what `comparison.json` holds.
 
     out: a directory for `comparison.json` and `comparison.html`, and with `save` for each form as an adapter that PEFT loads.
-    budgets: shares of the LoRA's parameters. forms: names from `comparison.forms.FORMS`; all but `nola` without it.
+    budgets: shares of the LoRA's parameters. forms: names from `comparison.forms.FORMS`; all without it.
     base_model, prompts: adds each form's KL to the original, retention, agreement and likelihood on these prompts.
     lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
 
@@ -78,7 +78,7 @@ def compare(
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    chosen = [name for name in FORMS if (name in forms if forms else name not in SLOW)]
+    chosen = [name for name in FORMS if not forms or name in forms]
     tasks = [(name, budget) for budget in budgets for name in chosen if name not in OWN_SIZE]
     tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
     found: list[tuple[dict[str, Any], Fitted | None]] = []
