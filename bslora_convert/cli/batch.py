@@ -134,7 +134,7 @@ def _new(options: dict[str, Any]) -> dict[str, Any]:
     """What a run is to be made with, as `batch` takes it."""
     own = {name: options.pop(name) for name in ("report_html", "overwrite")}
     recipe, training = chosen(options, options.pop("recipe_file"))
-    evidence = recipe.evidence
+    evidence = recipe.calibration
     return {"recipe": recipe, "training": training if evidence.base_model else None, **own}
 
 

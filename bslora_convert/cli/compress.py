@@ -15,9 +15,9 @@ from bslora_convert.cli.scaling import SCALING
 from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
-from bslora_convert.recipe.evidence import METRICS
-from bslora_convert.recipe.form import KERNEL_NAMES, LOCAL_RANKS, TRANSFORM_NAMES, WINDOW_NAMES
+from bslora_convert.recipe.calibration import METRIC_NAMES
 from bslora_convert.recipe.storage import DTYPES, GAINS
+from bslora_convert.recipe.structure import KERNEL_NAMES, LOCAL_RANKS, TRANSFORM_NAMES, WINDOW_NAMES
 
 
 class Ranks(click.ParamType[tuple[int, int, int]]):
@@ -132,7 +132,7 @@ def recipe_options(function: Any) -> Any:
             click.option("--prompts", help="JSONL rows: fit in the base model's metric, choose and prove on them."),
             click.option(
                 "--metric",
-                type=click.Choice(METRICS),
+                type=click.Choice(METRIC_NAMES),
                 default="auto",
                 show_default=True,
                 help="Of --prompts: directions of the loss's gradient at the modules' outputs, of what they are fed, both, or "
@@ -194,9 +194,9 @@ def compress(
       bslora-convert compress ./my-lora ./tuned --bytes 0.0625 --base-model ./base --finetune train.jsonl --max-minutes 10
     """
     recipe, training = chosen(options, recipe_file)
-    files = recipe.evidence.files.values()
+    files = recipe.calibration.files.values()
     look_at_push(push, push_dry_run)
-    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.evidence.base_model)
+    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.calibration.base_model)
     from bslora_convert.verbs.compress import compress as run
 
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:

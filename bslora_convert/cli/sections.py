@@ -2,10 +2,10 @@
 
 import click
 
-from bslora_convert.recipe.aim import AIMS
+from bslora_convert.recipe.target import TARGETS
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "What the result must reach (one of these)": AIMS,
+    "What the result must reach (one of these)": TARGETS,
     "The form": ("transform", "min_shared", "shared_size", "slice", "kernel", "local_ranks", "groups", "max_rank"),
     "Evidence": ("base_model", "prompts", "metric"),
     "Distillation": (

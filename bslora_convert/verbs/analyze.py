@@ -77,10 +77,10 @@ def analyze(
         record = _measured(adapter, others, source, draws, seed, progress)
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools
-        from bslora_convert.behaviour.workshop import open_workshop
+        from bslora_convert.behaviour.session import open_session
 
-        workshop = open_workshop(lora, str(base_model), device, "auto", progress, scaling=scaling)
-        pools = activation_pools(workshop, rows)
+        session = open_session(lora, str(base_model), device, "auto", progress, scaling=scaling)
+        pools = activation_pools(session, rows)
         record["activations"] = {"rows": len(rows.rows), **_rmi(source, pools)}
     record["sizes"] = sizes(source, adapter, Path(lora))
     record["recommendation"] = recommendation.sentences(record)

@@ -78,7 +78,7 @@ def batch(
     _check(engine, workers, shard, max_failures)
     _check_extras(recipe, engine)
     out = Path(out).absolute()
-    for file in recipe.evidence.files.values():
+    for file in recipe.calibration.files.values():
         read_prompts(file)
     _check_library(str(library), out)
     chosen = recipe.to_dict(), (training.to_dict() if training is not None else {})
@@ -234,9 +234,9 @@ def _check_extras(recipe: Recipe, engine: str) -> None:
     """Once for the library, instead of once for each adapter."""
     if engine == "ray":
         need("ray", "engine ray", "engine")
-    if recipe.form.groups == "auto":
+    if recipe.structure.groups == "auto":
         need("analysis", "groups auto", "groups")
-    if recipe.evidence.base_model is not None:
+    if recipe.calibration.base_model is not None:
         need("base", "base_model", "base_model")
 
 

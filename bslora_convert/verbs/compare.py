@@ -173,13 +173,13 @@ def _add_functional(
     from bslora_convert.behaviour.attach import Attached
     from bslora_convert.behaviour.divergence import Divergence, diverge_all
     from bslora_convert.behaviour.memory import free_bytes
-    from bslora_convert.behaviour.workshop import open_workshop
+    from bslora_convert.behaviour.session import open_session
 
-    workshop = open_workshop(lora, base_model, device, "auto", progress, scaling=scaling)
-    examples = workshop.encode(prompts).examples
-    carried = workshop.adapter.carried  # a saved head is every form's
+    session = open_session(lora, base_model, device, "auto", progress, scaling=scaling)
+    examples = session.encode(prompts).examples
+    carried = session.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
-    most = ATTACHED_SHARE * free_bytes(workshop.base.device)
+    most = ATTACHED_SHARE * free_bytes(session.base.device)
     measured: dict[str, Divergence] = {}
 
     def tell(before: int, present: int, done: int) -> None:
@@ -187,15 +187,13 @@ def _add_functional(
 
     for names in handfuls({name: _floats(fitted) for name, fitted in fits.items()}, most / 4):
         attached = {
-            name: Attached(
-                workshop.base.model, _as_form(fits[name], workshop.adapter.form), carried, name, enabled=False
-            )
+            name: Attached(session.base.model, _as_form(fits[name], session.adapter.form), carried, name, enabled=False)
             for name in names
         }
         measured |= diverge_all(
-            workshop.base,
-            workshop.known,
-            workshop.bare,
+            session.base,
+            session.known,
+            session.bare,
             attached,
             examples,
             prompts.batch_size,

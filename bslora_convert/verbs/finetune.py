@@ -11,7 +11,8 @@ from typing import Any, cast
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
 from bslora_convert.behaviour.prompts import Prompts, Row
 from bslora_convert.bslora.storage import load_compact
-from bslora_convert.conversion.writing import Extras, write_result
+from bslora_convert.conversion.request import Converted
+from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.landing import check_output, landing
@@ -58,9 +59,10 @@ def finetune(
     :raises OutputError: when the output place can't be used; nothing is left behind but the checkpoints.
     """
     from bslora_convert.behaviour.adapter import read_adapter
-    from bslora_convert.behaviour.improvement import distilled
+    from bslora_convert.behaviour.distill import distill
     from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
-    from bslora_convert.behaviour.workshop import open_workshop
+    from bslora_convert.behaviour.session import open_session
+    from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
 
     training, out, compact = training or Training(), Path(out), resolve(compact)
     check_output(out, overwrite, compact, resolve(reference))
@@ -88,42 +90,26 @@ def finetune(
         measured = measure(source.modules, source.kinds)
         check_magnitude(measured, source.weights)
     read = time.perf_counter()
-    workshop = open_workshop(
+    run = TrainingRun(training, out, began)
+    checkpoints = directory_of(out) / STATE
+    with open_session(
         reference, base_model, device, dtype, progress, read_adapter(compact, accept_changed=accept_changed)
-    )
-    done = distilled(
-        workshop,
-        student.form,
-        rows,
-        training,
-        codes=student.codes,
-        heldout=held,
-        completions=directory_of(out),
-        checkpoints=directory_of(out) / STATE,
-        resume=resume,
-        began=began,
-    )
+    ) as session:
+        split = TrainingRows.of_files(session, rows, held, run, closed=resume and checkpoints.is_dir())
+        start = Converted(student.form, student.codes)
+        done = distill(session, start, split, run, checkpoints=checkpoints, resume=resume)
     if not is_writer():
         return cast(Fidelity, written_by_another(out))
     known = recorded(compact)
-    extras = Extras(
-        known.get("evidence"),
-        done.record,
-        done.log,
-        (*student.notes, *known.get("notes", ()), *shared, *done.notes),
-        codes=done.codes,
-    )
-    record_of = {
-        **known.get("recipe", {}),
-        "finetune": str(prompts),
-        "base_model": str(base_model),
-    }
+    notes = (*student.notes, *known.get("notes", ()), *shared)
+    extras = Extras(known.get("evidence"), done.record, done.log, (*notes, *done.notes))
+    record_of = {**known.get("recipe", {}), "finetune": str(prompts), "base_model": str(base_model)}
+    origin = Origin(replace(source, carried=student.carried), measured, session.adapter.sha256, str(source.path))
     with modules_over_cores(), landing(out, overwrite) as place:
         trained = time.perf_counter()
         record = write_result(
-            place, done.form, replace(source, carried=student.carried), measured, workshop.adapter.sha256, record_of, extras,
-            {"read": read - began, "fit": trained - read}, html=report_html,
-            progress=progress,
+            place, Converted(done.form, done.codes), origin, record_of, extras,
+            {"read": read - began, "fit": trained - read}, html=report_html, progress=progress,
         )  # fmt: skip
     forget(out)
     meet()

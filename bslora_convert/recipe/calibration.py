@@ -1,19 +1,19 @@
-"""What the base model is asked: on which prompts a fit is measured, chosen and proved, and on which it is distilled."""
+"""The base model, and the rows that it is run on: for calibration, validation and test, and for distillation."""
 
 from dataclasses import dataclass
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
 
-METRICS = ("auto", "output", "input", "two-sided")
+METRIC_NAMES = ("auto", "output", "input", "two-sided")
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """The base model, and the rows that it is asked on.
+class Calibration:
+    """The base model, and the rows that it is run on.
 
-    base_model: directory or hub name. prompts: a file of rows to fit, choose and prove on. metric: of these prompts; auto = the
-    one that does better on the rows that choose. finetune: a file to distil on, or True for the rows of `prompts`.
+    base_model: directory or hub name. prompts: a file of rows, split into calibration, validation and test rows. metric: of these
+    prompts; auto = the best one on the validation rows. finetune: a file to distil on, or True for the rows of `prompts`.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -24,7 +24,7 @@ class Evidence:
     finetune: str | bool | None = None
 
     def __post_init__(self) -> None:
-        check_choice("metric", self.metric, METRICS)
+        check_choice("metric", self.metric, METRIC_NAMES)
         if not self.finetune:
             object.__setattr__(self, "finetune", None)
         if self.metric != "auto" and self.prompts is None:
