@@ -1,11 +1,10 @@
 """A library of real adapters: trained where they are missing, converted by `batch`, every one measured by `verify`.
 
-    python benchmarks/tenants.py ROWS --base-model BASE --out DIR [--steps 24] [--limit 24] [--recipes ke,shared,bytes]
+    python benchmarks/tenants.py ROWS --base-model BASE --out DIR [--steps 24] [--limit 24] [--recipes ke,bytes]
 
 ROWS holds NAME-heldout.jsonl for each adapter and NAME-train.jsonl for those to be trained. Adapters that stand in
 DIR/library/NAME are used as they are; the others are trained there with PEFT (ranks 4, 8 and 16 in turn, all seven kinds of
-modules). Recipes: ke (the default, 44.59 % of the numbers), shared (the same with --share-across), bytes (--transform none
---bytes 0.125).
+modules). Recipes: ke (`--transform ke --budget 0.4459`) and bytes (`--transform none --bytes 0.125`).
 """
 
 import argparse
@@ -26,10 +25,9 @@ from bslora_convert.behaviour.prompts import batches, encode, read_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS = (4, 8, 16)
-RECIPES: dict[str, tuple[Recipe, bool]] = {
-    "ke": (Recipe(), False),
-    "shared": (Recipe(), True),
-    "bytes": (Recipe(transform="none", bytes=0.125), False),
+RECIPES = {
+    "ke": Recipe(transform="ke", budget=0.4459),
+    "bytes": Recipe(transform="none", bytes=0.125),
 }
 
 
@@ -58,7 +56,7 @@ def train(base_model: str, base_name: str, rows: Path, rank: int, steps: int, ou
 
 
 def size(adapter: Path) -> int:
-    """Bytes of an adapter's weights, bases that it shares left out."""
+    """Bytes of an adapter's weights."""
     return (adapter / "adapter_model.safetensors").stat().st_size
 
 
@@ -67,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--base-model", required=True)
-    parser.add_argument("--base-name", help="what the adapters call their base; those of one name may share bases")
+    parser.add_argument("--base-name", help="what the adapters call their base")
     parser.add_argument("--out", type=Path, default=Path("build/tenants"))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--limit", type=int, default=24)
@@ -90,10 +88,9 @@ def main() -> None:
     for column in ("", "adapter", "bytes", "of the source", "‖ΔW‖ error", "KL", "base KL", "retention", "same choice"):
         table.add_column(column, justify="right")
     for recipe in options.recipes.split(","):
-        settings, share = RECIPES[recipe]
         out = options.out / recipe
-        summary = batch(library, out, settings, share_across=share)
-        print(json.dumps({"recipe": recipe, "ok": summary["ok"], "sharing": summary.get("sharing")}), flush=True)
+        summary = batch(library, out, RECIPES[recipe])
+        print(json.dumps({"recipe": recipe, "ok": summary["ok"]}), flush=True)
         for name in names:
             if not any((row["recipe"], row["name"]) == (recipe, name) for row in rows):
                 found = verify(

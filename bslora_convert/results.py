@@ -20,7 +20,7 @@ class SourceRecord(TypedDict):
 
 
 class CompactRecord(TypedDict):
-    """What was written. loaded_bytes: once decoded, of an adapter in codes. bases: what is taken from a library."""
+    """What was written. loaded_bytes: once decoded, of an adapter in codes."""
 
     transform: str
     ranks: dict[str, Any]
@@ -35,7 +35,6 @@ class CompactRecord(TypedDict):
     dtype: str
     sha256: str
     loaded_bytes: NotRequired[int]
-    bases: NotRequired[dict[str, Any]]
 
 
 class WeightRecord(TypedDict):
@@ -99,7 +98,6 @@ class Inspection(TypedDict):
     transform: NotRequired[str]
     shared_ranks: NotRequired[dict[str, int]]
     integrity: NotRequired[str]
-    bases: NotRequired[dict[str, Any] | None]
     notes: NotRequired[list[str]]
 
 
@@ -187,7 +185,7 @@ class Analysis(TypedDict):
 
 
 class Batch(TypedDict):
-    """`summary.json`: what `batch` returns. serving: a server's slots before and after; sharing: of `share_across`."""
+    """`summary.json`: what `batch` returns. serving: a server's slots before and after."""
 
     schema_version: int
     items: int
@@ -207,7 +205,6 @@ class Batch(TypedDict):
     source_bytes_per_second: float | None
     run: dict[str, Any]
     serving: NotRequired[dict[str, Any]]
-    sharing: NotRequired[dict[str, Any]]
 
 
 class BatchPlan(TypedDict):

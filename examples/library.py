@@ -149,6 +149,6 @@ for tenant in (None, "banking77"):
 # ## Where to go from here
 #
 # vLLM serves the compact library as it lies, by the tenant's name, without anything being expanded, and every other
-# engine has its own `--for`: [serving](../docs/serving.md). Manifests, shards and shared bases:
+# engine has its own `--for`: [serving](../docs/serving.md). Manifests and shards:
 # [libraries](../docs/library.md). The smallest file that provably behaves the same:
 # [distillation](../docs/distillation.md).

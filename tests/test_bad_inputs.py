@@ -203,7 +203,6 @@ OPTIONS: dict[str, list[str]] = {
     "capacity": ["--gpu-gib 1 --base-gib 2", "--gpu-gib x --base-gib 1", "--gpu-gib nan --base-gib 0", "--gpu-gib 80"],
     "batch": [
         "--workers -1", "--shard 3/2", "--shard x", "--max-failures 0", "--engine slurm", "--budget 5",
-        "--share-across --shard 1/2", "--share-across --bytes 0.5",
     ],
 }  # fmt: skip
 

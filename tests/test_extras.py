@@ -91,7 +91,6 @@ def test_what_needs_an_extra_names_it_in_one_line_before_anything_is_written(lor
         ("compare", lora, "--out", out): ("analysis", "the form vb_lora"),
         ("compress", lora, out, "--groups", "auto"): ("analysis", "--groups auto"),
         ("batch", lora.parent, out, "--groups", "auto"): ("analysis", "--groups auto"),
-        ("batch", lora.parent, out, "--share-across", "--budget", "0.5"): ("analysis", "--share-across"),
     }
     for (words, (extra, begins)), (code, printed, said) in zip(cases.items(), without_extras(*cases), strict=True):
         missing = ", ".join(EXTRAS[extra])

@@ -138,18 +138,15 @@ def test_redundancy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "across"),
-    [
-        ({"bytes": 0.1}, False), ({"budget": 0.3}, True),
-        ({"bytes": 0.1, "base_model": str(BASE), "prompts": str(PROMPTS)}, False),
-    ],
-    ids=["codes", "across", "prompts"],
-)  # fmt: skip
-def test_a_library(tmp_path: Path, options: dict[str, Any], across: bool) -> None:
+    "options",
+    [{"bytes": 0.1}, {"bytes": 0.1, "base_model": str(BASE), "prompts": str(PROMPTS)}],
+    ids=["codes", "prompts"],
+)
+def test_a_library(tmp_path: Path, options: dict[str, Any]) -> None:
     for name in ("banking77", "gsm8k"):
         shutil.copytree(TINY / name, tmp_path / "library" / name)
     recipe = Recipe(transform="none", device="cuda", **options)
-    summary = batch(tmp_path / "library", tmp_path / "out", recipe, share_across=across)
+    summary = batch(tmp_path / "library", tmp_path / "out", recipe)
     assert summary["ok"] == 2
 
 

@@ -146,7 +146,6 @@ def test_a_screen_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch) ->
         (("batch", "--max-failures", "0"), "--max-failures is 0"),
         (("batch", "--shard", "3/2"), "--shard is 3/2"),
         (("batch", "--workers", "-1"), "--workers is -1"),
-        (("batch", "--share-across", "--bits", "4"), "--share-across: bases hold floats; give --budget or --ranks"),
         (("analyze", "--draws", "1"), "--draws is 1"),
         (("analyze", "--base-model", "x"), "--base-model and --prompts are given together"),
         (("compare", "--budgets", "2"), "--budgets holds 2.0"),

@@ -11,8 +11,6 @@
 group's pair) and `modules` (shape, local rank, kind where it isn't a linear layer, groups). Every tensor's shape follows from
 it, and the reader checks them all.
 
-An adapter of a library may hold cores in place of local factors, and take bases from beside it (`bases`, format_version 2).
-
 Where the numbers are in codes of few bits the configuration says `coding` and the tensors above are replaced by those of
 `coding/file.py`; `dtype` is then what they are decoded to.
 """
@@ -21,14 +19,12 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora import bases
 from bslora_convert.bslora.codes.coded import GROUP
 from bslora_convert.bslora.codes.file import NAMES, check_codes, from_file, version_of
 from bslora_convert.bslora.codes.file import VERSIONS as CODING_VERSIONS
@@ -53,9 +49,8 @@ from bslora_convert.modules.factors import Factors, Shape
 
 PEFT_TYPE = "BSLORA"
 FORMAT_VERSION = 1
-LIBRARY_VERSION = 2  # of an adapter that takes bases from its library
 CODED_VERSION = 3  # of an adapter in codes
-VERSIONS = (FORMAT_VERSION, LIBRARY_VERSION, CODED_VERSION)
+VERSIONS = (FORMAT_VERSION, CODED_VERSION)
 CODINGS = {version: {"version": version, "group": GROUP} for version in CODING_VERSIONS}
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -64,7 +59,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class CompactAdapter:
-    """A compact directory as read: the form, the tensors carried along, the raw configuration, what it takes from a library.
+    """A compact directory as read: the form, the tensors carried along, the raw configuration.
 
     codes: what the form was decoded from, as the file has it; empty where it holds floats.
     integrity: whether the weights are still what was written and measured (`files.record`).
@@ -74,7 +69,6 @@ class CompactAdapter:
     carried: Mapping[str, Tensor]
     config: Mapping[str, Any]
     path: FilePath
-    uses: bases.Uses | None = None
     codes: Mapping[str, Tensor] = field(default_factory=dict)
     integrity: str = NO_RECORD
 
@@ -96,23 +90,13 @@ class CompactAdapter:
 
     @property
     def parts_parameters(self) -> dict[str, int]:
-        """Numbers in the adapter's own file, by part; the library's bases are not among them."""
-        counts = self.form.parts_parameters()
-        for name, sizes in (self.uses.sizes if self.uses else {}).items():
-            module = self.form.modules[name]
-            counts["local"] += prod(sizes.core(module.shape)) - module.local.parameters
-        return counts
+        """Numbers of the form, by part."""
+        return self.form.parts_parameters()
 
     @property
     def parameters(self) -> int:
-        """Numbers in the adapter's own file."""
+        """Numbers of the form."""
         return sum(self.parts_parameters.values())
-
-    @property
-    def bases_parameters(self) -> int:
-        """Numbers of the bases that it takes from its library."""
-        used = self.uses.sizes if self.uses else {}
-        return sum(sizes.parameters(self.form.modules[name].shape) for name, sizes in used.items())
 
 
 def save_compact(
@@ -122,24 +106,19 @@ def save_compact(
     carried: Mapping[str, Tensor],
     *,
     codes: Mapping[str, Tensor] | None = None,
-    cores: bases.Cores | None = None,
 ) -> None:
     """Writes the two files into an existing directory.
 
     source_config: the LoRA's raw PEFT configuration, from which base model and task are taken over.
     carried: tensors that are not part of the form, by name without PEFT's prefix.
     codes: the tensors of `coding.file` that the form was decoded from; written in its place.
-    cores: what is written in place of the local factors of the modules that use a library's bases.
     """
     layout, named = Layout.of(form), dict(codes or named_tensors(form))
-    if cores is not None:
-        held = {f"{m}.bslora_local_{cores.uses.sizes[m].factor}": core for m, core in cores.tensors.items()}
-        named = {key: held[key] if key in held else named[key] for key, _ in cores.uses.tensors(layout)}
     tensors = {PREFIX + name: tensor for name, tensor in named.items()}
     tensors |= {PREFIX + name: tensor for name, tensor in carried.items()}
     config = {
         "peft_type": PEFT_TYPE,
-        "format_version": CODED_VERSION if codes else FORMAT_VERSION if cores is None else LIBRARY_VERSION,
+        "format_version": CODED_VERSION if codes else FORMAT_VERSION,
         **({"coding": CODINGS[version_of(codes)]} if codes else {}),
         "inference_mode": True,
         **inherited(source_config),
@@ -147,8 +126,6 @@ def save_compact(
         "dtype": dtype_name(next(form.tensors()).dtype),
         **layout.to_config(),
     }
-    if cores is not None:
-        config = cores.uses.to_config(config)
     write_tensors(directory / WEIGHTS_NAME, tensors)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -183,8 +160,7 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
     accept_changed: takes weights that are not what was written and measured any more.
 
     :raises InputError: when files are missing or damaged, the version is unknown, a tensor is missing, left over, of another
-        shape, of another dtype or not finite, or the weights are not what was written; so too for bases that it takes from
-        its library.
+        shape, of another dtype or not finite, or the weights are not what was written.
     """
     return _decoded(_read(path, accept_changed))
 
@@ -244,21 +220,17 @@ def _read(path: str | FilePath, accept_changed: bool) -> _Read:
 def _decoded(read: _Read) -> CompactAdapter:
     config_path, weights_path = read.directory / CONFIG_NAME, read.directory / WEIGHTS_NAME
     config, layout = read.config, read.layout
-    uses = bases.parse(config, layout.modules, config_path) if config["format_version"] == LIBRARY_VERSION else None
     if config["format_version"] == CODED_VERSION:
         dtype, version = decoded_dtype(config, config_path), config["coding"]["version"]
         taken = from_file(read.codes, layout.tensors(), dtype, weights_path, version)
     else:
-        expected = uses.tensors(layout) if uses else layout.tensors()
-        taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in expected}
+        taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in layout.tensors()}
     _check_passengers(read)
     dtypes = {tensor.dtype for tensor in taken.values()}
     if len(dtypes) > 1:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")
-    if uses is not None:
-        taken |= uses.local(layout, taken, read.directory)
     form = assemble(layout, taken)
-    return CompactAdapter(form, read.tensors, config, read.directory, uses, read.codes, read.state)
+    return CompactAdapter(form, read.tensors, config, read.directory, read.codes, read.state)
 
 
 def _check_passengers(read: _Read) -> None:
@@ -288,8 +260,6 @@ def check_version(config: Mapping[str, Any], where: object) -> None:
     if type(version) is not int or version not in VERSIONS:
         known = ", ".join(map(str, VERSIONS))
         raise InputError(f"{where}: format_version is {version!r}, this version reads {known}")
-    if version != LIBRARY_VERSION and config.get("bases") is not None:
-        raise InputError(f"{where}: bases are given in format_version {version}, which has none")
     expected = list(CODINGS.values()) if version == CODED_VERSION else [None]
     if config.get("coding") not in expected:
         said = " or ".join(map(repr, expected))

@@ -55,11 +55,6 @@ class Shard(click.ParamType[tuple[int, int]]):
 @click.option(
     "--report-html/--no-report-html", default=True, show_default=True, help="report.html beside each adapter."
 )
-@click.option(
-    "--share-across",
-    is_flag=True,
-    help="Adapters of one base share bases where that saves bytes at the same error.",
-)
 @click.option("--overwrite", is_flag=True, help="Replace finished results of another recipe in OUT.")
 @click.option("--dry-run", is_flag=True, help="Check every header and say what would be done.")
 @push_options
@@ -83,7 +78,6 @@ def batch(
     Example:
       bslora-convert batch ./adapters ./compact --transform auto --budget 0.25 --workers 4
       bslora-convert batch s3://bucket/adapters ./compact --shard 3/16
-      bslora-convert batch ./adapters ./compact --share-across
       bslora-convert batch ./compact --resume
     """
     look_at_push(push, push_dry_run)
@@ -138,7 +132,7 @@ def _check_resuming(said: set[str], options: dict[str, Any]) -> None:
 
 def _new(options: dict[str, Any]) -> dict[str, Any]:
     """What a run is to be made with, as `batch` takes it."""
-    own = {name: options.pop(name) for name in ("report_html", "share_across", "overwrite")}
+    own = {name: options.pop(name) for name in ("report_html", "overwrite")}
     recipe, training = chosen(options, options.pop("recipe_file"))
     evidence = recipe.evidence
     return {"recipe": recipe, "training": training if evidence.base_model else None, **own}
@@ -178,13 +172,6 @@ def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
         say(summary["serving"]["words"])
         if summary["serving"]["warning"] is not None:
             say(summary["serving"]["warning"], style="yellow")
-    if "sharing" in summary:
-        for group in summary["sharing"]["groups"]:
-            say(group["words"])
-        for name, reason in summary["sharing"]["left_out"].items():
-            say(f"{name} could not be looked at for sharing: {reason}", style="yellow")
-        if summary["sharing"]["unused"]:
-            say(f"no adapter here uses {', '.join(summary['sharing']['unused'])} any more", style="dim")
     if summary["adapters_per_second"]:
         say(f"{summary['adapters_per_second']:.2f} adapters a second")
     say(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")

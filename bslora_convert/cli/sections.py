@@ -14,7 +14,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Storage": ("bits", "dtype", "gain"),
     "The library": (
-        "share_across", "shard", "engine", "workers", "resume", "retry_failed", "fail_fast", "max_failures", "dry_run",
+        "shard", "engine", "workers", "resume", "retry_failed", "fail_fast", "max_failures", "dry_run",
     ),
 }  # fmt: skip
 REST = "Running"

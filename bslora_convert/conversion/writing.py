@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.bases import Cores
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
@@ -54,19 +53,18 @@ def write_result(
     *,
     html: bool = True,
     source_name: str | None = None,
-    cores: Cores | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Writes everything of a compact directory into `place` and returns its record.
 
     form: in the storage dtype. adapter, measured, digest: the source, its deltas and the hash of its weights.
-    seconds: spent so far, by step; None leaves time out of the record. cores: what is written in place of local factors.
+    seconds: spent so far, by step; None leaves time out of the record.
     """
     from bslora_convert import report
 
     began = time.perf_counter()
     progress("writing")
-    save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes, cores=cores)
+    save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes)
     notes = (*extras.notes, *copy_travelling(adapter.weights.parent, place))
     progress("measuring what was written")
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
@@ -107,7 +105,7 @@ def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _numbers(compact: CompactAdapter) -> int:
     """Numbers of plain SVD's that take as much room: codes are weighed by their bytes."""
     if not compact.codes:
-        return compact.parameters + compact.bases_parameters
+        return compact.parameters
     return sum(tensor.nbytes for tensor in compact.codes.values()) // compact.dtype.itemsize
 
 
@@ -148,24 +146,12 @@ def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter) 
         "parameter_ratio": compact.parameters / adapter.parameters,
         "byte_ratio": size / adapter.weights.stat().st_size,
         "expanded_rank": max(form.expanded_rank(name) for name in form.modules),
-        "unique_tensors": sum(1 for _ in form.tensors()) - (len(compact.uses.sizes) if compact.uses else 0),
+        "unique_tensors": sum(1 for _ in form.tensors()),
         "dtype": dtype_name(compact.dtype),
-        **({"loaded_bytes": loaded_bytes(compact)} if compact.codes or compact.uses else {}),
-        **({"bases": bases_record(compact)} if compact.uses else {}),
+        **({"loaded_bytes": loaded_bytes(compact)} if compact.codes else {}),
     }
 
 
 def loaded_bytes(compact: CompactAdapter) -> int:
-    """Bytes of what a reader holds once codes are decoded and bases multiplied out."""
+    """Bytes of what a reader holds once codes are decoded."""
     return sum(tensor.nbytes for tensor in (*compact.form.tensors(), *compact.carried.values()))
-
-
-def bases_record(compact: CompactAdapter) -> dict[str, Any] | None:
-    """What an adapter takes from its library, None where it takes nothing."""
-    if compact.uses is None:
-        return None
-    return {
-        "sha256": compact.uses.file,
-        "modules": len(compact.uses.sizes),
-        "parameters": compact.bases_parameters,
-    }

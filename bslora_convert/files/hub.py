@@ -11,7 +11,6 @@ from typing import Any
 
 from bslora_convert.errors import InputError, OutputError, RecipeError, reason_of
 from bslora_convert.extras import need
-from bslora_convert.files.remote import BASES
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST = 100  # files of a commit
@@ -76,7 +75,7 @@ def files_of(place: Path) -> Iterator[str]:
     """Every file of a result by its path there; hidden ones, a batch's own state among them, stay here."""
     for path in place.rglob("*"):
         parts = path.relative_to(place).parts
-        if path.is_file() and not path.is_symlink() and not any(p.startswith(".") and p != BASES for p in parts):
+        if path.is_file() and not path.is_symlink() and not any(p.startswith(".") for p in parts):
             yield "/".join(parts)
 
 

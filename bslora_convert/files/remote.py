@@ -16,7 +16,6 @@ from bslora_convert.files.store import HUB, Store, parts_of
 
 REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<sub>.+))?")
 LOCAL = ("file", "local")
-BASES = ".bases"  # of a library: what its adapters share
 WANTED = (
     "*.json",
     "*.jsonl",
@@ -38,7 +37,7 @@ HELD: list["TemporaryDirectory[str]"] = []  # until the process ends
 def fetched(address: str, inner: str | None = None) -> Path:
     """The directory of an adapter's files, or of a library's, on this machine; each address is fetched once a process.
 
-    inner: an adapter of a library at that address, with the bases that it may share.
+    inner: an adapter of a library at that address.
 
     :raises InputError: when it can't be fetched. :raises RecipeError: when a package is missing.
     """
@@ -58,7 +57,7 @@ def _from_hub(rest: str, inner: str | None) -> Path:
 
     above = f"{match['sub']}/" if match["sub"] else ""
     folder = f"{above}{inner}/" if inner else above
-    patterns = [f"{folder}{kind}" for kind in WANTED] + ([f"{above}{BASES}/*"] if inner else [])
+    patterns = [f"{folder}{kind}" for kind in WANTED]
     try:
         root = snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=patterns, endpoint=os.environ.get("HF_ENDPOINT")
@@ -76,7 +75,7 @@ def _from_store(address: str, inner: str | None) -> Path:
     held = TemporaryDirectory(prefix="bslora-")
     place = Path(held.name)
     try:
-        names = [name for top in ((inner, BASES) if inner else ("",)) for name in store.names(top)]
+        names = store.names(inner or "")
         store.copy([name for name in names if any(fnmatchcase(name, kind) for kind in WANTED)], place)
         if not (place / (inner or "")).is_dir() or not any(place.iterdir()):
             raise InputError(f"{store.url}: no such place, or an empty one")

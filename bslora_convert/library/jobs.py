@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.behaviour.loaded import drop_base
-from bslora_convert.bslora.bases import DIRECTORY as BASES
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.files.address import STATE
@@ -160,29 +159,25 @@ def _discard_damaged(job: Job) -> None:
 
 def done(job: Job, record: Mapping[str, Any]) -> Result:
     """The row of a conversion that worked."""
-    return replace(_row(job, "ok"), final=True, **figures(record))
-
-
-def figures(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row takes from the record of a compact directory."""
     compact = record["compact"]
-    return {
-        "source_bytes": record["source"]["bytes"],
-        "bytes": compact["bytes"],
-        "parameters": compact["parameters"],
-        "parameter_ratio": compact["parameter_ratio"],
-        "relative_error": record["weight"]["relative_error"],
-        "heldout_kl": record.get("training", {}).get("heldout_kl_after"),
-        "settings": {
+    return replace(
+        _row(job, "ok"),
+        final=True,
+        source_bytes=record["source"]["bytes"],
+        bytes=compact["bytes"],
+        parameters=compact["parameters"],
+        parameter_ratio=compact["parameter_ratio"],
+        relative_error=record["weight"]["relative_error"],
+        heldout_kl=record.get("training", {}).get("heldout_kl_after"),
+        settings={
             "transform": compact["transform"],
             "expanded_rank": compact["expanded_rank"],
             "source_rank": max(map(int, record["source"]["ranks"])),
             "width": record["source"]["width"],
             "sha256": compact["sha256"],
             **({"loaded_bytes": compact["loaded_bytes"]} if "loaded_bytes" in compact else {}),
-            **({"bases": compact["bases"]["sha256"]} if "bases" in compact else {}),
         },
-    }
+    )
 
 
 def failure(job: Job, status: str, error: str, message: str, final: bool = False) -> Result:
@@ -237,8 +232,5 @@ def marked(job: Job) -> Result | None:
         if not weights.is_file() or weights.stat().st_size != result.bytes or not os.access(weights, os.R_OK):
             return None
         if sha256(weights) != result.settings.get("sha256"):
-            return None
-        shared = result.settings.get("bases")
-        if shared is not None and not (Path(job.out) / BASES / f"{shared}.safetensors").is_file():
             return None
     return result

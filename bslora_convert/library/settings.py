@@ -6,7 +6,7 @@ goes on. Where and on how many workers a run computes is not part of it.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,15 @@ class Settings:
     recipe: Mapping[str, Any]
     training: Mapping[str, Any]
     report_html: bool = True
-    share_across: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, library: str, recipe: Mapping[str, Any], training: Mapping[str, Any], report_html: bool, share_across: bool
-    ) -> "Settings":
+    def of(cls, library: str, recipe: Mapping[str, Any], training: Mapping[str, Any], report_html: bool) -> "Settings":
         """Settings of a run, with the hashes of the files that its options name."""
         place = library if "://" in library else str(Path(library).absolute())
         named = {name: Path(str(recipe[name])) for name in FILES if recipe.get(name) is not None}
         files = {name: sha256(path) for name, path in named.items() if path.is_file()}
-        return cls(place, recipe, training, report_html, share_across, files)
+        return cls(place, recipe, training, report_html, files)
 
     def differences(self, now: "Settings") -> list[str]:
         """What another run would do differently, as options with both values."""
@@ -106,7 +103,7 @@ def settle(out: Path, now: Settings, overwrite: bool) -> Settings:
             f"{out}: holds results of another recipe: {'; '.join(different)}. `batch {out} --resume` goes on with its own; "
             "--overwrite replaces them"
         )
-    return replace(now, share_across=now.share_across or (before.share_across and not different))
+    return now
 
 
 def _is_empty(out: Path) -> bool:

@@ -1,6 +1,6 @@
 """A library in numbers: how many ended how, bytes before and after, slots on a server, errors, throughput."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,13 @@ SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")
 
 
-def summarise(
-    rows: Sequence[Result], items: int, seconds: float | None, sharing: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What `summary.json` holds.
-
-    seconds: wall clock of this run, None where it did only a part. sharing: what adapters share, None where none was asked to.
-    """
+def summarise(rows: Sequence[Result], items: int, seconds: float | None) -> dict[str, Any]:
+    """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part."""
     counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     good = [row for row in rows if row.status in ("ok", "skipped")]
     converted = [row for row in rows if row.status == "ok"]
     before = sum(row.source_bytes or 0 for row in good)
-    after = sum(row.bytes or 0 for row in good) + (sharing["bytes"]["bases"] if sharing else 0)
+    after = sum(row.bytes or 0 for row in good)
     errors = [row.relative_error for row in good if row.relative_error is not None]
     kinds: dict[str, int] = {}
     for row in rows:
@@ -46,7 +41,6 @@ def summarise(
         if seconds and converted
         else None,
         **({"serving": served} if (served := serving([row.to_dict() for row in good])) else {}),
-        **({"sharing": dict(sharing)} if sharing else {}),
     }
 
 

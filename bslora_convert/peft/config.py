@@ -13,7 +13,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from bslora_convert.bslora import bases
 from bslora_convert.bslora.codes.file import NAMES, from_file
 from bslora_convert.bslora.form import PARTS
 from bslora_convert.bslora.layout import Layout
@@ -21,7 +20,6 @@ from bslora_convert.bslora.resident import RESIDENT
 from bslora_convert.bslora.storage import (
     CONFIG_NAME,
     FORMAT_VERSION,
-    LIBRARY_VERSION,
     PEFT_TYPE,
     PREFIX,
     WEIGHTS_NAME,
@@ -48,8 +46,6 @@ class BsloraConfig(PeftConfig):
     held as codes modules have the file's names, as it is saved as it came.
     dtype: what the tensors are stored in; weights that are still exact in it are saved in it again.
     coding: how the file's numbers are coded; None once they are held as floats, as they are saved again as floats.
-    bases: of an adapter that takes bases from its library, their hash. On a model its local parts are plain ones, so it is saved
-    as an adapter that stands alone.
     train: which parts get gradients when the adapter is trainable: `local`, `shared` (pairs, kernels and gates) or `all`.
     resident: what an adapter that comes in codes is held as on a model: `codes`, decoded when it is used, or `floats`, as one
     that is trained always is. decoded_bytes: how much may be decoded at a time of all the adapters on the model; where None
@@ -65,7 +61,6 @@ class BsloraConfig(PeftConfig):
     transform: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, Any] = field(default_factory=dict)
-    bases: str | None = None
     train: str = "all"
     resident: str = "codes"
     decoded_bytes: int | None = None
@@ -90,8 +85,7 @@ class BsloraConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType[PEFT_TYPE]
-        fields = {"bases": self.bases, "modules": self.modules, "coding": self.coding}
-        check_version({"format_version": self.format_version, **fields}, CONFIG_NAME)
+        check_version({"format_version": self.format_version, "coding": self.coding}, CONFIG_NAME)
         check_choice("train", self.train, TRAINED)
         check_choice("resident", self.resident, RESIDENT)
         if not (is_number(self.scaling) and self.scaling > 0):
@@ -99,15 +93,6 @@ class BsloraConfig(PeftConfig):
         if self.coding is not None:
             self.modules = {intern(name): _module(json.dumps(module)) for name, module in self.modules.items()}
         self._stored = self._layout = self._parsed()  # as the file has it, and in the model's names
-        self._uses: bases.Uses | None = None
-        self._place: Path | None = None
-        if self.format_version == LIBRARY_VERSION:
-            self._uses = bases.parse(fields, self._stored.modules, CONFIG_NAME)
-            self.format_version, self.bases = FORMAT_VERSION, None
-            self.modules = {
-                name: {key: value for key, value in module.items() if key != "basis"}
-                for name, module in self.modules.items()
-            }
         if isinstance(self.target_modules, list):
             self.target_modules = {intern(name) for name in self.target_modules}
         self._renamed: dict[str, str] = {}
@@ -210,7 +195,7 @@ class BsloraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The configuration of a directory, which is kept in mind because a library's bases are found from it.
+        """The configuration of a directory.
 
         accept_changed: takes weights that are not what was written and measured any more.
 
@@ -221,14 +206,12 @@ class BsloraConfig(PeftConfig):
         weights = directory / WEIGHTS_NAME
         if not accept_changed and weights.is_file() and integrity(directory, weights) == CHANGED:
             raise InputError(changed(directory))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config._place = directory
-        return config
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors as the model holds them: decoded, local parts for cores, in the model's names, scaling taken out.
+        """A file's tensors as the model holds them: decoded, in the model's names, scaling taken out.
 
-        :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
+        :raises InputError: when codes are damaged.
         """
         whole = scaled(self._decoded(tensors), 1 / self.scaling)
         moved = {PREFIX + old: PREFIX + new for old, new in self._renamed.items()}
@@ -236,28 +219,16 @@ class BsloraConfig(PeftConfig):
         return {moved.get(key, key): tensor for key, tensor in whole.items()}
 
     def _decoded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors as floats, with local parts in place of cores.
+        """A file's tensors as floats.
 
-        :raises InputError: when codes are damaged, or the library's bases are missing or damaged.
+        :raises InputError: when codes are damaged.
         """
-        if self.coding is not None:
-            codes, rest = split(tensors)
-            decoded = from_file(codes, self._stored.tensors(), self.stored_dtype, WEIGHTS_NAME, self.coding["version"])
-            self.coding, self.format_version = None, FORMAT_VERSION
-            return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
-        if self._uses is None:
+        if self.coding is None:
             return dict(tensors)
-        if self._place is None:
-            raise InputError(
-                f"{CONFIG_NAME}: the adapter takes bases from its library, which can't be found from here; "
-                "load it with PeftModel.from_pretrained from its directory there, or expand it"
-            )
-        layout = self._stored
-        cores = {f"{PREFIX}{name}.bslora_local_{sizes.factor}" for name, sizes in self._uses.sizes.items()}
-        local = self._uses.local(layout, {key.removeprefix(PREFIX): tensors[key] for key in cores}, self._place)
-        self._uses = None
-        kept = {key: tensor for key, tensor in tensors.items() if key not in cores}
-        return kept | {PREFIX + key: tensor for key, tensor in local.items()}
+        codes, rest = split(tensors)
+        decoded = from_file(codes, self._stored.tensors(), self.stored_dtype, WEIGHTS_NAME, self.coding["version"])
+        self.coding, self.format_version = None, FORMAT_VERSION
+        return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
 
 
 def scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

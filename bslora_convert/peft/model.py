@@ -229,7 +229,7 @@ class BsloraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What `from_pretrained` puts on the model: codes, as they are or decoded; cores in a library's bases as local parts."""
+        """What `from_pretrained` puts on the model: codes, as they are or decoded."""
         shelf = shelf_of(model)
         resident = shelf.adapters.get(adapter_name) if shelf is not None else None
         if resident is None:

@@ -47,14 +47,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         f"({compact['byte_ratio']:.1%} of the bytes).",
     ]
     svd = rival_error(record)
-    if "bases" in compact:
-        bases = compact["bases"]
-        said.append(
-            f"Beside these it takes bases of {bases['modules']:,} modules from its library, {bases['parameters']:,} numbers "
-            f"that are stored once for all who share them: relative error {weight['relative_error']:.4f}, plain SVD of all "
-            f"these numbers {svd:.4f}."
-        )
-    elif _fitted_to_behaviour(record):
+    if _fitted_to_behaviour(record):
         said.append(
             f"It was fitted to what the base model does with it, not to the weights, so its relative error "
             f"({weight['relative_error']:.4f}; plain SVD of this size {svd:.4f}) is no "

@@ -37,7 +37,6 @@ from bslora_convert.library.jobs import (
 )
 from bslora_convert.library.plan import Plan, plan
 from bslora_convert.library.settings import Settings, read_settings, settle
-from bslora_convert.library.sharing import sharing
 from bslora_convert.library.summary import summarise
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import check_choice, check_count
@@ -45,10 +44,6 @@ from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.results import Batch, BatchPlan
 from bslora_convert.verbs.compress import compress
-
-FITTED = (
-    "share_across with {}: bases keep the error of the weights, not what was fitted to behaviour; leave one of them out"
-)
 
 
 def batch(
@@ -66,7 +61,6 @@ def batch(
     max_failures: int | None = None,
     dry_run: bool = False,
     report_html: bool = True,
-    share_across: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Batch | BatchPlan:
@@ -74,27 +68,23 @@ def batch(
 
     library: a directory, a manifest or an fsspec URL. workers: processes (0: in this one). shard: (I, N), from 1.
     retry_failed: bad input of an earlier run is tried again. fail_fast, max_failures: when to give up; the rest stays undone.
-    dry_run: checks every header and says what would be done. share_across: adapters of one base share bases where that saves.
-    overwrite: finished results of another recipe are replaced.
+    dry_run: checks every header and says what would be done. overwrite: finished results of another recipe are
+    replaced.
 
     :raises InputError: when the library has no adapter. :raises RecipeError: for an option that is not allowed.
     :raises OutputError: when `out` can't be written, was not made by `batch`, or holds results of another recipe.
     """
     recipe = recipe or Recipe()
     _check(engine, workers, shard, max_failures)
-    if share_across:
-        _check_sharing(recipe, shard)
-    _check_extras(recipe, engine, share_across)
+    _check_extras(recipe, engine)
     out = Path(out).absolute()
     for file in recipe.evidence.files.values():
         read_prompts(file)
     _check_library(str(library), out)
     chosen = recipe.to_dict(), (training.to_dict() if training is not None else {})
-    settings = settle(out, Settings.of(str(library), *chosen, report_html, share_across), overwrite)
+    settings = settle(out, Settings.of(str(library), *chosen, report_html), overwrite)
     items = discover(str(library))
     _check_place(items, out)
-    if share_across and any(item.prompts for item in items):
-        raise RecipeError(FITTED.format("prompts in the manifest"), "share_across")
     own = shard_of(items, shard)
     options = options_key(*chosen, report_html, settings.files)
     found = plan(
@@ -108,13 +98,8 @@ def batch(
     limit = 1 if fail_fast else max_failures
     rows = _run(found, out, engine, workers, limit, progress)
     gave_up = len(rows) < len(own)
-    reasons: dict[str, str] = {}
-    if share_across and not gave_up:
-        from bslora_convert.library.joint import share
-
-        rows, reasons = share(rows, {item.id: item for item in items}, out, progress)
     seconds = time.perf_counter() - began
-    return _finish(items, rows, out, options, shard, seconds, gave_up, reasons)
+    return _finish(items, rows, out, options, shard, seconds, gave_up)
 
 
 def resume(out: str | Path, **where: Any) -> Batch | BatchPlan:
@@ -131,7 +116,6 @@ def resume(out: str | Path, **where: Any) -> Batch | BatchPlan:
         Recipe.from_dict(dict(known.recipe)),
         training=Training(**known.training) if known.training else None,
         report_html=known.report_html,
-        share_across=known.share_across,
         **where,
     )
 
@@ -198,19 +182,15 @@ def _finish(
     shard: tuple[int, int],
     seconds: float,
     gave_up: bool,
-    reasons: Mapping[str, str],
 ) -> Batch:
-    """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options.
-
-    reasons: why adapters could not be looked at for sharing, by identity.
-    """
+    """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options."""
     from bslora_convert.report import library as report
 
     mine = {row.id: row for row in rows}
     everyone = [mine.get(item.id) or _known(out, item.id, options) for item in items]
     final = [row for row in everyone if row is not None]
     replace_file(out / MANIFEST, "".join(json.dumps(row.to_dict()) + "\n" for row in final))
-    summary = summarise(final, len(items), seconds if shard == (1, 1) else None, sharing(final, out, reasons))
+    summary = summarise(final, len(items), seconds if shard == (1, 1) else None)
     bad = sum(row.status in ("failed", "refused") for row in rows)
     summary["run"] = {"shard": f"{shard[0]}/{shard[1]}", "items": len(rows), "bad": bad, "gave_up": gave_up}
     replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -250,33 +230,14 @@ def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int 
     check_count("max_failures", max_failures)
 
 
-def _check_extras(recipe: Recipe, engine: str, share_across: bool) -> None:
+def _check_extras(recipe: Recipe, engine: str) -> None:
     """Once for the library, instead of once for each adapter."""
     if engine == "ray":
         need("ray", "engine ray", "engine")
-    if share_across:
-        need("analysis", "share_across", "share_across")
     if recipe.form.groups == "auto":
         need("analysis", "groups auto", "groups")
     if recipe.evidence.base_model is not None:
         need("base", "base_model", "base_model")
-
-
-def _check_sharing(recipe: Recipe, shard: tuple[int, int]) -> None:
-    if shard != (1, 1):
-        raise RecipeError(
-            f"share_across with shard {shard[0]}/{shard[1]}: sharing needs the whole library; run the shards without it, "
-            "then once more with it and without a shard",
-            "share_across",
-            "shard",
-        )
-    for name in ("prompts", "finetune"):
-        if recipe.options()[name] is not None:
-            raise RecipeError(FITTED.format(name), "share_across", name)
-    if recipe.is_coded:
-        raise RecipeError(
-            "share_across: bases hold floats; give budget or ranks, and no bits", "share_across", "budget", "ranks"
-        )
 
 
 def _check_place(items: Sequence[Item], out: Path) -> None:

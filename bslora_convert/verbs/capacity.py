@@ -3,7 +3,7 @@
 slots     an engine reserves slots of one rank, whatever a file's size (`library/serving.py`); a compact adapter is served as the
 LoRA that it expands to
 paged     an engine keeps an adapter's own numbers (S-LoRA's unified paging, PEFT): its bytes as LoRA, or those of the compact
-form once it is loaded, codes decoded and shared bases multiplied out
+form once it is loaded, codes decoded
 resident  PEFT with this package's tuner: what is in codes stays so, beside what may be decoded at a time (`bslora/decoded.py`)
 """
 
@@ -67,5 +67,5 @@ def _fitting(rows: Sequence[Mapping[str, Any]], free: float, gpu_gib: float, bas
 
 
 def _is_coded(row: Mapping[str, Any]) -> bool:
-    """Whether the adapter is in codes; one that takes bases from its library is in floats."""
-    return "loaded_bytes" in row["settings"] and "bases" not in row["settings"]
+    """Whether the adapter is in codes."""
+    return "loaded_bytes" in row["settings"]

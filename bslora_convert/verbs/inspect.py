@@ -11,7 +11,6 @@ from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_
 from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
 from bslora_convert.conversion.sizes import sizes
-from bslora_convert.conversion.writing import bases_record
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
@@ -82,10 +81,6 @@ def _compact(directory: Path, weights: Path) -> dict[str, Any]:
     if adapter.codes:
         carried = _carried_bytes(adapter.carried, adapter.config)
         said["bytes_by_part"] = {name.removeprefix("bslora_"): t.nbytes for name, t in adapter.codes.items()} | carried
-    if adapter.uses is not None:
-        own = {part: count * adapter.dtype.itemsize for part, count in adapter.parts_parameters.items()}
-        said |= {"parameters": adapter.parameters, "bytes_by_part": said["bytes_by_part"] | own}
-        said["bases"] = bases_record(adapter)
     return {
         "kind": "bslora",
         "convertible": False,

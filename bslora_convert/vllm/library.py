@@ -1,14 +1,12 @@
 """Where a library is: a directory here, or a store elsewhere from which a tenant's files come when it is asked for.
 
     a directory    its files are read where they lie
-    a store        configuration, weights and record are fetched into a place of their own, which is gone once they were read;
-                   bases that adapters share are fetched once and stay, for their names say what they hold
+    a store        configuration, weights and record are fetched into a place of their own, which is gone once they were read
 
 What is handed out to vLLM is a snapshot of either (`snapshots.py`), so a store is needed at a tenant's first sight alone. One
 that does not answer is waited for as long as `PATIENCE`, and costs that one request its answer.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,10 +15,8 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Protocol
 
-from bslora_convert.bslora import bases
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError
-from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import LARGEST_JSON
 from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.files.store import Store, is_url
@@ -112,27 +108,7 @@ class Elsewhere:
         if CONFIG_NAME not in held:
             return None
         store.copy([f"{name}/{file}" for file in held], place)
-        self._fetch_bases(store, place / name / CONFIG_NAME)
         return place / name
-
-    def _fetch_bases(self, store: Store, config: Path) -> None:
-        """Brings the bases that an adapter names; where the store lacks them, reading the adapter says so."""
-        try:
-            named = json.loads(config.read_bytes()).get("bases")
-        except (ValueError, RecursionError, AttributeError):  # no configuration: reading the adapter says so
-            return
-        if not isinstance(named, str) or not bases.HASH.fullmatch(named):
-            return
-        file = f"{bases.DIRECTORY}/{named}.safetensors"
-        kept = Path(self._room.name) / file
-        if kept.is_file() or not _fits(store, file, LARGEST_WEIGHTS):
-            return
-        with TemporaryDirectory(dir=self._room.name) as place:
-            store.copy([file], Path(place))
-            if sha256(Path(place) / file) != named:
-                raise InputError(f"{store.url}/{file}: its bytes are not those of its name; it was changed")
-            kept.parent.mkdir(exist_ok=True)
-            (Path(place) / file).replace(kept)
 
 
 def _fits(store: Store, file: str, most: int) -> bool:

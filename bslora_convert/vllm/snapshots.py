@@ -107,7 +107,7 @@ class Snapshots:
         for entry in self.held.iterdir():
             if entry.name.startswith(PARTIAL):
                 shutil.rmtree(entry, ignore_errors=True)
-            elif not entry.name.startswith("."):  # bases belong to all
+            else:
                 entries.append((entry.stat().st_mtime, entry, size_of(entry)))
         held = sum(size for _, _, size in entries)
         for _, entry, size in sorted(entries):

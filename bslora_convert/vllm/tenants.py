@@ -1,8 +1,6 @@
 """A tenant's name -> the directory that vLLM loads: found, checked, decoded, written once."""
 
 import json
-import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.bslora import bases
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import (
     CONFIG_NAME,
-    LIBRARY_VERSION,
     PEFT_TYPE,
     WEIGHTS_NAME,
     CompactAdapter,
@@ -31,7 +27,7 @@ from bslora_convert.version import __version__
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.library import LARGEST, Away, opened
 from bslora_convert.vllm.settings import Settings
-from bslora_convert.vllm.snapshots import PARTIAL, Snapshots, digest_of, read_small
+from bslora_convert.vllm.snapshots import Snapshots, digest_of, read_small
 
 FIELDS_NAME = "lora.json"  # in a compact snapshot: the fields of a LoRA's configuration that vLLM reads
 TRIES, PAUSE = 3, 0.1  # `batch` puts a new result into an old one's place by two renames
@@ -101,7 +97,7 @@ class Tenants:
             self._shapes[base] = shapes_of(base)
         check_shapes(layout.modules, self._shapes[base])
         fill = WRITERS[self.settings.plan]
-        path, written = self.snapshots.get(files.digest, lambda out: fill(files, config, place, out))
+        path, written = self.snapshots.get(files.digest, lambda out: fill(files, config, out))
         return Tenant(path, len(files.weights), written)
 
 
@@ -134,23 +130,14 @@ def parsed(files: Files, place: Path) -> tuple[dict[str, Any], Layout]:
     return config, Layout.parse(config, where)
 
 
-def copy_to(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
-    """Writes an adapter's files into a directory, with the bases that it takes from its library. place: where it lies there."""
+def copy_to(files: Files, out: Path) -> None:
+    """Writes an adapter's files into a directory."""
     for name, data in ((CONFIG_NAME, files.config), (WEIGHTS_NAME, files.weights), (FIDELITY_NAME, files.record)):
         if data is not None:
             (out / name).write_bytes(data)
-    named = config.get("bases")
-    if config["format_version"] == LIBRARY_VERSION and isinstance(named, str) and bases.HASH.fullmatch(named):
-        shared = bases.find(place, named)
-        (out.parent / bases.DIRECTORY).mkdir(exist_ok=True)
-        copy = out.parent / bases.DIRECTORY / shared.name
-        if not copy.is_file():
-            partial = copy.with_name(f"{PARTIAL}{secrets.token_hex(4)}")
-            shutil.copyfile(shared, partial)
-            partial.rename(copy)
 
 
-def write_lora(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+def write_lora(files: Files, config: dict[str, Any], out: Path) -> None:
     """Decodes an adapter into an empty directory, as a LoRA for vLLM.
 
     :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
@@ -158,7 +145,7 @@ def write_lora(files: Files, config: dict[str, Any], place: Path, out: Path) -> 
     with tempfile.TemporaryDirectory(prefix="bslora-") as room:
         copy = Path(room) / "adapter"
         copy.mkdir()
-        copy_to(files, config, place, copy)
+        copy_to(files, copy)
         adapter = servable(copy)
     form = adapter.form
     kinds = {name: module.kind for name, module in form.modules.items()}
@@ -166,12 +153,12 @@ def write_lora(files: Files, config: dict[str, Any], place: Path, out: Path) -> 
     save_lora(out, modules, kinds, {}, listed(config, modules), adapter.dtype)
 
 
-def write_compact(files: Files, config: dict[str, Any], place: Path, out: Path) -> None:
+def write_compact(files: Files, config: dict[str, Any], out: Path) -> None:
     """Copies an adapter into an empty directory, with what a worker has to know of it before it decodes it.
 
     :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
     """
-    copy_to(files, config, place, out)
+    copy_to(files, out)
     form = servable(out).form
     ranks = {name: form.expanded_rank(name) for name in form.modules}
     largest = max(1, *ranks.values())
@@ -193,4 +180,4 @@ def servable(directory: Path) -> CompactAdapter:
     return adapter
 
 
-WRITERS: dict[str, Callable[[Files, dict[str, Any], Path, Path], None]] = {"lora": write_lora, "compact": write_compact}
+WRITERS: dict[str, Callable[[Files, dict[str, Any], Path], None]] = {"lora": write_lora, "compact": write_compact}

@@ -87,17 +87,16 @@ def test_every_verb_that_reads_reads_the_hub(here: Hub, tmp_path: Path) -> None:
     assert not list((tmp_path / "hub-cache").rglob("*.gguf"))
 
 
-def test_an_adapter_of_a_library_on_the_hub_brings_its_bases(here: Hub, tmp_path: Path) -> None:
+def test_an_adapter_of_a_library_on_the_hub_is_read_by_its_name(here: Hub, tmp_path: Path) -> None:
     from tests.library.test_libraries import mixed
 
     for seed in range(2):
         write_lora(tmp_path / "in" / f"t{seed}", mixed(seed))
-    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0, share_across=True)
+    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0)
     assert push(tmp_path / "out", "org/library")["files"] > 6
     assert not any(name.startswith(".batch") for name in here.repos["org/library"])
-    assert any(name.startswith(".bases/") for name in here.repos["org/library"])
     found = load_compact("hf://org/library::t0")
-    assert found.config["format_version"] == 2
+    assert found.path.name == "t0" and not (found.path.parent / "t1").exists()
     assert set(found.form.modules) == set(load_compact(tmp_path / "out" / "t0").form.modules)
 
 
@@ -108,7 +107,7 @@ def test_a_whole_library_of_a_url_is_expanded_and_measured(here: Hub, tmp_path: 
 
     for name, seed in (("team/a", 0), ("b", 1)):
         write_lora(tmp_path / "in" / name, mixed(seed), base_model_name_or_path="fixtures/tiny/base")
-    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0, share_across=True)
+    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0)
     if kind == "hub":
         push(tmp_path / "out", "org/whole")
         address = f"hf://org/whole@{here.revision('org/whole')}"

@@ -137,8 +137,6 @@ def test_what_is_wrong_with_one_stops_no_other(manifest: Path, tmp_path: Path) -
     messages = {row["id"]: row["message"] for row in read_manifest(tmp_path / "out")}
     assert "nowhere.jsonl: no such file" in messages["gsm8k"]
     assert "no base model" in messages["banking77"]
-    with pytest.raises(RecipeError, match="share_across with prompts in the manifest"):
-        batch(manifest, tmp_path / "shared", RECIPE, share_across=True)
 
 
 def test_equal_adapters_with_other_prompts_are_no_copies(tmp_path: Path) -> None:

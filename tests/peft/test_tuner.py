@@ -430,58 +430,6 @@ def test_registering_twice_is_once_and_not_importing_is_a_key_error(compact: Cal
     assert done.stdout.split() == ["'BSLORA'", "BsloraConfig"]
 
 
-def test_an_adapter_of_a_library_runs_and_is_saved_as_one_that_stands_alone(tmp_path: Path) -> None:
-    from bslora_convert.bslora.bases import DIRECTORY, Basis, Cores, Uses, named_tensors
-    from bslora_convert.files.hashing import sha256
-    from bslora_convert.files.tensorfile import write_tensors
-
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*shape: int) -> torch.Tensor:
-        return 0.2 * torch.randn(*shape, generator=generator)
-
-    shapes = {f"model.layers.{layer}.{kind}": shape for layer in (0, 1) for kind, shape in TINY_KINDS.items()}
-    ways = [(True, True), (True, False), (False, True)]
-    bases = {
-        name: Basis(random(out, 3) if left else None, random(2, width) if right else None)
-        for (name, (out, width)), (left, right) in zip(shapes.items(), 4 * ways, strict=True)
-    }
-    (tmp_path / DIRECTORY).mkdir()
-    write_tensors(tmp_path / "new", named_tensors(bases))
-    digest = sha256(tmp_path / "new")
-    (tmp_path / "new").rename(tmp_path / DIRECTORY / f"{digest}.safetensors")
-    cores = {name: random(*basis.sizes.core(shapes[name])) for name, basis in bases.items()}
-    form = BsloraForm(
-        None,
-        {
-            name: Module(shapes[name], bases[name].with_core(core, bases[name].sizes.rank))
-            for name, core in cores.items()
-        },
-    )
-    (tmp_path / "a").mkdir()
-    uses = Uses(digest, {name: basis.sizes for name, basis in bases.items()})
-    config = {"base_model_name_or_path": str(BASE), "task_type": "CAUSAL_LM"}
-    save_compact(form, tmp_path / "a", config, {}, cores=Cores(uses, cores))
-
-    alone = logits(PeftModel.from_pretrained(base(), save(form, tmp_path / "alone")).eval())
-    model = PeftModel.from_pretrained(base(), tmp_path / "a").eval()
-    close(logits(model), alone, 1e-6)
-    model.save_pretrained(tmp_path / "saved")
-    read = load_compact(tmp_path / "saved")
-    assert read.uses is None and read.config["format_version"] == 1
-    for name, module in form.modules.items():
-        assert torch.equal(read.form.modules[name].local.b, module.local.b)
-        assert torch.equal(read.form.modules[name].local.a, module.local.a)
-    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
-    close(logits(auto.eval()), alone)
-    attached = base()
-    load_into(attached, f"{tmp_path}::a")
-    close(logits(attached), alone)
-    (tmp_path / "a").rename(tmp_path.parent / f"{tmp_path.name}-a")
-    with pytest.raises(InputError, match="of the library that it was made in"):
-        PeftModel.from_pretrained(base(), tmp_path.parent / f"{tmp_path.name}-a")
-
-
 @pytest.mark.parametrize("transform", ["none", "ke", "gt"])
 def test_codes_held_as_floats_run_as_their_expansion_and_are_saved_as_floats(tmp_path: Path, transform: str) -> None:
     recipe = Recipe(transform=transform, bytes=0.25, dtype="float32", shared_size=32 if transform != "none" else None)

@@ -15,7 +15,6 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from bslora_convert import Recipe, batch
 from bslora_convert.errors import RecipeError
 from bslora_convert.vllm import library as rooms
 from bslora_convert.vllm.library import Away, Elsewhere
@@ -24,22 +23,9 @@ from bslora_convert.vllm.settings import Settings
 from bslora_convert.vllm.tenants import Tenants
 from tests.conftest import FIXTURES
 from tests.hub import hub
-from tests.planting import write_lora
-from tests.vllm.test_tenants import BASE, HOSTILE, SERVED
+from tests.vllm.test_tenants import BASE, HOSTILE
 
 TINY = FIXTURES / "tiny"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library of two adapters on common bases."""
-    from tests.library.test_libraries import mixed
-
-    place = tmp_path_factory.mktemp("shared")
-    for seed in range(2):
-        write_lora(place / "in" / f"t{seed}", mixed(seed), base_model_name_or_path=SERVED)
-    batch(place / "in", place / "library", Recipe(transform="none", budget=0.5), workers=0, share_across=True)
-    return place / "library"
 
 
 def holding(directory: Path) -> dict[str, bytes]:
@@ -97,7 +83,7 @@ def test_a_tenant_of_a_store_is_the_one_of_a_directory(made: Path, tmp_path: Pat
             assert found.name == expected.path.name  # the digest of the same content
             assert holding(found) == holding(expected.path)
             assert there.answer(name, BASE) == found
-        for name in ("nobody", "team", "team/math/adapter_config.json", "manifest.jsonl", ".bases"):
+        for name in ("nobody", "team", "team/math/adapter_config.json", "manifest.jsonl", ".batch"):
             assert there.answer(name, BASE) is None
     assert dict(there.outcomes.counts) == {"hit": 2, "loaded": 2, "refused": 0, "unknown": 5}
 
@@ -188,34 +174,6 @@ def test_a_new_content_has_a_new_path_and_the_old_one_stays(made: Path, tmp_path
     assert first != second
     assert holding(second) == holding(there.tenants.snapshots.held / second.name)
     assert (first / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("plan", ["lora", "compact"])
-def test_bases_that_adapters_share_are_fetched_once(
-    shared: Path, tmp_path: Path, plan: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    here = Tenants(Settings(shared, tmp_path / "here", plan=plan))
-    asked: list[str] = []
-    get = MemoryFileSystem.get_file
-    monkeypatch.setattr(
-        MemoryFileSystem, "get_file", lambda self, name, path: (asked.append(name), get(self, name, path))
-    )
-    with in_memory(shared) as url:
-        there = Resolver(Tenants(Settings(url, tmp_path / "there", plan=plan)), logging.getLogger("test"))
-        for name in ("t0", "t1"):
-            expected, found = here.find(name, BASE), there.answer(name, BASE)
-            assert expected is not None
-            assert found is not None
-            assert holding(found) == holding(expected.path)
-        assert len([name for name in asked if "/.bases/" in name]) == 1
-        base = next(name for name in asked if "/.bases/" in name)
-        store = fsspec.filesystem("memory")
-        store.pipe(base, store.cat(base)[::-1])
-        changed = Resolver(Tenants(Settings(url, tmp_path / "changed", plan=plan)), logging.getLogger("test"))
-        assert changed.answer("t0", BASE) == changed.tenants.snapshots.refused
-        assert "its bytes are not those of its name" in caplog.text
-        store.pipe(base, store.cat(base)[::-1])
-        assert changed.answer("t0", BASE) != changed.tenants.snapshots.refused
 
 
 def test_settings_take_a_url_and_refuse_what_is_none(tmp_path: Path) -> None:
