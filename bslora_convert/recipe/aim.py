@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_share, is_number, is_whole
 from bslora_convert.recipe.form import LARGEST_RANK
+from bslora_convert.recipe.options import TARGET, option
 
 DEFAULT_ERROR = 0.1
 BEHAVIOURS = ("min_retention", "max_kl", "min_agreement")
@@ -24,13 +25,27 @@ class Aim:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    min_retention: float | None = None
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    max_error: float | None = None
-    bytes: float | None = None
-    budget: float | None = None
-    ranks: tuple[int, int, int] | None = None
+    min_retention: float | None = option(
+        None,
+        "Find the smallest result that keeps this share of the adapter's effect on held-out rows of --prompts.",
+        TARGET,
+    )
+    max_kl: float | None = option(
+        None, "Find the smallest result of at most this KL to the original there, in nats a token.", TARGET
+    )
+    min_agreement: float | None = option(
+        None, "Find the smallest result that predicts the same next token this often there.", TARGET
+    )
+    max_error: float | None = option(
+        None, "Find the smallest file whose relative weight error is at most this.", TARGET, usual="0.1"
+    )
+    bytes: float | None = option(
+        None, "Use this share of the source's file: rank and precision are chosen together, in codes.", TARGET
+    )
+    budget: float | None = option(None, "Use this share of the LoRA's parameters, in floats.", TARGET)
+    ranks: tuple[int, int, int] | None = option(
+        None, "Set the local, intra and inter rank by hand, in floats.", TARGET, metavar="L,A,E"
+    )
     asked: bool = field(default=True, init=False, compare=False)
 
     @property

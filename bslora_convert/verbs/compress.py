@@ -129,10 +129,7 @@ def compress(
 
 def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
     """The rows of every prompt file that the recipe names, read before anything is computed."""
-    return {
-        name: Prompts.read(path, max_length=training.max_length, batch_size=training.batch_size)
-        for name, path in recipe.evidence.files.items()
-    }
+    return {name: Prompts.read(path, **training.reading) for name, path in recipe.evidence.files.items()}
 
 
 def _open(source: str | Path, recipe: Recipe, progress: Progress) -> "Workshop | None":
