@@ -317,9 +317,7 @@ def of_llama(place: Path, share: str, count: int = 24) -> float:
 
     def held() -> Any:
         config = BsloraConfig.from_pretrained(str(out / share))
-        adapter = Resident(
-            config.stored, config.stored_dtype, config.coding["version"], cache, lambda _: torch.device("cpu")
-        )
+        adapter = Resident(config.stored, config.stored_dtype, cache, lambda _: torch.device("cpu"))
         adapter.fill(split(load_file(out / share / "adapter_model.safetensors"))[0], share)
         return config, adapter
 

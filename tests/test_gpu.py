@@ -17,7 +17,7 @@ from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.viterbi import paths, paths_on_device
-from bslora_convert.comparison.forms import IN_CODES, SLOW, UNBIASED
+from bslora_convert.comparison.forms import IN_CODES, UNBIASED
 from bslora_convert.peft import BsloraConfig, load_many
 from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
 
@@ -117,10 +117,9 @@ def test_distillation(tmp_path: Path, size: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("kinds", [BASELINES, IN_CODES, UNBIASED], ids=["floats", "codes", "unbiased"])
 def test_rivals(kinds: Mapping[str, Any]) -> None:
-    forms = [name for name in kinds if name not in SLOW]
     rows = {
         device: compare(
-            LORA, budgets=[0.25], forms=forms, base_model=str(BASE), prompts=PROMPTS, limit=8, device=device
+            LORA, budgets=[0.25], forms=list(kinds), base_model=str(BASE), prompts=PROMPTS, limit=8, device=device
         )["rows"]
         for device in ("cpu", "cuda")
     }

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach
 from bslora_convert.baselines.loraquant import LORAQUANT
-from bslora_convert.baselines.nola import fit_nola
 from bslora_convert.baselines.prolora import fit_prolora
 from bslora_convert.baselines.quantised import TRUNCATED, WHOLE
 from bslora_convert.baselines.sharelora import sharelora_a, sharelora_a_qkv, sharelora_ab, sharelora_b
@@ -27,7 +26,6 @@ BASELINES: Mapping[str, Fit] = {
     "vera": fit_vera,
     "vb_lora": fit_vb_lora,
     "prolora": fit_prolora,
-    "nola": fit_nola,
 }
 
 QUANTISED: Mapping[str, Fit] = {**TRUNCATED, **LORAQUANT}

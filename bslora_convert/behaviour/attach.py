@@ -113,7 +113,7 @@ class Attached:
         def device_of(name: str) -> torch.device:  # holds no model, which is let go with its adapters on it
             return _device(cast(nn.Module, layers[name]()))
 
-        self.resident = Resident(adapter.layout, adapter.dtype, adapter.version, decoded_of(model), device_of)
+        self.resident = Resident(adapter.layout, adapter.dtype, decoded_of(model), device_of)
         self.resident.to(device_of(next(iter(found))), torch.promote_types(adapter.dtype, torch.float32))
         self.resident.fill(adapter.codes, what)
         return self.resident.parts

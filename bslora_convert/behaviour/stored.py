@@ -32,8 +32,7 @@ class Stored:
         """The file's code tensors, as many bytes as those that it began with; nothing where floats are stored."""
         if not self.start:
             return {}
-        kept = {key: coded if coded.trellis else _anew(coded) for key, coded in self.start.items()}
-        return to_file({**kept, **{key: found.coded for key, found in self._coded(trained).items()}})
+        return to_file({**self.start, **{key: found.coded for key, found in self._coded(trained).items()}})
 
     def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Encoded]:
         def code(key: str) -> Encoded:
@@ -42,8 +41,3 @@ class Stored:
 
         with modules_over_cores():
             return dict(zip(trained, each(code, trained), strict=True))
-
-
-def _anew(coded: Coded) -> Coded:
-    """Codes of the first version in the present one."""
-    return encode(coded.decode(), coded.widths.tolist(), unbiased=True).coded

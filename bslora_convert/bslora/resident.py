@@ -46,18 +46,17 @@ class Resident(nn.Module):
         self,
         layout: Layout,
         stored: torch.dtype,
-        version: int,
         cache: Decoded,
         device_of: Callable[[str], torch.device],
         names: Mapping[str, str] | None = None,
     ) -> None:
-        """layout: as the file has it. stored: what numbers are rounded to as they are decoded. version: of the coding.
+        """layout: as the file has it. stored: what numbers are rounded to as they are decoded.
 
         device_of: where a module's layer is. names: of the modules in the file by those that the model has, where they differ.
         """
         super().__init__()
         self.layout = layout
-        self._stored, self._version, self._cache, self._device_of = stored, version, cache, device_of
+        self._stored, self._cache, self._device_of = stored, cache, device_of
         self._names, self._apart = names, _apart()
         self._parts: dict[str, Parts] = {}
         self._starts: tuple[dict[str, int], Tensor] | None = None  # as tensors: a thousand adapters may need theirs
@@ -70,7 +69,7 @@ class Resident(nn.Module):
         :raises InputError: naming `what`, when they are damaged.
         """
         codes = {name: tensor.detach().cpu() for name, tensor in codes.items()}
-        check_codes(codes, self.layout.tensors(), self._stored, what, self._version)
+        check_codes(codes, self.layout.tensors(), self._stored, what)
         self._cache.drop(self)
         self._starts = None
         for name in NAMES:
@@ -159,7 +158,7 @@ class Resident(nn.Module):
 
     def _whole(self) -> dict[str, Parts]:
         with torch.inference_mode(False), torch.no_grad():
-            tensors = decoded(self.codes, list(self.layout.tensors()), self._stored, self._version)
+            tensors = decoded(self.codes, list(self.layout.tensors()), self._stored)
             moved = Moved(self.like.dtype)
             return {name: self._put(name, tensors.__getitem__, moved) for name in self._names or self.layout.modules}
 
@@ -179,7 +178,7 @@ class Resident(nn.Module):
 
     def _run(self, held: Sequence[tuple[str, Shape]], start: Start) -> dict[str, Tensor]:
         """Tensors that follow each other in the file."""
-        return decoded(self.codes, held, self._stored, self._version, start, self._numbers)
+        return decoded(self.codes, held, self._stored, start, self._numbers)
 
     def _start(self, module: str) -> Start:
         """Where the file's tensors of a module begin."""

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import GROUP
-from bslora_convert.bslora.codes.file import NAMES, check_codes, from_file, version_of
-from bslora_convert.bslora.codes.file import VERSIONS as CODING_VERSIONS
+from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes, from_file
 from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
@@ -48,10 +47,8 @@ from bslora_convert.lora.targets import target_fields
 from bslora_convert.modules.factors import Factors, Shape
 
 PEFT_TYPE = "BSLORA"
-FORMAT_VERSION = 1
-CODED_VERSION = 3  # of an adapter in codes
-VERSIONS = (FORMAT_VERSION, CODED_VERSION)
-CODINGS = {version: {"version": version, "group": GROUP} for version in CODING_VERSIONS}
+FORMAT_VERSION = 3
+CODING = {"version": VERSION, "group": GROUP}  # what the configuration of an adapter in codes says of them
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -118,8 +115,8 @@ def save_compact(
     tensors |= {PREFIX + name: tensor for name, tensor in carried.items()}
     config = {
         "peft_type": PEFT_TYPE,
-        "format_version": CODED_VERSION if codes else FORMAT_VERSION,
-        **({"coding": CODINGS[version_of(codes)]} if codes else {}),
+        "format_version": FORMAT_VERSION,
+        **({"coding": CODING} if codes else {}),
         "inference_mode": True,
         **inherited(source_config),
         **target_fields(form.modules, source_config),
@@ -148,11 +145,6 @@ class CodedAdapter:
     carried: Mapping[str, Tensor]
     config: Mapping[str, Any]
 
-    @property
-    def version(self) -> int:
-        """Of the coding."""
-        return int(self.config["coding"]["version"])
-
 
 def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> CompactAdapter:
     """Reads a compact directory, or `LIBRARY::ID`, and checks everything before handing it out.
@@ -168,11 +160,10 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
 def load_coded(path: str | FilePath, *, accept_changed: bool = False) -> CodedAdapter | CompactAdapter:
     """As `load_compact`, but what is in codes stays so."""
     read = _read(path, accept_changed)
-    if read.config["format_version"] != CODED_VERSION:
+    if not in_codes(read.config):
         return _decoded(read)
     dtype = decoded_dtype(read.config, read.directory / CONFIG_NAME)
-    version = read.config["coding"]["version"]
-    check_codes(read.codes, read.layout.tensors(), dtype, read.directory / WEIGHTS_NAME, version)
+    check_codes(read.codes, read.layout.tensors(), dtype, read.directory / WEIGHTS_NAME)
     _check_passengers(read)
     return CodedAdapter(read.layout, read.codes, dtype, read.tensors, read.config)
 
@@ -212,17 +203,15 @@ def _read(path: str | FilePath, accept_changed: bool) -> _Read:
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
     layout = Layout.parse(config, config_path)
-    in_codes = config["format_version"] == CODED_VERSION
-    codes = {name: tensors.pop(name) for name in NAMES if name in tensors} if in_codes else {}
+    codes = {name: tensors.pop(name) for name in NAMES if name in tensors} if in_codes(config) else {}
     return _Read(directory, config, layout, codes, tensors, state)
 
 
 def _decoded(read: _Read) -> CompactAdapter:
     config_path, weights_path = read.directory / CONFIG_NAME, read.directory / WEIGHTS_NAME
     config, layout = read.config, read.layout
-    if config["format_version"] == CODED_VERSION:
-        dtype, version = decoded_dtype(config, config_path), config["coding"]["version"]
-        taken = from_file(read.codes, layout.tensors(), dtype, weights_path, version)
+    if in_codes(config):
+        taken = from_file(read.codes, layout.tensors(), decoded_dtype(config, config_path), weights_path)
     else:
         taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in layout.tensors()}
     _check_passengers(read)
@@ -256,16 +245,18 @@ def check_version(config: Mapping[str, Any], where: object) -> None:
 
     :raises InputError: naming `where`.
     """
-    version = config.get("format_version")
-    if type(version) is not int or version not in VERSIONS:
-        known = ", ".join(map(str, VERSIONS))
-        raise InputError(f"{where}: format_version is {version!r}, this version reads {known}")
-    expected = list(CODINGS.values()) if version == CODED_VERSION else [None]
-    if config.get("coding") not in expected:
-        said = " or ".join(map(repr, expected))
+    version, coding = config.get("format_version"), config.get("coding")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(
-            f"{where}: coding is {config.get('coding')!r}, with format_version {version} {said} is expected"
+            f"{where}: format_version is {version!r}, this version reads {FORMAT_VERSION}; convert the LoRA again"
         )
+    if coding is not None and coding != CODING:
+        raise InputError(f"{where}: coding is {coding!r}, this version reads {CODING}; convert the LoRA again")
+
+
+def in_codes(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter of a configuration, which has been checked, is in codes."""
+    return config.get("coding") is not None
 
 
 def decoded_dtype(config: Mapping[str, Any], where: object) -> torch.dtype:

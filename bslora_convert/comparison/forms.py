@@ -138,8 +138,6 @@ UNBIASED: Mapping[str, Fit] = {
 
 SEARCHED = {name for form in CODED for name in (form, f"{form}{SUFFIX}")}  # in our codes, which are searched on a CPU
 
-SLOW = ("nola",)  # minutes for a real adapter: fitted only where it is named
-
 OWN_SIZE: Mapping[str, Fit] = {
     **{f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER},
     **WHOLE,

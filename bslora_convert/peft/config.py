@@ -226,8 +226,8 @@ class BsloraConfig(PeftConfig):
         if self.coding is None:
             return dict(tensors)
         codes, rest = split(tensors)
-        decoded = from_file(codes, self._stored.tensors(), self.stored_dtype, WEIGHTS_NAME, self.coding["version"])
-        self.coding, self.format_version = None, FORMAT_VERSION
+        decoded = from_file(codes, self._stored.tensors(), self.stored_dtype, WEIGHTS_NAME)
+        self.coding = None
         return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
 
 

@@ -124,8 +124,7 @@ class BsloraModel(BaseTuner):
         """An adapter to be held as codes; `_remap_adapter_state_dict_for_load` brings them."""
         stored, named = peft_config.stored, peft_config.layout()
         names = None if stored is named else dict(zip(named.modules, stored.modules, strict=True))
-        version = peft_config.coding["version"]
-        return Resident(stored, peft_config.stored_dtype, version, self._shelf.decoded, self._shelf.device_of, names)
+        return Resident(stored, peft_config.stored_dtype, self._shelf.decoded, self._shelf.device_of, names)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT's; what is in codes is decoded to float32 where floats are cast to it, and now where it is active."""

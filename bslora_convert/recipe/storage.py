@@ -8,7 +8,7 @@ from bslora_convert.recipe.checks import check_choice
 from bslora_convert.recipe.options import FORM, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-GAINS = ("auto", "unbiased", "least-squares")
+GAINS = ("unbiased", "least-squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Storage:
     """dtype: of the tensors that a reader gets, auto = the source's. bits: one width for every coded number.
 
     gain: `unbiased`: each module's update is scaled so that ⟨ΔW, ΔŴ⟩ = ‖ΔW‖², which nearly always behaves better;
-    `least-squares`: as the fit left it, of least weight error. `auto` is unbiased.
+    `least-squares`: as the fit left it, of least weight error.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -27,7 +27,7 @@ class Storage:
         choices=WIDTHS,
     )  # fmt: skip
     gain: str = option(
-        "auto", "Scale each module's update to the original's strength (unbiased), or leave it at the least error.", FORM,
+        "unbiased", "Scale each module's update to the original's strength (unbiased), or leave it at the least error.", FORM,
         choices=GAINS,
     )  # fmt: skip
 
@@ -40,4 +40,4 @@ class Storage:
     @property
     def is_unbiased(self) -> bool:
         """Whether updates are scaled to the original's strength."""
-        return self.gain != "least-squares"
+        return self.gain == "unbiased"

@@ -16,7 +16,7 @@ from bslora_convert.behaviour.memory import free_bytes
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.workshop import Workshop, open_workshop
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SLOW, SUFFIX, as_strong
+from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -98,7 +98,7 @@ def compare(
 
 def _fitted(adapter: LoraAdapter, storage: torch.dtype, asked: CompareOptions, progress: Progress) -> list[Found]:
     """Every form at every size."""
-    chosen = [name for name in FORMS if (name in asked.forms if asked.forms else name not in SLOW)]
+    chosen = [name for name in FORMS if not asked.forms or name in asked.forms]
     tasks = [(name, budget) for budget in asked.budgets for name in chosen if name not in OWN_SIZE]
     tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
     found: list[Found] = []

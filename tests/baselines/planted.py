@@ -6,8 +6,6 @@ from functools import partial
 import torch
 
 from bslora_convert.baselines.baseline import Fitted
-from bslora_convert.baselines.nola import Coefficients, nola_parameters
-from bslora_convert.baselines.nola import Random as Matrices
 from bslora_convert.baselines.prolora import Chunks, Side, prolora_parameters
 from bslora_convert.baselines.tied_lora import tl6_parameters
 from bslora_convert.baselines.vb_lora import Layout, vb_parameters
@@ -151,17 +149,6 @@ def chunks_planted(seed: int = 0, unshared: int = 1, shared: int = 2) -> tuple[d
     return modules, prolora_parameters(shapes, unshared, shared)
 
 
-def mixtures_planted(seed: int = 0, rank: int = 2, most: int = 12) -> tuple[dict[str, Factors], int]:
-    """Modules that mix the random matrices of a seed, and the numbers that their coefficients take."""
-    random, modules = drawn(0), {}
-    shapes = {name: KINDS[kind] for name, (_, kind) in names().items()}
-    drawn_of = {side: Matrices.of(side, rank, most, seed) for shape in shapes.values() for side in shape}
-    for name, (out, width) in shapes.items():
-        of_b, of_a = drawn_of[out], drawn_of[width]
-        modules[name] = regauged(Coefficients(random(most), random(most)).delta(of_b, of_a), random)
-    return modules, nola_parameters(shapes, rank, most)
-
-
 TIED = ("sharelora_a", "sharelora_b", "sharelora_ab", "sharelora_a_qkv", "tied_lora_tl5", "tied_lora_tl6")
 
 PLANTED: dict[str, Callable[[], tuple[dict[str, Factors], int]]] = {
@@ -171,5 +158,4 @@ PLANTED: dict[str, Callable[[], tuple[dict[str, Factors], int]]] = {
     "vera": vera_planted,
     "vb_lora": bank_planted,
     "prolora": chunks_planted,
-    "nola": mixtures_planted,
 }

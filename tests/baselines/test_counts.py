@@ -2,7 +2,6 @@
 
 import pytest
 
-from bslora_convert.baselines.nola import nola_parameters
 from bslora_convert.baselines.prolora import prolora_parameters
 from bslora_convert.baselines.sharelora import unit_of
 from bslora_convert.baselines.tied_lora import tl6_parameters
@@ -67,9 +66,3 @@ def test_prolora_of_half_as_many_numbers_a_shared_rank(unshared: int, shared: in
     lora_of_rank_2 = 2 * sum(out + width for out, width in modules(LLAMA_7B).values())
     assert prolora_parameters(modules(LLAMA_7B), unshared, shared) == lora_of_rank_2
     assert prolora_parameters({"m": (24, 25)}, 1, 2) == 24 + 24 + 25 + 2 * 25  # nothing divides 25
-
-
-def test_nola_counts_coefficients_until_they_span_the_factors() -> None:
-    assert nola_parameters(modules(LLAMA_7B), 8, 128) == 2 * 128 * 160
-    assert nola_parameters({"m": (24, 40)}, 2, 64) == 48 + 64
-    assert nola_parameters({"m": (24, 40)}, 2, 100) == 2 * (24 + 40)

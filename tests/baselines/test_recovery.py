@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bslora_convert.baselines import BASELINES
-from bslora_convert.baselines.nola import Random, fit_coefficients, rounding
 from bslora_convert.baselines.prolora import fit_chunks
 from bslora_convert.baselines.tied_lora import fit_tl6
 from bslora_convert.baselines.vera import Side, fit_scales, projections
@@ -17,7 +16,6 @@ from tests.baselines.planted import (
     VERA_RANK,
     bank_planted,
     chunks_planted,
-    mixtures_planted,
     random_source,
     relative_error,
     source_of,
@@ -75,33 +73,6 @@ def test_rotated_chunks(unshared: int, shared: int, seed: int) -> None:
     assert parameters == 0
 
 
-@pytest.mark.parametrize(("rank", "most"), [(1, 5), (2, 12)])
-def test_mixtures_of_the_matrices_of_its_seed(rank: int, most: int) -> None:
-    modules, parameters = mixtures_planted(7, rank, most)
-    source = source_of(modules)
-    fitted = BASELINES["nola"](source, parameters, torch.float32, 7)
-    assert fitted.settings == {"rank": rank, "matrices": most, "seed": 7}
-    assert fitted.parameters == parameters
-    assert relative_error(source, fitted) < 1e-3
-    assert relative_error(source, BASELINES["nola"](source, parameters, torch.float32, 8)) > 0.5
-
-
-def test_coefficients_bear_their_rounding() -> None:
-    source = random_source()
-    name = next(iter(source.deltas))  # 24 x 24: 24 random vectors span a side, badly
-    target, svd = source.deltas[name].factors(), source.svds[name].truncate([source.deltas[name].factors()], 1)
-    side = Random.of(24, 1, 24, 0)
-    lost = {}
-    for noise in (0.0, rounding(torch.bfloat16)):
-        found, history = fit_coefficients(target, svd, side, side, noise)
-        stored = found.balanced().stored(torch.bfloat16).delta(side, side)
-        lost[noise] = residual_energy(target, source.grams[name], stored)
-    best = float(source.spectra[name][1:].sum())
-    assert best <= min(lost.values()) * (1 + 1e-9)
-    assert lost[rounding(torch.bfloat16)] < lost[0.0]
-    assert lost[rounding(torch.bfloat16)] < 1.05 * history[-1]
-
-
 def never_rises(history: list[float], energy: float) -> bool:
     return all(after <= before + 1e-12 * energy for before, after in pairwise(history))
 
@@ -132,9 +103,3 @@ def test_alternation_never_rises() -> None:
         made = chunks.delta()
         lost = float((terms[0].b.double() @ terms[0].a.double() - made.b @ made.a).square().sum())
         assert lost == pytest.approx(history[-1], rel=1e-6)
-    for rank, most, noise in ((1, 8, 0.0), (2, 20, 0.0), (2, 40, 1e-4)):
-        side = Random.of(24, rank, most, 0)
-        svd = source.svds[name].truncate([terms[0]], rank)
-        _, history = fit_coefficients(terms[0], svd, side, side, noise)
-        assert len(history) > 1
-        assert never_rises(history, energy)

@@ -161,8 +161,8 @@ def test_damaged_directories_are_refused(tmp_path: Path) -> None:
     compress(TINY, out, Recipe(transform="none", bytes=0.2), report_html=False)
     whole, config = load_file(out / WEIGHTS), (out / "adapter_config.json").read_text()
     for fields, words in (
-        ({"coding": None}, "coding is None"), ({"coding": {"version": 2, "group": 1024}}, "coding is"),
-        ({"format_version": 1}, "coding is"), ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"coding": None}, "is missing"), ({"coding": {"version": 2, "group": 1024}}, "coding is"),
+        ({"coding": {"version": 1, "group": 1024}}, "coding is"), ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"format_version": 4}, "this version reads"),
     ):  # fmt: skip
         change(out, **fields)

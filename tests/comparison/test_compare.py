@@ -15,7 +15,7 @@ from bslora_convert import compare, load_lora, verify
 from bslora_convert.baselines import BASELINES
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
-from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SLOW, SUFFIX, UNBIASED, WITHIN_BUDGET
+from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SUFFIX, UNBIASED, WITHIN_BUDGET
 from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.gain import LARGEST
@@ -48,7 +48,7 @@ def row_of(record: dict[str, Any], form: str) -> dict[str, Any]:
 def test_every_form_of_the_contract_is_there() -> None:
     assert {
         "svd_uniform", "svd_adaptive", "bslora_ss", "bslora_gt", "bslora_ke", "sharelora_a", "sharelora_b", "sharelora_ab",
-        "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora", "prolora", "nola",
+        "tied_lora_tl5", "tied_lora_tl6", "vera", "vb_lora", "prolora",
     } <= set(WITHIN_BUDGET)  # fmt: skip
     assert set(FORMS) == set(WITHIN_BUDGET) | set(IN_CODES) | set(OWN_SIZE) | set(UNBIASED)
     assert {name.removesuffix(SUFFIX) for name in UNBIASED} < set(FORMS)
@@ -272,8 +272,3 @@ def test_whole_adapters_in_codes_stand_at_their_own_size() -> None:
     assert whole["parameter_ratio"] == 1
     assert scaled["gain"] == pytest.approx(1, abs=1e-3)
     assert whole["gain"] < scaled["gain"]
-
-
-def test_a_form_that_takes_minutes_is_fitted_where_it_is_named() -> None:
-    rows = compare(TINY / "gsm8k", budgets=[0.25], forms=["nola"])["rows"]
-    assert [row["form"] for row in rows] == ["nola"] == list(SLOW)

@@ -84,9 +84,8 @@ def test_scales_have_bounds() -> None:
 def test_what_is_written_is_unbiased_and_the_record_says_so(tmp_path: Path, options: dict[str, Any]) -> None:
     records = {
         gain: compress(TINY, tmp_path / gain, Recipe(gain=gain, **options), report_html=False)
-        for gain in ("auto", "unbiased", "least-squares")
+        for gain in ("unbiased", "least-squares")
     }
-    assert records["auto"]["weight"] == records["unbiased"]["weight"]
     source, least_form, form = (
         load_lora(TINY),
         load_compact(tmp_path / "least-squares").form,
@@ -113,7 +112,7 @@ def test_what_is_written_is_unbiased_and_the_record_says_so(tmp_path: Path, opti
     assert least["gain"] == pytest.approx(least["energy_kept"], abs=0.02)
     sizes = [records[gain]["compact"]["bytes"] for gain in ("unbiased", "least-squares")]
     assert sizes[0] == pytest.approx(sizes[1], rel=2e-3) if chosen else sizes[0] == sizes[1]
-    for row in records["auto"]["baselines"].values():
+    for row in records["unbiased"]["baselines"].values():
         assert row["relative_error"] <= row["unbiased_error"]
 
 
@@ -143,7 +142,9 @@ def test_the_option_stands_in_a_recipe_and_on_the_command_line(tmp_path: Path) -
     call = ["compress", str(TINY), str(tmp_path / "a"), "--recipe", str(recipe), "--json", "--no-report-html"]
     record = json.loads(CliRunner().invoke(main, call).stdout)
     assert record["recipe"]["gain"] == "least-squares"
-    record = json.loads(CliRunner().invoke(main, [*call[:2], str(tmp_path / "b"), *call[3:], "--gain", "auto"]).stdout)
-    assert record["recipe"]["gain"] == "auto" and record["weight"]["gain"] > 0.97
-    with pytest.raises(RecipeError, match="gain is 'much': one of auto, unbiased, least-squares"):
+    record = json.loads(
+        CliRunner().invoke(main, [*call[:2], str(tmp_path / "b"), *call[3:], "--gain", "unbiased"]).stdout
+    )
+    assert record["recipe"]["gain"] == "unbiased" == Recipe().to_dict()["gain"] and record["weight"]["gain"] > 0.97
+    with pytest.raises(RecipeError, match="gain is 'much': one of unbiased, least-squares"):
         Recipe(gain="much")

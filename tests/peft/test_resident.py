@@ -233,7 +233,7 @@ def residents(library: Path, names: list[str], cache: Decoded) -> list[Resident]
     for name in names:
         read = load_coded(library / name)
         assert isinstance(read, CodedAdapter)
-        found.append(Resident(read.layout, read.dtype, read.version, cache, lambda _: CPU))
+        found.append(Resident(read.layout, read.dtype, cache, lambda _: CPU))
         found[-1].fill(read.codes, name)
     return found
 

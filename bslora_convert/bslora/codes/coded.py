@@ -2,8 +2,7 @@
 
     x̂_v = s_{v,g} · value      v: vector, g: its groups of GROUP numbers (the last may be shorter)
 
-A value is the table's entry for a window of the vector's codes (`trellis`), or, in the first version of the coding, a level for
-each code (`levels`).
+A value is the table's entry for a window of the vector's codes (`trellis`).
 
 Vectors run along what a component has: the columns of B, the rows of A. A kernel or a gate is one vector. A vector of 16 bits is
 in bfloat16, as scales are, and has none.
@@ -16,7 +15,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.codes.levels import LEVELS
 from bslora_convert.bslora.codes.trellis import tables, windows_of
 from bslora_convert.modules.factors import Shape
 
@@ -36,7 +34,6 @@ class Coded:
     codes: Tensor
     scales: Tensor
     exact: Tensor | None = None
-    trellis: bool = True
 
     def decode(self) -> Tensor:
         """(n, L), float32."""
@@ -48,8 +45,7 @@ class Coded:
                 assert self.exact is not None  # stated by the class
                 values[chosen] = self.exact[chosen].float()
             else:
-                codes = self.codes[chosen]
-                found = tables()[width][windows_of(codes, width)] if self.trellis else LEVELS[width][codes.int()]
+                found = tables()[width][windows_of(self.codes[chosen], width)]
                 values[chosen] = found * spread(self.scales[chosen], length)
         return values
 

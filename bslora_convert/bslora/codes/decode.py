@@ -1,10 +1,10 @@
 """Numbers of a whole file's codes: all vectors of one width after another, then cut into tensors.
 
-    x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes, or a level
+    x̂ = s_g · value      g: the number's group, in the order of the file; its value by a window of codes
 
-A few thousand numbers at once, so that levels stay in a core's cache until they are scaled and rounded: one pass through memory
+A few thousand numbers at once, so that values stay in a core's cache until they are scaled and rounded: one pass through memory
 for each width and one to put the vectors together; on a GPU as many at once as the card's memory easily holds. Many
-numbers of a trellis are read by a compiled loop (`walk`) in the order of the file, in one pass.
+numbers are read by a compiled loop (`walk`) in the order of the file, in one pass.
 """
 
 from collections import deque
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import GROUP, from_vectors, groups_of, vectors_shape
-from bslora_convert.bslora.codes.packing import levels_of
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables, values_of
 from bslora_convert.bslora.codes.walk import walk
 from bslora_convert.modules.factors import Shape
@@ -38,13 +37,12 @@ def numbers_of(
     scales: Tensor,
     lengths: Tensor,
     dtype: torch.dtype,
-    trellis: bool,
     first: int = 0,
 ) -> Tensor:
     """The numbers of whole vectors of one width, in `dtype`, on the device of their codes.
 
-    scales: of all their groups, float32, beside the codes. lengths: (vectors,) int64, on the CPU. trellis: whether they are read
-    by windows. first: the number of the stream with which the first of them begins.
+    scales: of all their groups, float32, beside the codes. lengths: (vectors,) int64, on the CPU. first: the number of the
+    stream with which the first of them begins.
     """
     sizes = group_sizes(lengths)
     values = torch.empty(int(lengths.sum()), dtype=dtype, device=packed.device)
@@ -53,22 +51,19 @@ def numbers_of(
     at = 0
     for size, scale in zip(sizes.split(at_once), scales.split(at_once), strict=True):
         count, largest = int(size.sum()), int(size.max())
-        if trellis:
-            begin, end = torch.searchsorted(begins, torch.tensor([at, at + count])).tolist()
-            levels = values_of(packed, width, first + at, count, begins[begin:end] - at, lengths[begin:end])
-        else:
-            levels = levels_of(packed, width, first + at, count)
+        begin, end = torch.searchsorted(begins, torch.tensor([at, at + count])).tolist()
+        found = values_of(packed, width, first + at, count, begins[begin:end] - at, lengths[begin:end])
         if count == largest * size.numel():
-            levels.view(-1, largest).mul_(scale[:, None])
+            found.view(-1, largest).mul_(scale[:, None])
         else:
-            levels.mul_(scale.repeat_interleave(size.to(scale.device), output_size=count))
-        values[at : at + count] = levels
+            found.mul_(scale.repeat_interleave(size.to(scale.device), output_size=count))
+        values[at : at + count] = found
         at += count
     return values
 
 
 def is_walked(device: torch.device, numbers: int) -> bool:
-    """Whether so many numbers of a trellis, on that device, are worth the compiler's start."""
+    """Whether so many numbers, on that device, are worth the compiler's start."""
     return device.type == "cpu" and numbers >= MANY and can_compile()
 
 

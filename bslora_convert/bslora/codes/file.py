@@ -7,9 +7,6 @@
 
 A tensor for each module would cost a header entry each, at a sixteenth of a small adapter a tenth of the file. How many vectors
 there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
-
-Version 1, which is read as it was: widths 1, 2, 3, 4, 8 and 16, and `bslora_codes_<w>` in place of `bslora_trellis_<w>`, a level
-(`levels`) for each code.
 """
 
 from collections import Counter
@@ -21,31 +18,26 @@ from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import SCALES, Coded, groups_of, vectors_shape
 from bslora_convert.bslora.codes.decode import in_order, is_walked, merged, numbers_of, walked
-from bslora_convert.bslora.codes.levels import LEVELS
 from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
-from bslora_convert.bslora.codes.widths import FIRST_WIDTHS, WIDTHS
+from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.errors import InputError
 from bslora_convert.modules.factors import Shape
 
-FIRST, VERSION = 1, 3  # the second had other tables and was never released
-VERSIONS = (FIRST, VERSION)
+VERSION = 3  # of the tables and of how codes stand in a file
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
 # A file's tensors where nothing is coded and all of it would be of one width: the least header.
 EMPTY_CODES = dict.fromkeys((WIDTHS_NAME, SCALES_NAME, "bslora_trellis_4"), torch.zeros(0, dtype=torch.uint8))
-FIRST_NAMES = tuple(f"bslora_codes_{width}" for width in FIRST_WIDTHS if width < 16)
 NAMES = (
     WIDTHS_NAME,
     SCALES_NAME,
     FLOATS_NAME,
-    *FIRST_NAMES,
     *(f"bslora_trellis_{width}" for width in TRELLIS_WIDTHS),
 )
 
 
 def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
-    """The file's tensors, all of the present version; an empty one is left out."""
-    assert all(coded.trellis for coded in tensors.values())
+    """The file's tensors; an empty one is left out."""
     codes: dict[int, list[Tensor]] = {width: [] for width in WIDTHS}
     scales = []
     for coded in tensors.values():
@@ -62,7 +54,7 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     for width, vectors in codes.items():
         if vectors:
             whole = torch.cat(vectors)
-            found[_name(width, VERSION)] = whole if width == 16 else pack(whole, width)
+            found[_name(width)] = whole if width == 16 else pack(whole, width)
     return found
 
 
@@ -81,25 +73,18 @@ def sizes(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     for width in WIDTHS:
         if count := numbers[width]:
             size, dtype = (count, SCALES) if width == 16 else (packed_bytes(count, width), torch.uint8)
-            found[_name(width, VERSION)] = torch.empty(size, dtype=dtype, device="meta")
+            found[_name(width)] = torch.empty(size, dtype=dtype, device="meta")
     return found
 
 
-def version_of(tensors: Mapping[str, Tensor]) -> int:
-    """The version of a file's code tensors, which their names tell."""
-    return VERSION if set(FIRST_NAMES).isdisjoint(tensors) else FIRST
-
-
-def _name(width: int, version: int) -> str:
-    if width == 16:
-        return FLOATS_NAME
-    return f"bslora_{'trellis' if version == VERSION else 'codes'}_{width}"
+def _name(width: int) -> str:
+    return FLOATS_NAME if width == 16 else f"bslora_trellis_{width}"
 
 
 def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
     """What `to_file` made the file's tensors from, by key; they have been checked by `from_file`."""
-    widths, version = tensors[WIDTHS_NAME], version_of(tensors)
-    left = {width: unpack(tensors[_name(width, version)], width) for width in TRELLIS_WIDTHS if width in widths}
+    widths = tensors[WIDTHS_NAME]
+    left = {width: unpack(tensors[_name(width)], width) for width in TRELLIS_WIDTHS if width in widths}
     left[16] = tensors.get(FLOATS_NAME, torch.zeros(0, dtype=SCALES))
     scales = tensors.get(SCALES_NAME, torch.zeros(0, dtype=SCALES))
     found, row = {}, 0
@@ -112,7 +97,7 @@ def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Sha
             (exact if width == 16 else codes)[at], left[width] = left[width][:length], left[width][length:]
             if width != 16:
                 held[at], scales = scales[: held.shape[1]], scales[held.shape[1] :]
-        found[key] = Coded(own, codes, held, exact, version == VERSION)
+        found[key] = Coded(own, codes, held, exact)
         row += count
     return found
 
@@ -122,15 +107,14 @@ def from_file(
     shapes: Iterable[tuple[str, Shape]],
     dtype: torch.dtype,
     where: object,
-    version: int = VERSION,
 ) -> dict[str, Tensor]:
-    """The form's tensors in `dtype`, by key. shapes: key and shape of each, in the layout's order. version: of the coding.
+    """The form's tensors in `dtype`, by key. shapes: key and shape of each, in the layout's order.
 
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
     shapes = list(shapes)
-    check_codes(tensors, shapes, dtype, where, version)
-    return decoded(tensors, shapes, dtype, version)
+    check_codes(tensors, shapes, dtype, where)
+    return decoded(tensors, shapes, dtype)
 
 
 def check_codes(
@@ -138,7 +122,6 @@ def check_codes(
     shapes: Iterable[tuple[str, Shape]],
     dtype: torch.dtype,
     where: object,
-    version: int = VERSION,
 ) -> None:
     """Refuses codes that can't be decoded to `dtype`; arguments as of `from_file`.
 
@@ -146,30 +129,29 @@ def check_codes(
     """
     lengths = _lengths(shapes)
     widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where).cpu()
-    allowed = WIDTHS if version == VERSION else FIRST_WIDTHS
-    unknown = set(widths.tolist()) - set(allowed)
+    unknown = set(widths.tolist()) - set(WIDTHS)
     if unknown:
-        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, allowed))} are allowed")
-    counts = {width: int(lengths[widths == width].sum()) for width in allowed}
+        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, WIDTHS))} are allowed")
+    counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
     scaled = widths != 16
     groups = groups_of(lengths)
     scales = _taken(tensors, SCALES_NAME, (SCALES,), int(groups[scaled].sum()), where).float()
     if not bool(scales.isfinite().all()):
         raise InputError(f"{where}: {SCALES_NAME} holds NaN or infinite values; the adapter is damaged")
-    used = {WIDTHS_NAME, SCALES_NAME} | {_name(width, version) for width, count in counts.items() if count}
+    used = {WIDTHS_NAME, SCALES_NAME} | {_name(width) for width, count in counts.items() if count}
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
     for width, count in counts.items():
         if not count:
             continue
-        largest = _stored(tensors, width, count, where, version)
+        largest = _stored(tensors, width, count, where)
         if width != 16:
             owned = scales[(widths == width).repeat_interleave(groups * scaled).to(scales.device)]
-            largest = owned * (tables()[width].abs().max() if version == VERSION else LEVELS[width][-1])
+            largest = owned * tables()[width].abs().max()
         if float(largest.abs().max()) > torch.finfo(dtype).max:
             raise InputError(
-                f"{where}: {_name(width, version)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
+                f"{where}: {_name(width)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
             )
 
 
@@ -200,7 +182,6 @@ def decoded(
     tensors: Mapping[str, Tensor],
     shapes: Sequence[tuple[str, Shape]],
     dtype: torch.dtype,
-    version: int = VERSION,
     start: Start | None = None,
     among: int = 0,
 ) -> dict[str, Tensor]:
@@ -216,9 +197,9 @@ def decoded(
     groups = groups_of(lengths)
     several = int(groups[scaled].sum())
     scales = tensors[SCALES_NAME][start.scale : start.scale + several].float() if several else torch.zeros(0)
-    streams = {width: tensors[_name(width, version)] for width in widths.unique().tolist()}
+    streams = {width: tensors[_name(width)] for width in widths.unique().tolist()}
     coded = int(lengths[scaled].sum())
-    if version == VERSION and coded and is_walked(scales.device, max(coded, among)):
+    if coded and is_walked(scales.device, max(coded, among)):
         return in_order(shapes, walked(streams, start.numbers, widths, lengths, scales, dtype))
     numbers = {}
     for width, stored in streams.items():
@@ -227,7 +208,7 @@ def decoded(
             numbers[width] = stored[first : first + int(lengths[chosen].sum())].to(dtype)
         else:
             owned = scales[chosen.repeat_interleave(groups * scaled).to(scales.device)]
-            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, version == VERSION, first)
+            numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, first)
     return in_order(shapes, merged(widths, lengths, numbers, dtype))
 
 
@@ -237,14 +218,14 @@ def _lengths(shapes: Iterable[tuple[str, Shape]]) -> Tensor:
     return each[:, 1].repeat_interleave(each[:, 0])
 
 
-def _stored(tensors: Mapping[str, Tensor], width: int, count: int, where: object, version: int) -> Tensor:
+def _stored(tensors: Mapping[str, Tensor], width: int, count: int, where: object) -> Tensor:
     """The bytes of all codes of one width; (count,) numbers where it is 16."""
     if width == 16:
         floats = _taken(tensors, FLOATS_NAME, (SCALES,), count, where)
         if not bool(floats.isfinite().all()):
             raise InputError(f"{where}: {FLOATS_NAME} holds NaN or infinite values; the adapter is damaged")
         return floats
-    name = _name(width, version)
+    name = _name(width)
     packed = _taken(tensors, name, (torch.uint8,), packed_bytes(count, width), where)
     fill = -count % 8 * width
     if fill and bool(unpack(packed[-width:], width)[count % 8 :].any()):

@@ -1,4 +1,3 @@
 """How many bits a coded number may take."""
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)  # 16: as it is, in bfloat16
-FIRST_WIDTHS = (1, 2, 3, 4, 8, 16)  # those of version 1 of the coding
