@@ -249,10 +249,9 @@ def _unreached(walk: _Walk, trained: bool) -> str:
     """Why no size reaches it."""
     last = max((step for _, step in walk.steps), key=lambda step: (step["byte_ratio"], step["distilled"]))
     name, count = walk.measure.name, len(walk.evaluator.split.validation)
-    bound = "at least" if walk.measure.more_is_better else "at most"
     said = (
         f"{walk.asked} is not reached on the {count} validation rows: {last['byte_ratio']:.1%} of the bytes have a {name} of "
-        f"{last[name]:.5g}, with 95 % certainty {bound} {last['bound']:.5g} of all rows"
+        f"{last[name]:.5g}, with 95 % certainty {walk.measure.bound} {last['bound']:.5g} of all rows"
     )
     if walk.measure.is_met(last[name], walk.limit):
         return f"{said}; more rows of --prompts would bring the two together"

@@ -96,12 +96,6 @@ def marker_of(out: Path, name: str) -> Path:
     return out / STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
 
-def options_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool, files: Mapping[str, str]) -> str:
-    """Hash of the options and of what the files that they name hold (`files`: their hashes)."""
-    text = json.dumps([{**recipe, "device": None}, dict(files), training, html], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def job_key(options: str, source: str) -> str:
     """Hash of the options and of the source's content."""
     return hashlib.sha256(f"{options} {source}".encode()).hexdigest()

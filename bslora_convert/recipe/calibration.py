@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
+from bslora_convert.recipe.options import MODEL, TRAINING, option
 
 METRIC_NAMES = ("auto", "output", "input", "two-sided")
 
@@ -18,10 +19,22 @@ class Calibration:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    base_model: str | None = None
-    prompts: str | None = None
-    metric: str = "auto"
-    finetune: str | bool | None = None
+    base_model: str | None = option(
+        None, "Name the base model, a directory or a hub name, for --prompts and --finetune.", MODEL, metavar="MODEL"
+    )
+    prompts: str | None = option(
+        None, "Fit for the base model's behaviour on these JSONL rows, and measure it on rows held out of them.", MODEL,
+        metavar="FILE",
+    )  # fmt: skip
+    metric: str = option(
+        "auto",
+        "Weight the fit's error by output gradients, by input activations or by both; auto = the best on validation rows.",
+        MODEL, choices=METRIC_NAMES,
+    )  # fmt: skip
+    finetune: str | bool | None = option(
+        None, "Distil against the original after the fit, on a JSONL file or without one on the rows of --prompts.", TRAINING,
+        metavar="[FILE]", alone="",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, METRIC_NAMES)

@@ -7,12 +7,13 @@
 Options are given flat, under the names that the command line has, and stand flat in records and files.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.calibration import Calibration
 from bslora_convert.recipe.checks import check_whole
+from bslora_convert.recipe.options import RUNNING, device_option, option
 from bslora_convert.recipe.scaling import Scaling
 from bslora_convert.recipe.storage import Storage
 from bslora_convert.recipe.structure import Structure
@@ -33,8 +34,8 @@ class Recipe:
     calibration: Calibration
     storage: Storage
     scaling: Scaling
-    device: str = field(default="auto")
-    seed: int = field(default=0)
+    device: str = device_option()
+    seed: int = option(0, "Draw random numbers from this; the same seed gives the same bytes.", RUNNING)
 
     def __init__(self, **options: Any) -> None:
         """options: by the names of the parts' fields, and device and seed."""
@@ -127,14 +128,6 @@ class Recipe:
         usual = type(self)(**{name: said[name] for name in always}).options()
         order = [*always, *(name for name in said if name not in always)]
         return {n: said[n] for n in order if said[n] is not None and (n in always or said[n] != usual[n])}
-
-    def arguments(self) -> list[str]:
-        """The command-line options that say the same, those at their default left out."""
-        words: list[str] = []
-        for name, value in self.given().items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
-        return words
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name}={value!r}" for name, value in self.given().items())

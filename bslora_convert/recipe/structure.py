@@ -5,6 +5,7 @@ from typing import Self
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, check_whole, is_whole
+from bslora_convert.recipe.options import FORM, option
 
 TRANSFORM_NAMES = ("auto", "ke", "gt", "ss", "none")
 WINDOW_NAMES = ("center", "top-left", "bottom-right")
@@ -27,14 +28,31 @@ class Structure:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    transform: str = "auto"
-    min_shared: int | None = None
-    shared_size: int | None = None
-    slice: str = "center"
-    kernel: str = "r_1"
-    local_ranks: str | None = None
-    groups: str = "layer"
-    max_rank: int | str | None = None
+    transform: str = option(
+        "auto",
+        "Choose how shared factors take a module's shape; none = plain SVD, auto = the best for what is asked.",
+        FORM, choices=TRANSFORM_NAMES,
+    )  # fmt: skip
+    min_shared: int | None = option(
+        None, "Give each shared part at least this rank.", FORM, verbs=(), usual="1 for ke, gt and ss, 0 for auto"
+    )
+    shared_size: int | None = option(
+        None, "Set the rows and columns of the shared factors.", FORM, verbs=(),
+        usual="256 for ke, 1024 for gt, cut to what divides or fits",
+    )  # fmt: skip
+    slice: str = option("center", "Choose the window of ss.", FORM, choices=WINDOW_NAMES, verbs=())
+    kernel: str = option("r_1", "Choose the variant of ke.", FORM, choices=KERNEL_NAMES, verbs=())
+    local_ranks: str | None = option(
+        None, "Give all modules one local rank, or ranks where they gain most.", FORM, choices=LOCAL_RANKS, verbs=(),
+        usual="adaptive; uniform with ranks",
+    )  # fmt: skip
+    groups: str = option(
+        "layer", "Choose who shares the intra pairs: layer, auto (clusters) or a JSON file of groups.", FORM, verbs=()
+    )
+    max_rank: int | str | None = option(
+        None, "Limit the expanded rank of every module; slot = the source's own server slot.", FORM,
+        metavar="N|slot|none", usual="slot; none with --ranks",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choice("transform", self.transform, TRANSFORM_NAMES)

@@ -12,6 +12,7 @@ from typing import Self
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_share, is_number, is_whole
 from bslora_convert.recipe.measures import ON_PROMPTS, Measure
+from bslora_convert.recipe.options import TARGET, option
 from bslora_convert.recipe.structure import LARGEST_RANK
 
 DEFAULT_ERROR = 0.1
@@ -31,13 +32,27 @@ class Asked:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    min_retention: float | None = None
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    max_error: float | None = None
-    bytes: float | None = None
-    budget: float | None = None
-    ranks: Ranks | None = None
+    min_retention: float | None = option(
+        None,
+        "Find the smallest result that keeps this share of the adapter's effect on held-out rows of --prompts.",
+        TARGET,
+    )
+    max_kl: float | None = option(
+        None, "Find the smallest result of at most this KL to the original there, in nats a token.", TARGET
+    )
+    min_agreement: float | None = option(
+        None, "Find the smallest result that predicts the same next token this often there.", TARGET
+    )
+    max_error: float | None = option(
+        None, "Find the smallest file whose relative weight error is at most this.", TARGET, usual="0.1"
+    )
+    bytes: float | None = option(
+        None, "Use this share of the source's file: rank and precision are chosen together, in codes.", TARGET
+    )
+    budget: float | None = option(None, "Use this share of the LoRA's parameters, in floats.", TARGET)
+    ranks: Ranks | None = option(
+        None, "Set the local, intra and inter rank by hand, in floats.", TARGET, metavar="L,A,E"
+    )
     is_given: bool = field(default=True, init=False, compare=False)
 
     @property

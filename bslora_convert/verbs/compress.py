@@ -72,10 +72,7 @@ def compress(
     check_output(out, overwrite, resolve(source))
     began = time.perf_counter()
     progress("reading")
-    files = {
-        name: Prompts.read(path, max_length=training.max_length, batch_size=training.batch_size)
-        for name, path in recipe.calibration.files.items()
-    }
+    files = {name: Prompts.read(path, **training.reading) for name, path in recipe.calibration.files.items()}
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     measured = _measured(adapter, recipe)

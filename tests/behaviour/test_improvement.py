@@ -36,6 +36,7 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.metric.metric import Metric
 from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
 from tests.conftest import FIXTURES
+from tests.recipes import by_file
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -299,7 +300,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_the_same_seed_gives_the_same_bytes(compact: Path, tmp_path: Path) -> None:
     training = Training(max_steps=4, epochs=2, learning_rate=5e-3, evaluate_every=2, seed=3)
     for name in ("first", "second"):
-        finetune(compact, tmp_path / name, LORA, str(BASE), PROMPTS, training, limit=24)
+        finetune(compact, tmp_path / name, LORA, str(BASE), PROMPTS, replace(training, limit=24))
     assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "first" / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -322,10 +323,12 @@ def step_of(state: Path) -> int:
 
 
 def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_path: Path) -> None:
+    often = by_file(tmp_path / "often.toml", evaluate_every=2)
+
     def command(name: str, *more: str) -> list[str]:
         return [
             sys.executable, "-m", "bslora_convert", "finetune", str(compact), str(tmp_path / name), "--reference", str(LORA),
-            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "12", "--epochs", "9", "--evaluate-every", "2",
+            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "12", "--epochs", "9", *often,
             "--learning-rate", "0.005", "--train", "all", "-q", *more,
         ]  # fmt: skip
 
@@ -345,7 +348,8 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
         assert not (tmp_path / "killed").exists()
         assert reached < step_of(state) < 12
         reached = step_of(state)
-    other = CliRunner().invoke(main, [*command("killed", "--resume")[3:], "--temperature", "2"])
+    warmer = by_file(tmp_path / "warmer.toml", evaluate_every=2, temperature=2.0)
+    other = CliRunner().invoke(main, [*command("killed", "--resume")[3:], *warmer])
     assert other.exit_code == 2
     assert "trained with temperature 1.0, now 2.0" in other.stderr
     subprocess.run(command("killed", "--resume"), check=True, env=environment)
@@ -363,7 +367,8 @@ def test_two_processes_train_as_one(compact: Path, tmp_path: Path) -> None:
     """The rows of a batch are shared out; losses and the end agree up to the order of sums, and one process speaks."""
     arguments = [
         "finetune", str(compact), "OUT", "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS),
-        "--max-steps", "4", "--evaluate-every", "2", "--learning-rate", "0.005", "--batch-size", "5", "--json", "--device", "cpu",
+        "--max-steps", "4", "--learning-rate", "0.005", "--json", "--device", "cpu",
+        *by_file(tmp_path / "recipe.toml", evaluate_every=2, batch_size=5),
     ]  # fmt: skip
     launch = {
         "one": ["-m", "bslora_convert"],

@@ -17,6 +17,7 @@ from bslora_convert.behaviour.writing import ENOUGH, SHARE, Writing, deadline_of
 from bslora_convert.cli import main
 from bslora_convert.errors import RecipeError
 from tests.behaviour.conftest import BASE, LORA, PROMPTS
+from tests.recipes import by_file
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -117,7 +118,7 @@ def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> Callable
 def finetuning(compact: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     return [
         "finetune", str(compact), str(out), "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(prompts),
-        "--max-steps", "2", "--batch-size", "4", "--max-new-tokens", "4", "--json", *more,
+        "--max-steps", "2", *by_file(out.parent / "recipe.toml", batch_size=4, max_new_tokens=4), "--json", *more,
     ]  # fmt: skip
 
 
@@ -151,8 +152,8 @@ def test_an_interrupt_keeps_what_was_written_and_the_same_command_uses_it(
 def test_time_ends_the_writing_and_the_record_says_of_how_many_rows(
     compact: Path, unanswered: Path, tmp_path: Path
 ) -> None:
-    training = Training(max_minutes=1e-6, batch_size=4)
-    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training, max_new_tokens=4)
+    training = Training(max_minutes=1e-6, batch_size=4, max_new_tokens=4)
+    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training)
     assert record["training"]["completions"] == {"written": 2, "left_out": 38}
     assert (record["training"]["training_rows"], record["training"]["heldout_rows"]) == (1, 1)
     assert any("2 of them in the time there was; the other 38 are left out" in note for note in record["notes"])
@@ -167,8 +168,8 @@ def replace_rows(training: Training) -> Training:
 
 
 def test_time_enough_gives_every_row(compact: Path, unanswered: Path, tmp_path: Path) -> None:
-    training = Training(max_steps=2, max_minutes=60, batch_size=4)
-    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training, max_new_tokens=4)
+    training = Training(max_steps=2, max_minutes=60, batch_size=4, max_new_tokens=4)
+    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training)
     assert record["training"]["completions"] == {"written": 40, "left_out": 0}
 
 
@@ -176,7 +177,7 @@ def test_compress_keeps_completions_too(unanswered: Path, tmp_path: Path, monkey
     interrupted_after(1, monkeypatch)
     words = [
         "compress", str(LORA), str(tmp_path / "out"), "--transform", "none", "--budget", "0.2", "--base-model", str(BASE),
-        "--finetune", str(unanswered), "--batch-size", "2",
+        "--finetune", str(unanswered), *by_file(tmp_path / "recipe.toml", batch_size=2),
     ]  # fmt: skip
     stopped = CliRunner().invoke(main, words)
     assert stopped.exit_code == 130

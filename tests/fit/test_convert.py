@@ -123,10 +123,7 @@ def test_none_ke_and_auto_beat_uniform_svd_of_the_same_size(share: float) -> Non
     }
     source = measure(products)
     budget = int(share * source.parameters)
-    fits = {
-        name: fit_to_budget(source, Structure(name), budget)
-        for name in ("none", "ke", "auto")
-    }
+    fits = {name: fit_to_budget(source, Structure(name), budget) for name in ("none", "ke", "auto")}
     for fit in fits.values():
         assert dense_error(source, fit.form) <= baseline(source, fit.form.parameters) + 1e-6
     assert fits["auto"].lost <= fits["none"].lost
