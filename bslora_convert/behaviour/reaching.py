@@ -56,6 +56,7 @@ def fit_to_behaviour(judge: Judge, recipe: Recipe, distil: Distil | None = None)
         proofs.append(proof)
         if proof["met"]:
             assert walk.fit is not None  # something was made
+            walk.steps[id(made)]["kept"] = True
             found = {"asked": {walk.aim: walk.limit}, "path": walk.path, "proofs": proofs}
             count = len(judge.evidence.choose)
             few = (few_words(_option(walk), count, "rows that choose"),) if too_few(count) else ()
@@ -75,6 +76,7 @@ class _Walk:
     asked: Recipe
     recipe: Recipe
     path: list[dict[str, Any]] = field(default_factory=list)
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the path, by what was measured
     fit: Judged | None = None
     refused: RecipeError | None = None
     tightened: float = 1.0
@@ -165,17 +167,18 @@ class _Walk:
         bound = bound_of(rows, self.aim, self.recipe.seed)
         missed = missed_of(self.aim, bound)
         taken = coded_bytes(made.codes, self.judge.adapter.carried)
-        self.path.append(
-            {
-                "bytes": taken,
-                "byte_ratio": taken / self.size,
-                "transform": made.form.transform_name,
-                "distilled": isinstance(made, Distilled),
-                **measures(means(rows)),
-                "bound": bound,
-                "met": missed <= self.allowed,
-            }
-        )
+        step = {
+            "bytes": taken,
+            "byte_ratio": taken / self.size,
+            "transform": made.form.transform_name,
+            "distilled": isinstance(made, Distilled),
+            **measures(means(rows)),
+            "bound": bound,
+            "met": missed <= self.allowed,
+            "kept": False,
+        }
+        self.path.append(step)
+        self.steps[id(made)] = step
         return missed, self.allowed
 
     def distilled(self, from_: Attempt[Stored], lost: Callable[[float], float], distil: Distil) -> Distilled | None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,7 @@ from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.official import is_official
 from bslora_convert.conversion.fitting import Stored, fit_stored, missed
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
-from bslora_convert.conversion.writing import Extras, write_result
+from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -37,7 +37,8 @@ from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
-from bslora_convert.results import Fidelity
+from bslora_convert.report.conversion import publish
+from bslora_convert.results.adapter import Fidelity
 
 if TYPE_CHECKING:
     from bslora_convert.behaviour.distill import Distilled
@@ -107,16 +108,15 @@ def compress(
                 fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, distil, progress)
             notes = (*adapter.notes, *fit.notes)
     if recipe.evidence.finetune is not None and not is_writer():
-        return cast(Fidelity, written_by_another(out))
+        return Fidelity.from_dict(written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
-        record = write_result(
-            place, fit.form, adapter, measured, digest.result(), fit.recipe.to_dict(),
-            replace(extras, codes=fit.codes, notes=(*notes, *extras.notes)),
-            {"read": read - began, "fit": fitted - read} if timed else None, html=report_html, source_name=source_name,
-            progress=progress,
-        )  # fmt: skip
-        error = record["weight"]["relative_error"]
+        origin = Origin(adapter, measured, digest.result(), source_name)
+        extras = replace(extras, codes=fit.codes, notes=(*notes, *extras.notes))
+        seconds = {"read": read - began, "fit": fitted - read} if timed else None
+        written = write_result(place, fit.form, origin, fit.recipe.to_dict(), extras, seconds, progress)
+        record = publish(place, written, html=report_html)
+        error = record.weight.relative_error
         allowed = recipe.aim.max_error if recipe.aim.asked else None
         if allowed is not None and recipe.evidence.base_model is None and error > allowed:
             raise ThresholdMissed(missed(recipe, error, fitted=not isinstance(adapter, OfficialSource)))
@@ -124,7 +124,7 @@ def compress(
         forget_completions(out)
     if recipe.evidence.finetune is not None:
         meet()
-    return cast(Fidelity, record)
+    return record
 
 
 def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:

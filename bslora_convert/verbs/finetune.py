@@ -6,7 +6,7 @@ read both -> base model -> distil -> write beside -> read back -> measure agains
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
@@ -15,7 +15,7 @@ from bslora_convert.behaviour.processes import is_writer, meet, written_by_anoth
 from bslora_convert.behaviour.prompts import Prompts, Row
 from bslora_convert.behaviour.workshop import open_workshop
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
-from bslora_convert.conversion.writing import Extras, write_result
+from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.landing import check_output, landing
@@ -28,7 +28,8 @@ from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.training import Training
-from bslora_convert.results import Fidelity
+from bslora_convert.report.conversion import publish
+from bslora_convert.results.adapter import Fidelity
 
 
 def finetune(
@@ -76,20 +77,20 @@ def finetune(
         checkpoints=directory_of(out) / STATE, resume=asked.resume, began=began,
     )  # fmt: skip
     if not is_writer():
-        return cast(Fidelity, written_by_another(out))
+        return Fidelity.from_dict(written_by_another(out))
     known = recorded(compact)
     notes = (*pair.student.notes, *known.get("notes", ()), *shared, *done.notes)
     extras = Extras(known.get("evidence"), done.record, done.log, notes, codes=done.codes)
     recipe = {**known.get("recipe", {}), "finetune": str(prompts), "base_model": str(base_model)}
     with modules_over_cores(), landing(out, asked.overwrite) as place:
         trained = time.perf_counter()
-        record = write_result(
-            place, done.form, replace(pair.source, carried=pair.student.carried), pair.measured, workshop.adapter.sha256, recipe,
-            extras, {"read": read - began, "fit": trained - read}, html=asked.report_html, progress=progress,
-        )  # fmt: skip
+        origin = Origin(replace(pair.source, carried=pair.student.carried), pair.measured, workshop.adapter.sha256)
+        seconds = {"read": read - began, "fit": trained - read}
+        written = write_result(place, done.form, origin, recipe, extras, seconds, progress)
+        record = publish(place, written, html=asked.report_html)
     forget(out)
     meet()
-    return cast(Fidelity, record)
+    return record
 
 
 def _rows(prompts: str | Path, asked: FinetuneOptions, training: Training) -> tuple[Prompts, Prompts | None]:
