@@ -55,20 +55,20 @@ def test_wrong_values_are_named(options: dict[str, Any], words: str) -> None:
 
 
 def test_defaults_follow_the_contract() -> None:
-    assert Recipe().aim.max_error == 0.1
-    assert not Recipe().aim.asked
-    assert Recipe(max_error=0.1).aim.asked
+    assert Recipe().asked.max_error == 0.1
+    assert not Recipe().asked.is_given
+    assert Recipe(max_error=0.1).asked.is_given
     assert Recipe().options()["max_error"] is None
-    assert Recipe().form.transform == "auto"
-    assert Recipe().form.max_rank == "slot"
-    assert Recipe().form.local_ranks == "adaptive"
-    assert Recipe().form.min_shared == 0
-    assert Recipe(transform="ke").form.min_shared == 1
+    assert Recipe().structure.transform == "auto"
+    assert Recipe().structure.max_rank == "slot"
+    assert Recipe().structure.local_ranks == "adaptive"
+    assert Recipe().structure.min_shared == 0
+    assert Recipe(transform="ke").structure.min_shared == 1
     by_hand = Recipe(ranks=(2, 4, 16))
-    assert by_hand.aim.max_error is None
-    assert by_hand.form.max_rank == "none"
-    assert by_hand.form.local_ranks == "uniform"
-    assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").form.local_ranks == "adaptive"
+    assert by_hand.asked.max_error is None
+    assert by_hand.structure.max_rank == "none"
+    assert by_hand.structure.local_ranks == "uniform"
+    assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").structure.local_ranks == "adaptive"
 
 
 @pytest.mark.parametrize(

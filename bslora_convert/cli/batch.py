@@ -64,7 +64,7 @@ def batch(
         out = Path(library)
         run = partial(go_on, out)
     else:
-        run = partial(run_batch, library, out, recipe, training if recipe.evidence.base_model else None)
+        run = partial(run_batch, library, out, recipe, training if recipe.calibration.base_model else None)
     uploaded = None
     try:
         with output.bar("batch") as progress:

@@ -51,9 +51,9 @@ def compress(
       bslora-convert compress ./my-lora ./tuned --bytes 0.0625 --base-model ./base --finetune train.jsonl --max-minutes 10
     """
     recipe, training, _ = chosen(options, recipe_file)
-    files = recipe.evidence.files.values()
+    files = recipe.calibration.files.values()
     look_at_push(push, push_dry_run)
-    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.evidence.base_model)
+    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.calibration.base_model)
     from bslora_convert.verbs.compress import compress as run
 
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:

@@ -4,15 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
+from bslora_convert.conversion.request import Converted
 from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.tensorfile import dtype_name
@@ -20,7 +20,7 @@ from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.aim import AIMS
+from bslora_convert.recipe.target import asked_in
 from bslora_convert.results.adapter import (
     AimRecord,
     CompactRecord,
@@ -37,7 +37,6 @@ class Extras:
     """What there is beside the fit: the records of evidence, training and de-duplication, the training's steps, notes.
 
     aim: how a behaviour that was asked for was sought.
-    codes: what the form was decoded from, as the file takes it; empty where it stores floats.
     """
 
     evidence: Mapping[str, Any] | None = None
@@ -45,18 +44,17 @@ class Extras:
     log: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     deduplication: Mapping[str, Any] | None = None
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
     aim: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of a conversion: the adapter, its deltas measured, the hash of its weights, what a record calls it."""
+    """What a result was made from: the adapter, its deltas, the hash of its weights, what the record calls it."""
 
     adapter: LoraAdapter
     measured: Source
-    digest: str
-    name: str | None = None
+    sha256: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Written:
 
 def write_result(
     place: Path,
-    form: BsloraForm,
+    made: Converted,
     origin: Origin,
     recipe: Mapping[str, Any],
     extras: Extras,
@@ -80,13 +78,13 @@ def write_result(
 ) -> Written:
     """Writes the adapter and what travels along into `place`, reads it back and measures it.
 
-    form: in the storage dtype. seconds: spent so far, by step; None leaves time out of the record.
+    seconds: spent so far, by step; None leaves time out of the record.
     """
     began = time.perf_counter()
-    progress("writing")
     adapter, measured = origin.adapter, origin.measured
-    save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes)
-    notes = (*extras.notes, *copy_travelling(adapter.weights.parent, place))
+    progress("writing")
+    save_compact(made.form, place, adapter.config.raw, adapter.carried, codes=made.codes)
+    notes = (*adapter.notes, *made.notes, *extras.notes, *copy_travelling(adapter.weights.parent, place))
     progress("measuring what was written")
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
         hashing = pool.submit(sha256, place / WEIGHTS_NAME)
@@ -103,7 +101,9 @@ def write_result(
         coding=fidelity.coding(measured, compact, kept.least_error) if compact.codes else None,
         baselines=fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         functional=None,
-        aim=AimRecord.from_dict(extras.aim) if extras.aim is not None else _asked(recipe),
+        aim=AimRecord.from_dict(extras.aim)
+        if extras.aim is not None
+        else AimRecord(asked=asked_in(recipe), path=[], proofs=[]),
         evidence=dict(extras.evidence) if extras.evidence else None,
         training=TrainingRecord.from_dict(extras.training) if extras.training else None,
         deduplication=dict(extras.deduplication) if extras.deduplication else None,
@@ -119,11 +119,6 @@ def _seconds(spent: Mapping[str, float] | None, writing: float) -> SecondsRecord
     return SecondsRecord(read=spent["read"], fit=spent["fit"], write=writing, total=sum(spent.values()) + writing)
 
 
-def _asked(recipe: Mapping[str, Any]) -> AimRecord:
-    """What the result had to reach: an error or a size, for which nothing was tried on prompts."""
-    return AimRecord(asked={name: recipe[name] for name in AIMS if recipe.get(name) is not None}, path=[], proofs=[])
-
-
 def _numbers(compact: CompactAdapter) -> int:
     """Numbers of plain SVD's that take as much room: codes are weighed by their bytes."""
     if not compact.codes:
@@ -134,8 +129,8 @@ def _numbers(compact: CompactAdapter) -> int:
 def _source_record(origin: Origin) -> SourceRecord:
     adapter = origin.adapter
     return SourceRecord(
-        path=origin.name or str(adapter.path),
-        sha256=origin.digest,
+        path=origin.name,
+        sha256=origin.sha256,
         bytes=adapter.weights.stat().st_size,
         parameters=adapter.parameters,
         modules=len(adapter.modules),

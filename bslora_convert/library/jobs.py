@@ -121,9 +121,8 @@ def convert_one(job: Job, compress: Compress) -> Result:
                 job.destination,
                 Recipe.from_dict(dict(job.recipe)),
                 training=Training(**job.training) if job.training else None,
-                source_name=job.item.uri,
+                recorded_as=job.item.uri,
                 report_html=job.html,
-                timed=False,
                 overwrite=is_ours(job),
             )
         result = done(job, record)

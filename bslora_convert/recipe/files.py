@@ -13,9 +13,9 @@ from typing import Any
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.jsonfile import parsed, read_json
-from bslora_convert.recipe.aim import AIMS
 from bslora_convert.recipe.options import SECTIONS, Option, flag_of, key_of, name_of, options_of
 from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.target import TARGETS
 from bslora_convert.recipe.training import OPTIONS, Training
 
 Described = dict[str, tuple[Field[Any], Option]]
@@ -45,7 +45,11 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
 def merged(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a file under those given beside it; a size or an error that is given replaces the file's."""
-    kept = {name: value for name, value in file.items() if not (name in AIMS and any(aim in given for aim in AIMS))}
+    kept = {
+        name: value
+        for name, value in file.items()
+        if not (name in TARGETS and any(target in given for target in TARGETS))
+    }
     return {**kept, **given}
 
 

@@ -63,10 +63,10 @@ def analyze(
     activations = None
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools
-        from bslora_convert.behaviour.workshop import open_workshop
+        from bslora_convert.behaviour.session import open_session
 
-        workshop = open_workshop(lora, str(asked.base_model), asked.device, "auto", progress, scaling=asked.given)
-        pools = activation_pools(workshop, rows)
+        session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=asked.given)
+        pools = activation_pools(session, rows)
         activations = {"rows": len(rows.rows), **_rmi(source, pools)}
     record = Analysis(**measured, activations=activations, sizes=sizes(source, adapter, Path(lora)), recommendation=[])
     record = replace(record, recommendation=recommendation.sentences(record))

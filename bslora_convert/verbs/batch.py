@@ -67,7 +67,7 @@ def batch(
     """
     recipe, asked, out = recipe or Recipe(), built(BatchOptions, options, fields), Path(out).absolute()
     _check_extras(recipe, asked.engine)
-    for file in recipe.evidence.files.values():
+    for file in recipe.calibration.files.values():
         read_prompts(file)
     _check_library(str(library), out)
     options_used = recipe.to_dict(), (training.to_dict() if training is not None else {})
@@ -209,9 +209,9 @@ def _check_extras(recipe: Recipe, engine: str) -> None:
     """Once for the library, instead of once for each adapter."""
     if engine == "ray":
         need("ray", "engine ray", "engine")
-    if recipe.form.groups == "auto":
+    if recipe.structure.groups == "auto":
         need("analysis", "groups auto", "groups")
-    if recipe.evidence.base_model is not None:
+    if recipe.calibration.base_model is not None:
         need("base", "base_model", "base_model")
 
 

@@ -15,7 +15,7 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge_all
 from bslora_convert.behaviour.memory import free_bytes
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.workshop import Workshop, open_workshop
+from bslora_convert.behaviour.session import BaseModelSession, open_session
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
@@ -72,8 +72,8 @@ def compare(
     found = _fitted(adapter, storage, asked, progress)
     if rows is not None:
         scaling = asked.given
-        workshop = open_workshop(lora, str(asked.base_model), asked.device, "auto", progress, scaling=scaling)
-        found = _with_behaviour(found, workshop, rows)
+        session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=scaling)
+        found = _with_behaviour(found, session, rows)
     record = Comparison(
         schema_version=SCHEMA_VERSION,
         tool_version=__version__,
@@ -157,28 +157,26 @@ def _row(name: str, budget: float, source: Source, storage: torch.dtype, seed: i
     return row, fitted
 
 
-def _with_behaviour(found: Sequence[Found], workshop: Workshop, prompts: Prompts) -> list[Found]:
+def _with_behaviour(found: Sequence[Found], session: BaseModelSession, prompts: Prompts) -> list[Found]:
     """The same with behaviour on the prompts in the rows that were fitted."""
-    examples = workshop.encode(prompts).examples
-    carried = workshop.adapter.carried  # a saved head is every form's
+    examples = session.encode(prompts).examples
+    carried = session.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
-    most = ATTACHED_SHARE * free_bytes(workshop.base.device)
+    most = ATTACHED_SHARE * free_bytes(session.base.device)
     measured: dict[str, Divergence] = {}
 
     def tell(before: int, present: int, done: int) -> None:
-        workshop.progress("measuring behaviour", before * len(examples) + done * present, len(fits) * len(examples))
+        session.progress("measuring behaviour", before * len(examples) + done * present, len(fits) * len(examples))
 
     for names in handfuls({name: _floats(fitted) for name, fitted in fits.items()}, most / 4):
         attached = {
-            name: Attached(
-                workshop.base.model, _as_form(fits[name], workshop.adapter.form), carried, name, enabled=False
-            )
+            name: Attached(session.base.model, _as_form(fits[name], session.adapter.form), carried, name, enabled=False)
             for name in names
         }
         measured |= diverge_all(
-            workshop.base,
-            workshop.known,
-            workshop.bare,
+            session.base,
+            session.known,
+            session.bare,
             attached,
             examples,
             prompts.batch_size,

@@ -10,11 +10,13 @@ from typing import Any
 
 from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
-from bslora_convert.behaviour.improvement import distilled
+from bslora_convert.behaviour.distill import distill
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts, Row
-from bslora_convert.behaviour.workshop import open_workshop
+from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
+from bslora_convert.conversion.request import Converted
 from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
@@ -71,22 +73,23 @@ def finetune(
     pair = _Pair.read(compact, reference, asked.accept_changed)
     read = time.perf_counter()
     beside = read_adapter(compact, accept_changed=asked.accept_changed)
-    workshop = open_workshop(reference, base_model, asked.device, asked.base_dtype, progress, beside)
-    done = distilled(
-        workshop, pair.student.form, rows, training, codes=pair.student.codes, heldout=held, completions=directory_of(out),
-        checkpoints=directory_of(out) / STATE, resume=asked.resume, began=began,
-    )  # fmt: skip
+    run, checkpoints = TrainingRun(training, out, began), directory_of(out) / STATE
+    with open_session(reference, base_model, asked.device, asked.base_dtype, progress, beside) as session:
+        split = TrainingRows.of_files(session, rows, held, run, closed=asked.resume and checkpoints.is_dir())
+        start = Converted(pair.student.form, pair.student.codes)
+        done = distill(session, start, split, run, checkpoints=checkpoints, resume=asked.resume)
     if not is_writer():
         return Fidelity.from_dict(written_by_another(out))
     known = recorded(compact)
     notes = (*pair.student.notes, *known.get("notes", ()), *shared, *done.notes)
-    extras = Extras(known.get("evidence"), done.record, done.log, notes, codes=done.codes)
+    extras = Extras(known.get("evidence"), done.record, done.log, notes)
     recipe = {**known.get("recipe", {}), "finetune": str(prompts), "base_model": str(base_model)}
+    source = replace(pair.source, carried=pair.student.carried)
+    origin = Origin(source, pair.measured, session.adapter.sha256, str(source.path))
     with modules_over_cores(), landing(out, asked.overwrite) as place:
         trained = time.perf_counter()
-        origin = Origin(replace(pair.source, carried=pair.student.carried), pair.measured, workshop.adapter.sha256)
         seconds = {"read": read - began, "fit": trained - read}
-        written = write_result(place, done.form, origin, recipe, extras, seconds, progress)
+        written = write_result(place, Converted(done.form, done.codes), origin, recipe, extras, seconds, progress)
         record = publish(place, written, html=asked.report_html)
     forget(out)
     meet()

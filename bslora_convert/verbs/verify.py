@@ -15,8 +15,8 @@ from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import ON_PROMPTS, Saving
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.thresholds import checked_limits
-from bslora_convert.behaviour.workshop import Workshop
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -122,9 +122,9 @@ def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress:
     """Every measure, on the base model."""
     first, second = pair.compact, pair.reference
     with ExitStack() as stack:  # whoever takes the base next finds nothing on it
-        workshop = Workshop(second, pair.base_model, asked.device, asked.dtype, progress)
-        stack.callback(workshop.close)
-        base = workshop.base
+        session = BaseModelSession(second, pair.base_model, asked.device, asked.dtype, progress)
+        stack.callback(session.close)
+        base = session.base
         attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
         stack.callback(attached.remove)
         notes = [*first.notes, *_notes(base, first, second)]
@@ -132,7 +132,7 @@ def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress:
             notes.append("the reference is not what the adapter was made from")
         measured: dict[str, Any] = {**dict.fromkeys(ON_PROMPTS), "worst": []}
         if rows is not None:
-            found, said = _on_prompts(workshop, attached, rows, asked.seed)
+            found, said = _on_prompts(session, attached, rows, asked.seed)
             measured |= found
             notes += said
         tasks: dict[str, TaskRecord] = {}
@@ -141,7 +141,7 @@ def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress:
 
             states: dict[str, AbstractContextManager[Any]] = {
                 "base": nullcontext(),
-                "reference": workshop.reference,
+                "reference": session.reference,
                 "compact": attached,
             }
             tasks = {
@@ -200,13 +200,13 @@ def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
 
 
 def _on_prompts(
-    workshop: Workshop, compact: Attached, prompts: Prompts, seed: int
+    session: BaseModelSession, compact: Attached, prompts: Prompts, seed: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Every measure that needs prompts, and notes."""
-    rows = workshop.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
+    rows = session.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
     found = diverge(
-        workshop.base, *_once(workshop), compact, rows.examples, prompts.batch_size,
-        _counted(workshop.progress, "measuring", len(rows.examples)),
+        session.base, *_once(session), compact, rows.examples, prompts.batch_size,
+        _counted(session.progress, "measuring", len(rows.examples)),
     )  # fmt: skip
     count = len(found.rows)
     few = (few_words(prompts.path.name, count, "rows"),) if too_few(count) else ()
@@ -219,16 +219,16 @@ def _on_prompts(
             completions_written=rows.written,
         ),
         **found.to_dict(seed),
-        **_generations(workshop, compact, found, replace(prompts, rows=rows.rows)),
+        **_generations(session, compact, found, replace(prompts, rows=rows.rows)),
     }, (*rows.notes, *few)
 
 
-def _once(workshop: Workshop) -> tuple[Known, Known]:
+def _once(session: BaseModelSession) -> tuple[Known, Known]:
     """The original and the bare base on rows that are run once only, so that nothing is kept of them."""
-    return Known(workshop.base, workshop.reference, keep=False), Known(workshop.base, nullcontext(), keep=False)
+    return Known(session.base, session.reference, keep=False), Known(session.base, nullcontext(), keep=False)
 
 
-def _generations(workshop: Workshop, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
+def _generations(session: BaseModelSession, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
     """Generations of an even sample compared, and the worst rows with both texts."""
     measured = sorted(found.rows, key=lambda row: (-row.mean_kl, row.example.row.line))[:WORST]
     prompted = [row for row in prompts.rows if row.messages] if prompts.max_new_tokens else []
@@ -237,11 +237,11 @@ def _generations(workshop: Workshop, compact: Attached, found: Divergence, promp
     if prompts.max_new_tokens:
         shown |= {worst.example.row.line: worst.example.row for worst in measured if worst.example.row.messages}
     texts: dict[str, dict[int, str]] = {}
-    for name, state in (("reference", workshop.reference), ("compact", compact)):
-        said = _counted(workshop.progress, f"generating with {name}", len(shown))
+    for name, state in (("reference", session.reference), ("compact", compact)):
+        said = _counted(session.progress, f"generating with {name}", len(shown))
         with state:
             written = generate(
-                workshop.base,
+                session.base,
                 list(shown.values()),
                 prompts.max_new_tokens,
                 prompts.batch_size,

@@ -12,7 +12,7 @@ from bslora_convert import Recipe, Training, compress, finetune
 from bslora_convert.behaviour import writing
 from bslora_convert.behaviour.distill import split_heldout
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.writing import ENOUGH, SHARE, Writing, deadline_of, order_of_need
 from bslora_convert.cli import main
 from bslora_convert.errors import RecipeError
@@ -74,12 +74,12 @@ def test_writing_takes_its_share_of_the_time_that_is_left() -> None:
 
 
 def test_a_slow_reference_writes_what_is_needed_first_and_the_rest_is_left_out(
-    workshop: Workshop, unanswered: Path
+    session: BaseModelSession, unanswered: Path
 ) -> None:
     rows = Prompts.read(unanswered, max_new_tokens=4)
     _, _, order = split(rows)
     clock = Clock(1.0)  # a second with each look, of which there is one a token
-    found = workshop.encode(rows, Writing(deadline=13.0, order=order, clock=clock))
+    found = session.encode(rows, Writing(deadline=13.0, order=order, clock=clock))
     assert 6 < len(found.rows) < 40
     assert {row.line for row in found.rows} == set(order[: len(found.rows)])
     assert (found.written, found.left_out) == (len(found.rows), 40 - len(found.rows))
@@ -87,14 +87,16 @@ def test_a_slow_reference_writes_what_is_needed_first_and_the_rest_is_left_out(
         f"for {found.written} of them in the time there was; the other {found.left_out} are left out" in found.notes[0]
     )
     assert clock.now <= 13 + 4  # no row is begun, none goes on, after the deadline
-    late = workshop.encode(rows, Writing(deadline=-1.0, order=order, clock=clock))
+    late = session.encode(rows, Writing(deadline=-1.0, order=order, clock=clock))
     assert {row.line for row in late.rows} == set(order[:2])  # one to train on, one held out
 
 
-def test_a_text_that_had_no_time_to_end_is_not_taken_for_a_whole_one(workshop: Workshop, unanswered: Path) -> None:
+def test_a_text_that_had_no_time_to_end_is_not_taken_for_a_whole_one(
+    session: BaseModelSession, unanswered: Path
+) -> None:
     rows = Prompts.read(unanswered, limit=8, max_new_tokens=12)
-    whole = {row.line: row.completion for row in workshop.encode(rows).rows}
-    cut = workshop.encode(rows, Writing(deadline=4.0, clock=Clock(1.0))).rows
+    whole = {row.line: row.completion for row in session.encode(rows).rows}
+    cut = session.encode(rows, Writing(deadline=4.0, clock=Clock(1.0))).rows
     assert 2 <= len(cut) < 8
     assert all(row.completion == whole[row.line] for row in cut)
 

@@ -92,7 +92,7 @@ def test_one_of_them_is_what_compress_writes(
     library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
 ) -> None:
     name = "tenant-0/good-000"
-    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, timed=False)
+    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, recorded_as="source")
     for path in (tmp_path / "alone").iterdir():
         assert path.read_bytes() == (whole / name / path.name).read_bytes(), path.name
 

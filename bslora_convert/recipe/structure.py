@@ -1,6 +1,7 @@
-"""The form of the result: which transform, who shares with whom, which ranks it may have."""
+"""The structure of the result: which transform, who shares with whom, which ranks it may have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, check_whole, is_whole
@@ -14,12 +15,12 @@ LARGEST_RANK = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Structure:
     """transform and its own settings.
 
     min_shared: least rank of each shared part that the search may choose; 1 for ke, gt and ss by name, else 0, unless it is set.
-    local_ranks: one rank for all modules, or ranks where they buy most; None leaves it to the aim, which is uniform for ranks by
-    hand and adaptive else.
+    local_ranks: one rank for all modules, or ranks where they buy most; None is uniform for ranks by hand and adaptive otherwise
+    (`Recipe` decides).
     max_rank: greatest expanded rank of a module: a number, `slot` for the slot that the source takes on a server, `none`. None is
     slot, but none where ranks are given by hand.
     groups: `layer`, `auto` or a file of groups: who shares on the intra level.
@@ -80,3 +81,33 @@ class Form:
                 raise RecipeError(f"{field} is {value!r}: with transform {self.transform} {what}", field, "transform")
         if self.min_shared is None:
             object.__setattr__(self, "min_shared", 0 if self.transform in ("auto", "none") else 1)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all modules get one local rank."""
+        return self.local_ranks == "uniform"
+
+    @property
+    def most_rank(self) -> int | None:
+        """Greatest expanded rank of a module, None for any; `slot` must have been replaced by a number (`in_slot`)."""
+        assert self.max_rank != "slot"  # whoever knows the source replaces it
+        return self.max_rank if isinstance(self.max_rank, int) else None
+
+    def in_slot(self, slot: int | None) -> Self:
+        """The same with the rank of the source's server slot in place of `slot`; None where no slot holds the source."""
+        return self if self.max_rank != "slot" else replace(self, max_rank="none" if slot is None else slot)
+
+    def each(self) -> list[Self]:
+        """What `auto` chooses from, otherwise this one; settings that mean nothing to a transform are left out there."""
+        if self.transform != "auto":
+            return [self]
+        plain = replace(
+            self, transform="none", groups="layer", shared_size=None, min_shared=0, slice="center", kernel="r_1"
+        )
+        return [plain, self.of("ke"), self.of("ss")]
+
+    def of(self, transform: str) -> Self:
+        """The same with `ke` or `ss` in place of `auto`."""
+        if transform == "ke":
+            return replace(self, transform="ke", slice="center")
+        return replace(self, transform="ss", shared_size=None, kernel="r_1")
