@@ -24,6 +24,7 @@ from bslora_convert.recipe.target import asked_in
 from bslora_convert.results.adapter import (
     AimRecord,
     CompactRecord,
+    EvidenceRecord,
     Fidelity,
     SecondsRecord,
     SourceRecord,
@@ -104,7 +105,7 @@ def write_result(
         aim=AimRecord.from_dict(extras.aim)
         if extras.aim is not None
         else AimRecord(asked=asked_in(recipe), path=[], proofs=[]),
-        evidence=dict(extras.evidence) if extras.evidence else None,
+        evidence=EvidenceRecord.from_dict(extras.evidence) if extras.evidence else None,
         training=TrainingRecord.from_dict(extras.training) if extras.training else None,
         deduplication=dict(extras.deduplication) if extras.deduplication else None,
         notes=list(dict.fromkeys(notes)),

@@ -27,7 +27,7 @@ def analyze(record: Analysis) -> str:
 
 def after_compress(record: Fidelity, place: str) -> str:
     """Behaviour that was proved is served; the rest is measured first."""
-    if record.aim.proofs or (record.evidence or {}).get("proof"):
+    if record.evidence is not None:
         return expand(place)
     return verify(place)
 

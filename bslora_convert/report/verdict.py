@@ -1,14 +1,20 @@
 """The result in plain words: what was kept, at what size, and whether sharing paid."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from bslora_convert.behaviour.intervals import too_few
 from bslora_convert.files.record import named
 from bslora_convert.notes import Note
 from bslora_convert.recipe.measures import KL, MEASURES
-from bslora_convert.results.adapter import CodingRecord, Fidelity, ModuleRecord, TrainingRecord, WeightRecord
+from bslora_convert.results.adapter import (
+    CodingRecord,
+    EvidenceRecord,
+    Fidelity,
+    ModuleRecord,
+    TrainingRecord,
+    WeightRecord,
+)
 from bslora_convert.results.behaviour import Verification
 
 GONE = 1e-6  # of relative error below one
@@ -114,8 +120,8 @@ def _left_out(modules: Sequence[ModuleRecord]) -> list[str]:
 
 
 def _fitted_to_behaviour(record: Fidelity) -> bool:
-    metric, training = (record.evidence or {}).get("metric"), record.training
-    return bool((metric and metric["kept"] != "plain") or (training is not None and training.kept_step))
+    evidence, training = record.evidence, record.training
+    return bool((evidence and evidence.metric.kept != "plain") or (training and training.kept_step))
 
 
 def _deduplicated(record: Fidelity, copies: int) -> str:
@@ -200,50 +206,34 @@ def intervals(functional: Verification) -> str | None:
     )
 
 
-def evidence(found: Mapping[str, Any]) -> list[str]:
-    """In which metric the fit was made, and what it does on rows that nothing before has seen."""
-    said = []
-    if "metric" in found:
-        rows, kl, kept = found["rows"], found["metric"]["kl"], found["metric"]["kept"]
-        others = ", ".join(f"{name} {value:.5f}" for name, value in kl.items() if name != kept)
-        name = "the plain metric" if kept == "plain" else f"the {kept} metric of {rows['fit']} prompts"
-        said.append(
-            f"Fitted in {name}: KL {kl[kept]:.5f} on {rows['choose']} rows that choose"
-            + (f" ({others})." if others else ".")
-        )
-    if "proof" in found:
-        proof = found["proof"]
-        kept, same = proof.get("retention_ci95"), proof.get("agreement_ci95")
-        said.append(
-            f"On {found['rows']['prove']} rows that neither fit nor choice has seen it keeps {proof['retention']:.2%} of the "
-            f"adapter's effect on the predictions ({_between(kept)}KL {proof['kl']:.5f}, bare base {proof['base_kl']:.5f}) and "
-            f"predicts the same next token {proof['agreement']:.1%} of the time{_beside(same)}."
-        )
-    return said
-
-
-def _between(interval: Sequence[float] | None) -> str:
-    return f"{interval[0]:.2%} to {interval[1]:.2%} with 95 % certainty; " if interval else ""
-
-
-def _beside(interval: Sequence[float] | None) -> str:
-    return f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else ""
+def evidence(found: EvidenceRecord) -> list[str]:
+    """In which metric the fit was made, and what the result does on the test rows."""
+    rows, kl, metric, proof = found.rows, found.metric.kl, found.metric.kept, found.proof
+    name = "the plain metric" if metric == "plain" else f"the {metric} metric of {rows['calibration']} prompts"
+    others = ", ".join(f"{other} {value:.5f}" for other, value in kl.items() if other != metric)
+    kept, same = proof.retention_ci95, proof.agreement_ci95
+    return [
+        f"Fitted in {name}: KL {kl[metric]:.5f} on {rows['validation']} validation rows"
+        + (f" ({others})." if others else "."),
+        f"On {rows['test']} test rows it keeps {proof.retention:.2%} of the adapter's effect on the predictions "
+        f"({kept[0]:.2%} to {kept[1]:.2%} with 95 % certainty; KL {proof.kl:.5f}, bare base {proof.base_kl:.5f}) and predicts "
+        f"the same next token {proof.agreement:.1%} of the time ({same[0]:.1%} to {same[1]:.1%}).",
+    ]
 
 
 def reached(record: Fidelity) -> list[str]:
-    """How a behaviour that was asked for was sought, and whether what was found is proved."""
+    """How a behaviour that was asked for was sought, and what was kept does on the test rows."""
     aim = record.aim
     if not aim.path:
         return []
     name, limit = next(iter(aim.asked.items()))
-    best, proof = next(step for step in aim.path if step["kept"]), aim.proofs[-1]
-    measure = MEASURES[name]
-    failed = sum(not one["met"] for one in aim.proofs)
+    kept, proof, measure = next(step for step in aim.path if step.kept), aim.proofs[-1], MEASURES[name]
+    failed = sum(not one.met for one in aim.proofs)
     again = f" (after {failed} that failed there)" if failed else ""
     return [
-        f"{measure.flag} {limit:g} is reached in {best['byte_ratio']:.1%} of the bytes, the smallest of {len(aim.path)} sizes "
-        f"that were tried: with 95 % certainty {measure.bound} {best['bound']:.5g} on the rows that choose, and "
-        f"{proof[measure.name]:.5g} on {proof['rows']} rows that nothing before has seen{again}."
+        f"{measure.flag} {limit:g} is reached in {kept.byte_ratio:.1%} of the bytes, the smallest of {len(aim.path)} sizes that "
+        f"were tried: with 95 % certainty {measure.bound} {kept.bound:.5g} on the validation rows, and "
+        f"{proof[measure.name]:.5g} on {proof.rows} test rows{again}."
     ]
 
 

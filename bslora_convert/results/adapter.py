@@ -98,17 +98,66 @@ class BaselineRecord(Record):
 
 
 @record
+class StepRecord(Record):
+    """One size on the way to a behaviour, measured on the validation rows. bound: of all rows, with 95 % certainty."""
+
+    bytes: int
+    byte_ratio: float
+    transform: str
+    distilled: bool
+    kl: float
+    base_kl: float
+    retention: float
+    agreement: float
+    bound: float
+    met: bool
+    kept: bool
+
+
+@record
+class ProofRecord(Record):
+    """What a result does on the test rows, with 95 % intervals over rows. met: of a behaviour that was asked for."""
+
+    rows: int
+    kl: float
+    base_kl: float
+    retention: float
+    agreement: float
+    kl_ci95: list[float]
+    retention_ci95: list[float]
+    agreement_ci95: list[float]
+    met: bool | None = None
+
+
+@record
 class AimRecord(Record):
-    """What the result had to reach, every size that was tried for a behaviour, and what it does on the rows that prove."""
+    """What the result had to reach, every size that was tried for a behaviour, and what results did on the test rows."""
 
     asked: dict[str, Any]
-    path: list[dict[str, Any]]
-    proofs: list[dict[str, Any]]
+    path: list[StepRecord]
+    proofs: list[ProofRecord]
+
+
+@record
+class MetricRecord(Record):
+    """The KL on the validation rows of a conversion in each metric, and the metric that was kept."""
+
+    kl: dict[str, float]
+    kept: str
+
+
+@record
+class EvidenceRecord(Record):
+    """How many rows of the prompts were for what, the metric of the fit, and what the result does on the test rows."""
+
+    rows: dict[str, int]
+    metric: MetricRecord
+    proof: ProofRecord
 
 
 @record
 class TrainingRecord(Record):
-    """What a distillation did. heldout_kl: on the rows that choose the state that is kept. completions: that it had written."""
+    """What a distillation did. heldout_kl: on the rows that choose the state kept. completions: that it had written."""
 
     steps: int
     kept_step: int
@@ -151,7 +200,7 @@ class Fidelity(Record):
     baselines: dict[str, BaselineRecord]
     functional: Verification | None
     aim: AimRecord
-    evidence: dict[str, Any] | None = None
+    evidence: EvidenceRecord | None = None
     training: TrainingRecord | None = None
     deduplication: dict[str, int] | None = None
     notes: list[str]
