@@ -35,7 +35,7 @@ class OutputError(BsloraConvertError):
 class Unsaved(OutputError):
     """A result that was computed and could not be kept; `record` holds it."""
 
-    def __init__(self, message: str, record: dict[str, Any]) -> None:
+    def __init__(self, message: str, record: Any) -> None:
         super().__init__(message)
         self.record = record
 

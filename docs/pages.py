@@ -6,7 +6,7 @@ docs/*.md                           as they are
 index, contributing, changelog      README.md, CONTRIBUTING.md, CHANGELOG.md
 tutorial                            examples/library.ipynb, with what it printed
 reference/cli                       --help of every verb
-reference/python, reference/rooms   docstrings: of what `bslora_convert` exports, and of every room
+reference/python, reference/packages   docstrings: of what `bslora_convert` exports, and of every package
 
 `make docs` calls it, and then Zensical, which reads `mkdocs.yml`.
 """
@@ -37,7 +37,7 @@ def gather(out: Path) -> None:
         "tutorial.md": moved(notebook(ROOT / NOTEBOOK)),
         "reference/cli.md": command_line(verbs),
         "reference/python.md": python(),
-        "reference/rooms.md": rooms(),
+        "reference/packages.md": packages(),
     }
     for name, text in pages.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +85,11 @@ def python() -> str:
     return "\n\n".join(["# Python", "Everything here is imported from `bslora_convert` itself.", *described])
 
 
-def rooms() -> str:
+def packages() -> str:
     """Every package below `bslora_convert`, with all that is public in it."""
     places = sorted(path.parent.name for path in (ROOT / "bslora_convert").glob("*/__init__.py"))
     whole = [f"::: bslora_convert.{name}\n    options:\n      show_submodules: true" for name in places]
-    return "\n\n".join(["# Rooms of the house", "[Contributing](../contributing.md) says what each is for.", *whole])
+    return "\n\n".join(["# Packages", "[Contributing](../contributing.md) says what each is for.", *whole])
 
 
 def fenced(text: str, language: str) -> str:

@@ -84,8 +84,10 @@ def test_the_reference_holds_every_public_name_and_verb(site: Path) -> None:
     names = Page(site / "reference" / "python.html").names
     assert {f"{bslora_convert._HOMES[name]}.{name}" for name in bslora_convert._HOMES} <= names
     assert set(main.commands) <= Page(site / "reference" / "cli.html").names
-    rooms = Page(site / "reference" / "rooms.html").names
-    assert {f"bslora_convert.{path.parent.name}" for path in (ROOT / "bslora_convert").glob("*/__init__.py")} <= rooms
+    packages = Page(site / "reference" / "packages.html").names
+    assert {
+        f"bslora_convert.{path.parent.name}" for path in (ROOT / "bslora_convert").glob("*/__init__.py")
+    } <= packages
     assert " of 32\n" in (site / "tutorial.html").read_text(encoding="utf-8")
 
 

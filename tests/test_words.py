@@ -21,8 +21,10 @@ from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import RecipeError
 from bslora_convert.process.quiet import libraries_quiet, quiet_as_the_parent
 from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.results.behaviour import Verification
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
+from tests.records import blank
 
 ODD = [
     "[red]mk",
@@ -322,16 +324,12 @@ def test_few_items_are_called_few() -> None:
         "compact": 1.0,
         "difference_ci95": [-0.75, 0.75],
     }
-    record = {
-        "kl": None, "tasks": {"t": task}, "thresholds": {}, "generation": None, "worst": [], "notes": [],
-        "base_model": "b", "reference": {"path": "r"}, "dtype": "float32", "device": "cpu",
-    }  # fmt: skip
+    record = blank(Verification, tasks={"t": task})
     assert behaviour(record) == ["t: 100.0% against 100.0%, over 4 items, too few to tell."]
     page = with_functional("<!-- functional --><!-- /functional -->", record)
     assert "-0.7500 to +0.7500 (too few items)" in page
-    task["items"] = 400
+    record = blank(Verification, tasks={"t": {**task, "items": 400}})
     assert behaviour(record) == ["t: 100.0% against 100.0%, no difference can be seen."]
-    assert json.dumps(task)
 
 
 def test_what_cannot_be_reached_is_named() -> None:

@@ -1,20 +1,18 @@
 """What the measures mean for someone who has to choose, in plain sentences."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from bslora_convert.analysis.sharing import most_above_chance
+from bslora_convert.results.analysis import Analysis
 
 CONVINCING = 3.0  # z-score from which a shared factor explains more than chance
 WORTH = 0.02  # share of the energy above chance from which sharing is likely to earn its numbers
 
 
-def sentences(record: Mapping[str, Any]) -> list[str]:
+def sentences(record: Analysis) -> list[str]:
     """The recommendation of an analysis record."""
     said = [_rank(record), _precision(record)]
-    if not record["shared_energy"]:
+    if not record.shared_energy:
         return [*said, "No two modules stand in numbered layers, so there is nothing to share."]
-    found = most_above_chance(record["shared_energy"], CONVINCING)
+    found = most_above_chance(record.shared_energy, CONVINCING)
     if found is None:
         said.append(
             "No shared factor explains more than random subspaces of the same spectra would give: sharing will not pay, "
@@ -33,13 +31,13 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
             if gain >= WORTH
             else "That is real and small: --transform auto keeps it only where it pays, --transform none is as good."
         )
-    layers = record["groups"]["layers"]
+    layers = record.groups["layers"]
     if len(layers["clusters"]) > 1:
         said.append(
             f"The layers fall into {len(layers['clusters'])} groups (silhouette {layers['silhouette']:.2f}): "
             'try `groups = "auto"` in a recipe file.'
         )
-    tied = record["shared_initialisation"]
+    tied = record.shared_initialisation
     if tied["within"] or any(tied["across_adapters"].values()):
         count = len(tied["within"]) + sum(map(len, tied["across_adapters"].values()))
         said.append(
@@ -48,17 +46,17 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _precision(record: Mapping[str, Any]) -> str:
+def _precision(record: Analysis) -> str:
     """What coarser numbers save, beside what sharing may save."""
-    by_error = {row["value"]: row["byte_ratio"] for row in record["sizes"] if row["option"] == "--max-error"}
+    by_error = {row["value"]: row["byte_ratio"] for row in record.sizes if row["option"] == "--max-error"}
     return (
         f"Precision saves most: in codes, rank and bits chosen together, an error of 0.1 (99 % of the energy) takes about "
         f"{by_error[0.1]:.1%} of the bytes and one of 0.2 (96 %) {by_error[0.2]:.1%}."
     )
 
 
-def _rank(record: Mapping[str, Any]) -> str:
-    shares = record["ranks"]
+def _rank(record: Analysis) -> str:
+    shares = record.ranks
     return (
         f"95 % of the energy fits in {shares['0.95']['parameter_ratio']:.1%} of the parameters with a rank for each module "
         f"(90 %: {shares['0.9']['parameter_ratio']:.1%}, 99 %: {shares['0.99']['parameter_ratio']:.1%}); a module needs rank "

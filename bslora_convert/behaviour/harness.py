@@ -18,6 +18,7 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.process.progress import Progress
 from bslora_convert.process.quiet import hushed
 from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.results.behaviour import TaskRecord
 
 TASKS = Path(__file__).parent / "tasks"
 PREFERRED = ("acc", "exact_match", "acc_norm")
@@ -30,14 +31,14 @@ class Scores:
     metric: str
     items: dict[str, np.ndarray]
 
-    def compared(self, seed: int) -> dict[str, Any]:
-        """{"metric", "items", "base", "reference", "compact", "difference_ci95"} as `verify.json` has it."""
-        return {
-            "metric": self.metric,
-            "items": len(self.items["compact"]),
+    def compared(self, seed: int) -> TaskRecord:
+        """The task as `verify.json` has it."""
+        return TaskRecord(
+            metric=self.metric,
+            items=len(self.items["compact"]),
             **{name: float(values.mean()) for name, values in self.items.items()},
-            "difference_ci95": list(paired_interval(self.items["compact"], self.items["reference"], seed)),
-        }
+            difference_ci95=list(paired_interval(self.items["compact"], self.items["reference"], seed)),
+        )
 
 
 def evaluate(

@@ -6,24 +6,29 @@ against another reference is not replaced by less without `overwrite`; nothing o
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bslora_convert.behaviour.adapter import Adapter
 from bslora_convert.errors import InputError, OutputError, RecipeError, Unsaved
+from bslora_convert.files.address import PAGE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME, text_of
 from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.results.behaviour import Verification
 
 VERIFY_NAME = "verify.json"
-MEASURES = (
+ON_PROMPTS = (
     "prompts", "kl", "kl_ci95", "kl_p99", "agreement", "agreement_ci95", "nll", "perplexity", "base_kl", "retention",
     "retention_ci95", "hidden_error", "generation", "worst",
 )  # fmt: skip
+
+
+OnPage = Callable[[str, Verification], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +90,20 @@ class Saving:
         if asked.limit is not None:
             self._check_items(dict.fromkeys(asked.tasks, asked.limit))
 
-    def keep(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Writes a result, together with what was there of the other kind, and returns what was written.
+    def keep(self, record: Verification, on_page: OnPage) -> None:
+        """Writes a result, together with what was there of the other kind. on_page: puts a result into the directory's page.
 
         :raises Unsaved: with the result, when it can't be written or an earlier one is of more items.
         """
         try:
             if not self.overwrite:
-                self._check_items({task: found["items"] for task, found in record["tasks"].items()})
+                self._check_items({task: found.items for task, found in record.tasks.items()})
             merged = _merged(self.earlier, record)
-            replace_file(self.path, text_of(merged))
+            replace_file(self.path, text_of(merged.to_dict()))
             if self.save:
-                self._into_directory(merged)
-        except (OutputError, OSError) as error:
+                self._into_directory(merged, on_page)
+        except (OutputError, InputError, OSError) as error:
             raise Unsaved(f"measured, but not kept: {error}", record) from error
-        return merged
 
     def _check_items(self, items: Mapping[str, int]) -> None:
         """Refuses fewer items of a task than were measured before."""
@@ -108,23 +112,21 @@ class Saving:
             if count < before:
                 raise self._refusal(f"{task} measured on {before} items, and this time there are {count}")
 
-    def _into_directory(self, record: Mapping[str, Any]) -> None:
+    def _into_directory(self, record: Verification, on_page: OnPage) -> None:
         """The record and the page of the compact directory, as far as it has them."""
-        from bslora_convert import report
-
         directory = self.compact.path
-        fidelity, page = directory / FIDELITY_NAME, directory / report.REPORT_NAME
+        fidelity, page = directory / FIDELITY_NAME, directory / PAGE
         if not fidelity.is_file():
             return
         known = read_json(fidelity)
         changed = [self.path]
         if page.is_file():
-            replace_file(page, report.with_functional(page.read_text(encoding="utf-8"), record))
+            replace_file(page, on_page(page.read_text(encoding="utf-8"), record))
             changed.append(page)
         files = known.get("files")
         if isinstance(files, dict):
             files |= {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in changed}
-        replace_file(fidelity, text_of({**known, "functional": record}))
+        replace_file(fidelity, text_of({**known, "functional": record.to_dict()}))
 
     def _refusal(self, what: str) -> OutputError:
         return OutputError(f"{self.path}: holds {what}; give --overwrite to replace it, or another --out")
@@ -146,12 +148,12 @@ def _earlier(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _merged(earlier: Mapping[str, Any] | None, record: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(earlier: Mapping[str, Any] | None, record: Verification) -> Verification:
     """A result with what an earlier one of the same adapters says of what this one did not measure."""
-    same = earlier is not None and all(
-        earlier[name].get("sha256") == record[name]["sha256"] for name in ("compact", "reference")
-    )
-    if earlier is None or not same or earlier.get("base_model") != record["base_model"]:
-        return dict(record)
-    kept = {} if record["prompts"] is not None else {name: earlier[name] for name in MEASURES if name in earlier}
-    return {**record, **kept, "tasks": {**earlier["tasks"], **record["tasks"]}}
+    now = record.to_dict()
+    if earlier is None or earlier.get("base_model") != record.base_model:
+        return record
+    if any(earlier[name].get("sha256") != now[name]["sha256"] for name in ("compact", "reference")):
+        return record
+    kept = {} if record.prompts is not None else {name: earlier[name] for name in ON_PROMPTS if name in earlier}
+    return Verification.from_dict({**now, **kept, "tasks": {**earlier["tasks"], **now["tasks"]}})

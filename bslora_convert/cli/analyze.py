@@ -1,6 +1,5 @@
 """`analyze`: is there anything to share?"""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,10 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, given, out_option, takes
+from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe.analyzing import AnalyzeOptions
+from bslora_convert.results.analysis import Analysis
 
 
 @click.command(cls=Command)
@@ -41,30 +42,20 @@ def analyze(output: Output, lora_dir: Path, out: Path | None, **options: Any) ->
     output.result(record, lambda console: _show(console, record, out), commands.after_analyze(record))
 
 
-def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
-    from rich.table import Table
-
-    console.print(" ".join(record["recommendation"]), style="bold")
-    if record["shared_energy"]:
-        table = Table(title="what one shared factor explains", title_justify="left")
-        for column in ("transform", "shared"):
-            table.add_column(column)
-        for column in ("rank", "energy", "by chance", "z"):
-            table.add_column(column, justify="right")
-        for transform, levels in record["shared_energy"].items():
+def _show(console: Any, record: Analysis, out: Path | None) -> None:
+    console.print(" ".join(record.recommendation), style="bold")
+    if record.shared_energy:
+        shared = table(["transform", "shared"], ["rank", "energy", "by chance", "z"], "what one shared factor explains")
+        for transform, levels in record.shared_energy.items():
             for level, row in levels.items():
                 where = "one per layer" if level == "intra" else "one for all"
                 cells = (str(row["rank"]), f"{row['energy']:.2%}", f"{row['null_mean']:.2%}", f"{row['z']:.1f}")
-                table.add_row(transform, where, *cells)
-        console.print(table)
-    if record["subspaces_across"]:
-        table = Table(title="subspaces across layers", title_justify="left")
-        for column in ("kind", "side"):
-            table.add_column(column)
-        for column in ("mean cos²", "mean z", "CKA"):
-            table.add_column(column, justify="right")
-        for row in record["subspaces_across"]:
-            table.add_row(row["kind"], row["side"], f"{row['overlap']:.4f}", f"{row['z']:.1f}", f"{row['cka']:.4f}")
-        console.print(table)
+                shared.add_row(transform, where, *cells)
+        console.print(shared)
+    if record.subspaces_across:
+        across = table(["kind", "side"], ["mean cos²", "mean z", "CKA"], "subspaces across layers")
+        for row in record.subspaces_across:
+            across.add_row(row["kind"], row["side"], f"{row['overlap']:.4f}", f"{row['z']:.1f}", f"{row['cka']:.4f}")
+        console.print(across)
     if out is not None:
         console.print(f"Written to {out}", style="dim")

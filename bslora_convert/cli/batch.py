@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, chosen, given, recipe_file_option, takes
-from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
+from bslora_convert.cli.pushing import look_at_push, push_options, pushed
+from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import flag_of
 from bslora_convert.recipe.recipe import PARTS, Recipe
 from bslora_convert.recipe.training import Training
+from bslora_convert.results.library import BatchPlan, BatchSummary, Capacity
 
 SHOWN = 5  # bad adapters whose reasons are printed
 
@@ -52,34 +54,38 @@ def batch(
     if "://" not in library:
         look([library])
     from bslora_convert.verbs.batch import batch as run_batch
-    from bslora_convert.verbs.batch import is_failed
     from bslora_convert.verbs.batch import resume as go_on
 
     recipe, training, said = chosen(options, recipe_file)
     said.setdefault("workers", os.cpu_count() or 1)
-    run: Callable[..., Any]
+    run: Callable[..., BatchSummary | BatchPlan]
     if out is None:
         _check_resuming(said, given(options), recipe_file)
         out = Path(library)
         run = partial(go_on, out)
     else:
         run = partial(run_batch, library, out, recipe, training if recipe.calibration.base_model else None)
+    uploaded = None
     try:
         with output.bar("batch") as progress:
-            summary: dict[str, Any] = {**run(BatchOptions(**said), progress=progress)}
-            if "run" in summary:
-                summary |= pushed(out, push, push_dry_run)
+            found = run(BatchOptions(**said), progress=progress)
+            if isinstance(found, BatchSummary):
+                uploaded = pushed(out, push, push_dry_run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done stays in {out}, and the same command goes on from there"
         ) from None
-    if "resume" in said and not summary.get("skipped", summary.get("done")):
+    if "resume" in said and not (found.skipped if isinstance(found, BatchSummary) else found.done):
         output.notes([f"{out} held nothing that was done: it was begun anew"])
     from bslora_convert.report import commands
 
-    following = commands.after_batch(summary, str(out)) if "run" in summary else None
-    output.result(summary, lambda console: _show(console, summary, out), following)
-    if is_failed(summary) if "run" in summary else summary["bad"]:
+    if isinstance(found, BatchSummary):
+        output.result(
+            found, lambda console: _show(console, found, out), commands.after_batch(found, str(out)), uploaded
+        )
+    else:
+        output.result(found, lambda console: _show_plan(console, found))
+    if found.is_failed:
         sys.exit(1)
 
 
@@ -104,45 +110,39 @@ def _check_resuming(said: dict[str, Any], options: dict[str, Any], recipe_file: 
         )
 
 
-def _show(console: Any, summary: dict[str, Any], out: Path) -> None:
+def _show_plan(console: Any, plan: BatchPlan) -> None:
+    console.print(
+        f"{plan.items} adapters, {plan.to_convert} to convert ({plan.bytes / 1e6:,.1f} MB), {plan.duplicates} copies of them, "
+        f"{plan.done} done, {len(plan.bad)} bad"
+    )
+    show_failed(console, plan.bad)
+
+
+def _show(console: Any, summary: BatchSummary, out: Path) -> None:
     from bslora_convert.library.manifest import read_manifest
 
-    def say(text: str, **style: Any) -> None:
-        console.print(text, **style)
-
-    if "dry_run" in summary:
-        say(
-            f"{summary['items']} adapters, {summary['to_convert']} to convert ({summary['bytes'] / 1e6:,.1f} MB), "
-            f"{summary['duplicates']} copies of them, {summary['done']} done, {len(summary['bad'])} bad"
-        )
-        for row in summary["bad"]:
-            say(f"{row['id']}: {row['message']}", style="yellow")
-        return
-    say(
-        f"{summary['items']} adapters: {summary['ok']} converted, {summary['skipped']} done before, {summary['failed']} failed, "
-        f"{summary['refused']} refused, {summary['pending']} to be done",
+    console.print(
+        f"{summary.items} adapters: {summary.ok} converted, {summary.skipped} done before, {summary.failed} failed, "
+        f"{summary.refused} refused, {summary.pending} to be done",
         style="bold",
     )
     bad = [row for row in read_manifest(out) if row["status"] in ("failed", "refused")]
-    for row in bad[:SHOWN]:
-        say(f"{row['id']}: {row['message']}", style="yellow")
+    show_failed(console, bad[:SHOWN])
     if len(bad) > SHOWN:
-        say(f"and {len(bad) - SHOWN} more, with their reasons in {out / 'report.html'}", style="yellow")
-    if summary["byte_ratio"] is not None:
-        error = summary["relative_error"]
-        say(
-            f"{summary['bytes_before'] / 1e6:,.1f} MB to {summary['bytes_after'] / 1e6:,.1f} MB ({summary['byte_ratio']:.2%}), "
+        console.print(f"and {len(bad) - SHOWN} more, with their reasons in {out / 'report.html'}", style="yellow")
+    if summary.byte_ratio is not None and summary.relative_error is not None:
+        error = summary.relative_error
+        console.print(
+            f"{summary.bytes_before / 1e6:,.1f} MB to {summary.bytes_after / 1e6:,.1f} MB ({summary.byte_ratio:.2%}), "
             f"relative error {error['p50']:.4f} in the median, {error['max']:.4f} at most"
         )
-    if "serving" in summary:
-        say(summary["serving"]["words"])
-        if summary["serving"]["warning"] is not None:
-            say(summary["serving"]["warning"], style="yellow")
-    if summary["adapters_per_second"]:
-        say(f"{summary['adapters_per_second']:.2f} adapters a second")
-    say(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")
-    if (line := push_line(summary)) is not None:
-        say(line)
+    if summary.serving is not None:
+        console.print(summary.serving["words"])
+        if summary.serving["warning"] is not None:
+            console.print(summary.serving["warning"], style="yellow")
+    if summary.adapters_per_second:
+        console.print(f"{summary.adapters_per_second:.2f} adapters a second")
+    console.print(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")
 
 
 @click.command()
@@ -166,24 +166,15 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
     output.result(result, lambda console: _show_capacity(console, result), commands.after_capacity(str(out)))
 
 
-def _show_capacity(console: Any, result: Mapping[str, Any]) -> None:
-    from rich.table import Table
-
+def _show_capacity(console: Any, result: Capacity) -> None:
     from bslora_convert.library.serving import GIB
 
-    table = Table(title=f"adapters in {result['gpu_gib'] - result['base_gib']:g} GiB", title_justify="left")
-    table.add_column("engine")
-    for column in ("as LoRA", "as compact"):
-        table.add_column(column, justify="right")
-    slots, paged = result["slots"], result["paged"]
-    table.add_row(
-        "reserves slots by rank (vLLM)",
-        *(f"{slots[kind]['adapters']:,} of rank {slots[kind]['slot_rank']}" for kind in ("lora", "compact")),
-    )
-    table.add_row("keeps an adapter's own numbers", *(f"{paged[kind]['adapters']:,}" for kind in ("lora", "compact")))
-    resident = result["resident"]
-    name = "keeps codes as codes (PEFT with bslora_convert.peft)"
-    table.add_row(name, "", f"{resident['adapters']:,}")
-    console.print(table)
+    shown = table(["engine"], ["as LoRA", "as compact"], f"adapters in {result.gpu_gib - result.base_gib:g} GiB")
+    kinds, resident = ("lora", "compact"), result.resident
+    slots = (f"{result.slots[kind]['adapters']:,} of rank {result.slots[kind]['slot_rank']}" for kind in kinds)
+    shown.add_row("reserves slots by rank (vLLM)", *slots)
+    shown.add_row("keeps an adapter's own numbers", *(f"{result.paged[kind]['adapters']:,}" for kind in kinds))
+    shown.add_row("keeps codes as codes (PEFT with bslora_convert.peft)", "", f"{resident['adapters']:,}")
+    console.print(shown)
     if resident["decoded_bytes"]:
         console.print(f"In the last row {resident['decoded_bytes'] / GIB:g} GiB are left to adapters that are decoded.")

@@ -1,6 +1,5 @@
 """`compare`: every known form at one size."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,10 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, given, out_option, takes
+from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe.comparing import CompareOptions
+from bslora_convert.results.analysis import Comparison, FormRow
 
 
 @click.command(cls=Command)
@@ -39,42 +40,36 @@ def compare(output: Output, lora_dir: Path, out: Path | None, **options: Any) ->
     output.result(record, lambda console: _show(console, record, out))
 
 
-def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:
-    from rich.table import Table
-
-    from bslora_convert.report import commands
+def _show(console: Any, record: Comparison, out: Path | None) -> None:
+    from bslora_convert.report import advice
     from bslora_convert.report.comparison import ordered
 
-    behaviour = any(row["functional"] for row in record["rows"])
-    table = Table()
-    table.add_column("asked for", justify="right")
-    table.add_column("form", no_wrap=True)
-    for column in ("bytes", "error", "gain", *(("KL", "retention") if behaviour else ()), "s"):
-        table.add_column(column, justify="right")
-    table.add_column("settings and notes", overflow="fold")
+    measured = ("KL", "retention") if record.has_behaviour else ()
+    shown = table([], ["asked for"])
+    shown.add_column("form", no_wrap=True)
+    for column in ("bytes", "error", "gain", *measured, "s"):
+        shown.add_column(column, justify="right")
+    shown.add_column("settings and notes", overflow="fold")
     last = None
-    for row in ordered(record["rows"]):
-        if last is not None and row["budget"] != last:
-            table.add_section()
-        last = row["budget"]
-        settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
-        note = "; ".join(text for text in (settings, row["note"]) if text)
-        measured = (
-            (f"{row['functional']['kl']:.5f}", f"{row['functional']['retention']:.2%}")
-            if row["functional"]
-            else ("", "")
-        )
-        if row["relative_error"] is None:
-            cells = ["–", "–", "–", *(measured if behaviour else ()), ""]
-        else:
-            cells = [
-                f"{row['byte_ratio']:.2%}", f"{row['relative_error']:.4f}", f"{row['gain']:.3f}",
-                *(measured if behaviour else ()), f"{row['seconds']:.1f}",
-            ]  # fmt: skip
-        table.add_row(f"{row['budget']:.2%}", row["form"], *cells, note)
-    console.print(table)
-    for budget, advice in commands.compress(record).items():
-        console.print(f"At {budget:.2%} {advice.form} has the {advice.reason}:")
-        console.print(f"  {advice.call}", soft_wrap=True)
+    for row in ordered(record.rows):
+        if last is not None and row.budget != last:
+            shown.add_section()
+        last = row.budget
+        settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())
+        note = "; ".join(text for text in (settings, row.note) if text)
+        shown.add_row(f"{row.budget:.2%}", row.form, *_cells(row, record.has_behaviour), note)
+    console.print(shown)
+    for budget, best in advice.compress(record).items():
+        console.print(f"At {budget:.2%} {best.form} has the {best.reason}:")
+        console.print(f"  {best.call}", soft_wrap=True)
     if out is not None:
         console.print(f"Written to {out}", style="dim")
+
+
+def _cells(row: FormRow, behaviour: bool) -> list[str]:
+    """A form's figures, dashes where it has no fit."""
+    done = row.functional
+    measured = ([f"{done.kl:.5f}", f"{done.retention:.2%}"] if done else ["", ""]) if behaviour else []
+    if row.relative_error is None:
+        return ["–", "–", "–", *measured, ""]
+    return [f"{row.byte_ratio:.2%}", f"{row.relative_error:.4f}", f"{row.gain:.3f}", *measured, f"{row.seconds:.1f}"]

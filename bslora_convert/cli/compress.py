@@ -1,6 +1,5 @@
 """`compress`: one LoRA adapter into BSLoRA form."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,13 @@ import click
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training
 from bslora_convert.cli.options import Command, chosen, overwrite_option, recipe_file_option, report_option, takes
-from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
+from bslora_convert.cli.pushing import look_at_push, push_options, pushed
+from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe.recipe import PARTS, Recipe
 from bslora_convert.recipe.training import Training
+from bslora_convert.results.adapter import Fidelity
 
 
 @click.command(cls=Command)
@@ -56,7 +57,7 @@ def compress(
     from bslora_convert.verbs.compress import compress as run
 
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:
-        written = run(
+        record = run(
             lora_dir,
             out_dir,
             recipe,
@@ -65,70 +66,52 @@ def compress(
             report_html=report_html,
             progress=progress,
         )
-        record = {**written, **pushed(out_dir, push, push_dry_run)}
-    output.notes(record["notes"])
+        uploaded = pushed(out_dir, push, push_dry_run)
+    output.notes(record.notes)
     from bslora_convert.report import commands
     from bslora_convert.report.verdict import without_gain
 
     reason = without_gain(record)
     following = commands.after_compress(record, str(out_dir)) if reason is None else None
-    output.result(record, lambda console: _show(console, record, out_dir), following)
+    output.result(record, lambda console: _show(console, record, out_dir), following, uploaded)
     if reason is not None:
         raise ThresholdMissed(f"{reason} ({out_dir} was written all the same)")
 
 
-def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:
-    from rich.table import Table
+def _show(console: Any, record: Fidelity, out_dir: Path) -> None:
+    from bslora_convert.report.verdict import evidence, sentences
 
-    from bslora_convert.report.verdict import evidence, is_unbiased, rival_error, sentences
-
-    source, compact, baselines = record["source"], record["compact"], record["baselines"]
-    console.print(f"{compact['transform']} of {source['path']}", style="italic", soft_wrap=True)
-    table = Table()
-    table.add_column("")
-    for column in ("parameters", "share", "bytes", "relative error"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        "source, every copy" if "deduplication" in record else "source LoRA",
-        f"{source['parameters']:,}",
-        "100.00%",
-        f"{source['bytes']:,}",
-        "0",
-    )
-    table.add_row(
-        "this result, as written",
-        f"{compact['parameters']:,}",
-        f"{compact['parameter_ratio']:.2%}",
-        f"{compact['bytes']:,}",
-        f"{record['weight']['relative_error']:.4f}",
-        style="bold",
-    )
-    for name, title in (("svd_adaptive", "SVD, a rank per module"), ("svd_uniform", "SVD, one rank")):
-        ratio = baselines[name]["parameter_ratio"]
-        table.add_row(
-            f"{title}, unbiased" if is_unbiased(record) else title,
-            f"{round(ratio * source['parameters']):,}",
-            f"{ratio:.2%}",
-            "",
-            f"{rival_error(record, name):.4f}",
-        )
-    console.print(table)
+    compact, local = record.compact, record.compact.ranks["local"]
+    console.print(f"{compact.transform} of {record.source.path}", style="italic", soft_wrap=True)
+    console.print(_sizes(record))
     for sentence in sentences(record):
         console.print(sentence)
-    if "evidence" in record:
-        console.print(" ".join(evidence(record["evidence"])))
-    if "training" in record:
-        show_training(console, record["training"])
-    ranks = compact["ranks"]
-    local = (
-        ranks["local"]
-        if isinstance(ranks["local"], int)
-        else f"{min(ranks['local'].values())}–{max(ranks['local'].values())}"
-    )
+    if record.evidence is not None:
+        console.print(" ".join(evidence(record.evidence)))
+    if record.training is not None:
+        show_training(console, record.training)
+    shown = local if isinstance(local, int) else f"{min(local.values())}–{max(local.values())}"
     console.print(
-        f"Ranks: local {local}, intra {ranks['intra']}, inter {ranks['inter']}; expanded {compact['expanded_rank']}. "
-        f"{record['seconds']['total']:.1f} s. Written to {out_dir}",
+        f"Ranks: local {shown}, intra {compact.ranks['intra']}, inter {compact.ranks['inter']}; "
+        f"expanded {compact.expanded_rank}. {record.seconds.total:.1f} s. Written to {out_dir}",
         style="dim",
     )
-    if (line := push_line(record)) is not None:
-        console.print(line)
+
+
+def _sizes(record: Fidelity) -> Any:
+    """The result beside its source and plain SVD of its size."""
+    from bslora_convert.report.verdict import is_unbiased, rival_error
+
+    source, compact = record.source, record.compact
+    found = table([""], ["parameters", "share", "bytes", "relative error"])
+    name = "source LoRA" if record.deduplication is None else "source, every copy"
+    found.add_row(name, f"{source.parameters:,}", "100.00%", f"{source.bytes:,}", "0")
+    sizes = f"{compact.parameters:,}", f"{compact.parameter_ratio:.2%}", f"{compact.bytes:,}"
+    found.add_row("this result, as written", *sizes, f"{record.weight.relative_error:.4f}", style="bold")
+    for name, title in (("svd_adaptive", "SVD, a rank per module"), ("svd_uniform", "SVD, one rank")):
+        ratio = record.baselines[name].parameter_ratio
+        shown = f"{title}, unbiased" if is_unbiased(record) else title
+        found.add_row(
+            shown, f"{round(ratio * source.parameters):,}", f"{ratio:.2%}", "", f"{rival_error(record, name):.4f}"
+        )
+    return found

@@ -9,10 +9,13 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, given, takes
-from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
+from bslora_convert.cli.pushing import look_at_push, push_options, pushed
+from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.files.address import is_library
 from bslora_convert.recipe.expanding import ExpandOptions
+from bslora_convert.results.adapter import Expanded, ServedRecord
+from bslora_convert.results.library import LibraryExpansion
 
 
 @click.command(cls=Command)
@@ -48,13 +51,13 @@ def expand(
     from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
-        written = run(compact_dir, out_dir, asked)
-        result = {**written, **pushed(out_dir, push, push_dry_run)}
-    output.notes(result["notes"])
+        result = run(compact_dir, out_dir, asked)
+        uploaded = pushed(out_dir, push, push_dry_run)
+    output.notes(result.notes)
     from bslora_convert.report import commands
 
     following = commands.after_expand(result, str(out_dir))
-    output.result(result, lambda console: _show(console, result, out_dir), following)
+    output.result(result, lambda console: _show(console, result, out_dir), following, uploaded)
 
 
 def _library(output: Output, library: Path, out_dir: Path, asked: ExpandOptions, push: tuple[str | None, bool]) -> None:
@@ -65,74 +68,55 @@ def _library(output: Output, library: Path, out_dir: Path, asked: ExpandOptions,
 
     try:
         with output.bar("expand") as progress:
-            written = expand_library(library, out_dir, asked, progress=progress)
-            result = {**written, **pushed(out_dir, *push)}
+            result = expand_library(library, out_dir, asked, progress=progress)
+            uploaded = pushed(out_dir, *push)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
-    output.notes(result["notes"])
+    output.notes(result.notes)
     from bslora_convert.report import commands
 
-    following = commands.after_expand(result, str(out_dir)) if not result["bad"] else None
-    output.result(result, lambda console: _show_library(console, result, out_dir), following)
-    if result["bad"]:
+    following = commands.after_expand(result, str(out_dir)) if not result.bad else None
+    output.result(result, lambda console: _show_library(console, result, out_dir), following, uploaded)
+    if result.bad:
         sys.exit(1)
 
 
-def _show_library(console: Any, result: Mapping[str, Any], out_dir: Path) -> None:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("adapter", no_wrap=True)
-    for column in ("ranks", "parameters", "bytes", "error"):
-        table.add_column(column, justify="right")
-    good = [row for row in result["rows"] if row["status"] == "ok"]
+def _show_library(console: Any, result: LibraryExpansion, out_dir: Path) -> None:
+    good = [row for row in result.rows if row["status"] == "ok"]
+    shown = table(["adapter"], ["ranks", "parameters", "bytes", "error"])
     for row in good:
-        error = f"{row['relative_error']:.2e}"
-        table.add_row(row["id"], _ranks(row), f"{row['parameters']:,}", f"{row['bytes']:,}", error)
+        ranks, error = _ranks(row["format"], row["ranks"]), f"{row['relative_error']:.2e}"
+        shown.add_row(row["id"], ranks, f"{row['parameters']:,}", f"{row['bytes']:,}", error)
     if good:
-        console.print(table)
-    for row in result["rows"]:
-        if row["status"] != "ok":
-            console.print(f"{row['id']}: {row['message']}", style="yellow", soft_wrap=True)
+        console.print(shown)
+    show_failed(console, result.rows)
     console.print(
-        f"{len(good)} of {result['adapters']} adapters, {result['bytes']:,} bytes. {_slot(result)}Written to {out_dir}",
+        f"{len(good)} of {result.adapters} adapters, {result.bytes:,} bytes. {_slot(result.served)}Written to {out_dir}",
         style="bold", soft_wrap=True,
     )  # fmt: skip
-    _say_pushed(console, result)
 
 
-def _ranks(result: Mapping[str, Any]) -> str:
-    ranks = result["ranks"]
-    if result["format"] == "official":
+def _ranks(format: str, ranks: Mapping[str, int]) -> str:
+    if format == "official":
         return f"{ranks['local']},{ranks['intra']},{ranks['inter']}"
     return f"{ranks['max']}" if ranks["min"] == ranks["max"] else f"{ranks['min']} to {ranks['max']}"
 
 
-def _slot(result: Mapping[str, Any]) -> str:
+def _slot(served: ServedRecord | None) -> str:
     """What a server reserves, as a sentence; nothing where it reserves no slots."""
-    served = result["served"]
     if served is None:
         return ""
-    if served["max_lora_rank"] is None:
+    if served.max_lora_rank is None:
         return "No server slot holds its rank. "
-    return f"A server's slot: rank {served['max_lora_rank']} (--max-lora-rank), {served['slot_bytes']:,} bytes. "
+    return f"A server's slot: rank {served.max_lora_rank} (--max-lora-rank), {served.slot_bytes:,} bytes. "
 
 
-def _show(console: Any, result: Mapping[str, Any], out_dir: Path) -> None:
-    ranks = _ranks(result)
+def _show(console: Any, result: Expanded, out_dir: Path) -> None:
+    ranks, original = _ranks(result.format, result.ranks), result.original
     rank = f"rank {ranks}" if ranks.isdigit() else f"ranks {ranks}"
-    original = result["original"]
-    against = f", against the original LoRA at most {original['relative_error']:.4f}" if original else ""
+    against = f", against the original LoRA at most {original.relative_error:.4f}" if original else ""
     console.print(
-        f"{result['modules']} modules, {rank}, {result['parameters']:,} parameters, {result['bytes']:,} bytes "
-        f"({result['dtype']}). Error against the compact form {result['relative_error']:.2e}{against}. {_slot(result)}"
-        f"Written to {out_dir}",
+        f"{result.modules} modules, {rank}, {result.parameters:,} parameters, {result.bytes:,} bytes ({result.dtype}). "
+        f"Error against the compact form {result.relative_error:.2e}{against}. {_slot(result.served)}Written to {out_dir}",
         soft_wrap=True,
     )
-    _say_pushed(console, result)
-
-
-def _say_pushed(console: Any, result: Mapping[str, Any]) -> None:
-    line = push_line(result)
-    if line is not None:
-        console.print(line, soft_wrap=True)

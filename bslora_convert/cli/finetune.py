@@ -1,6 +1,6 @@
 """`finetune`: distils a compact adapter against the LoRA that it came from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bslora_convert.recipe.files import read_options
 from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import WHOM, options_of
 from bslora_convert.recipe.training import Training
+from bslora_convert.results.adapter import Fidelity, TrainingRecord
 
 
 @click.command(cls=Command)
@@ -72,7 +73,7 @@ def finetune(
 
     with goes_on(out_dir, resumable=True), output.bar("finetune") as progress:
         record = run(compact_dir, out_dir, reference, base_model, prompts, training, asked, progress=progress)
-    output.notes(record["notes"])
+    output.notes(record.notes)
     from bslora_convert.report import commands
 
     output.result(record, lambda console: _show(console, record, out_dir), commands.verify(str(out_dir)))
@@ -104,22 +105,22 @@ def goes_on(out: Path, *, resumable: bool) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted; {out} was not written, {kept} kept beside it: {how}") from None
 
 
-def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:
-    show_training(console, record["training"])
-    compact, weight = record["compact"], record["weight"]
+def _show(console: Any, record: Fidelity, out_dir: Path) -> None:
+    if record.training is not None:
+        show_training(console, record.training)
     console.print(
-        f"{compact['parameter_ratio']:.2%} of the parameters, relative error of the weights {weight['relative_error']:.4f}. "
-        f"Written to {out_dir}",
+        f"{record.compact.parameter_ratio:.2%} of the parameters, relative error of the weights "
+        f"{record.weight.relative_error:.4f}. Written to {out_dir}",
         style="dim",
     )
 
 
-def show_training(console: Any, training: dict[str, Any]) -> None:
+def show_training(console: Any, training: TrainingRecord) -> None:
     """What training did, for a reader."""
     from bslora_convert.report.verdict import trained
 
     console.print(" ".join(trained(training)), style="bold")
     console.print(
-        f"{training['training_rows']} rows, {training['steps']} steps at {training['tokens_per_second']:,.0f} tokens/s, "
-        f"{training['peak_bytes'] / 1e9:.2f} GB at the peak.",
+        f"{training.training_rows} rows, {training.steps} steps at {training.tokens_per_second:,.0f} tokens/s, "
+        f"{training.peak_bytes / 1e9:.2f} GB at the peak.",
     )

@@ -41,10 +41,7 @@ def pushed(place: Path, repo: str | None, dry_run: bool) -> dict[str, Any]:
     return {} if repo is None else {"push": hub.push(place, repo, dry_run=dry_run)}
 
 
-def push_line(result: Mapping[str, Any]) -> str | None:
+def push_line(done: Mapping[str, Any]) -> str:
     """What was pushed, as a sentence."""
-    done = result.get("push")
-    if done is None:
-        return None
     verb = "Would push" if done["dry_run"] else "Pushed"
     return f"{verb} {done['files']} files, {done['bytes']:,} bytes, to https://huggingface.co/{done['repo']}"

@@ -2,10 +2,12 @@
 
 import io
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 UNBOUNDED = 100_000  # columns: what is piped is read by programs, which want a line to stay one
 
@@ -24,3 +26,22 @@ def console(stderr: bool = False) -> "Console":
     if not made.file.isatty():
         made.width = UNBOUNDED
     return made
+
+
+def table(left: Sequence[str], right: Sequence[str] = (), title: str | None = None) -> "Table":
+    """An empty table: columns of words, of which the first stays on one line, then columns of numbers."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for place, column in enumerate(left):
+        made.add_column(column, no_wrap=place == 0)
+    for column in right:
+        made.add_column(column, justify="right")
+    return made
+
+
+def show_failed(console: "Console", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Why adapters of a library were left out, a line each."""
+    for row in rows:
+        if row["status"] not in ("ok", "skipped"):
+            console.print(f"{row['id']}: {row['message']}", style="yellow", soft_wrap=True)

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from bslora_convert.cli.bars import Lines, bar, each_step
+from bslora_convert.cli.pushing import push_line
 from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
@@ -19,6 +20,7 @@ from bslora_convert.notes import Note
 from bslora_convert.process.interrupt import INTERRUPTED, UNWRITTEN, heeded, raise_interrupts
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.process.quiet import libraries_quiet
+from bslora_convert.results.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,24 @@ class Output:
             with bar(title, console(stderr=True)) as show:
                 yield show
 
-    def result(self, value: Any, show: Callable[[Any], None], following: str | None = None) -> None:
-        """The verb's result on stdout: JSON, nothing, or for a reader. following: the command to run next."""
+    def result(
+        self,
+        value: Record | Mapping[str, Any],
+        show: Callable[[Any], None],
+        following: str | None = None,
+        beside: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The verb's result on stdout: JSON, nothing, or for a reader. following: the command to run next.
+
+        beside: what was done with it, as `pushed` says.
+        """
+        beside = beside or {}
         if self.as_json:
-            click.echo(json.dumps(value, indent=1))
+            click.echo(json.dumps({**(value.to_dict() if isinstance(value, Record) else value), **beside}, indent=1))
         elif not self.quiet:
             show(console())
+            if "push" in beside:
+                click.echo(push_line(beside["push"]))
             if following is not None:
                 click.echo(f"Next: {following}")
 

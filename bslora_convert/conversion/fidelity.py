@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from bslora_convert.bslora.codes.coded import vectors_shape
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
@@ -29,6 +28,7 @@ from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import add
 from bslora_convert.modules.lowrank import gram_beside
 from bslora_convert.modules.names import kind_of
+from bslora_convert.results.adapter import BaselineRecord, CodingRecord, ModuleRecord, WeightRecord
 
 SCHEMA_VERSION = 1
 
@@ -72,20 +72,20 @@ class WeightFidelity:
         """The relative error that it would have with every module scaled for least error: what codes are judged by."""
         return _ratio(sum(module.least for module in self.modules), self.energy)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_record(self) -> WeightRecord:
         """`weight` of fidelity.json."""
         error = self.relative_error
-        return {
-            "relative_error": error,
-            "energy_kept": 1 - error**2,
-            "cosine": self.cosine,
-            "gain": sum(self.components.values()) if self.energy else 1.0,
-            "components": self.components,
-            "modules": [
-                {"name": m.name, "relative_error": m.relative_error, "energy": m.energy, "local_rank": m.local_rank}
+        return WeightRecord(
+            relative_error=error,
+            energy_kept=1 - error**2,
+            cosine=self.cosine,
+            gain=sum(self.components.values()) if self.energy else 1.0,
+            components=self.components,
+            modules=[
+                ModuleRecord(name=m.name, relative_error=m.relative_error, energy=m.energy, local_rank=m.local_rank)
                 for m in self.modules
             ],
-        }
+        )
 
 
 def compare(source: Source, form: BsloraForm) -> WeightFidelity:
@@ -121,7 +121,7 @@ def _products(source: Source, form: BsloraForm, name: str) -> tuple[dict[str, fl
     return along, float((own_b * own_a).sum())
 
 
-def coding(source: Source, compact: CompactAdapter, least_error: float) -> dict[str, Any]:
+def coding(source: Source, compact: CompactAdapter, least_error: float) -> CodingRecord:
     """What codes achieve beside the rate–distortion bound (`coding.rate`) for the same spectra.
 
     bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. widths_by_part: the same for the
@@ -133,16 +133,16 @@ def coding(source: Source, compact: CompactAdapter, least_error: float) -> dict[
     widths, counts = compact.codes[WIDTHS_NAME].unique(return_counts=True)
     least = rate.needed(source.spectra, source.costs, least_error**2 * source.energy)
     numbers = compact.form.parameters
-    return {
-        "bits": bits,
-        "numbers": numbers,
-        "bits_per_number": bits / numbers if numbers else 0.0,
-        "widths": dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
-        "widths_by_part": _widths_by_part(source, compact),
-        "bound": _ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
-        "least_error": least_error,
-        "gap": (bits - least) / numbers if numbers else 0.0,
-    }
+    return CodingRecord(
+        bits=bits,
+        numbers=numbers,
+        bits_per_number=bits / numbers if numbers else 0.0,
+        widths=dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
+        widths_by_part=_widths_by_part(source, compact),
+        bound=_ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
+        least_error=least_error,
+        gap=(bits - least) / numbers if numbers else 0.0,
+    )
 
 
 def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[str, int]]:
@@ -163,7 +163,7 @@ def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[s
     return {part: {str(w): n for w, n in sorted(found[part].items()) if n} for part in shared_last}
 
 
-def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict[str, float]]:
+def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, BaselineRecord]:
     """Plain truncated SVD within `parameters` numbers: one rank for all modules, and the best rank for each.
 
     whole: the numbers that a ratio of one stands for. unbiased_error: of the same with every module unbiased (`fit.gain`).
@@ -174,11 +174,11 @@ def svd_baselines(source: Source, parameters: int, whole: int) -> dict[str, dict
         "svd_adaptive": allocate.within_budget(source.spectra, source.costs, parameters),
     }
     return {
-        name: {
-            "parameter_ratio": allocate.cost_of(ranks, source.costs) / whole,
-            "relative_error": _ratio(allocate.lost_energy(source.spectra, ranks), source.energy),
-            "unbiased_error": _ratio(_lost_unbiased(source, ranks), source.energy),
-        }
+        name: BaselineRecord(
+            parameter_ratio=allocate.cost_of(ranks, source.costs) / whole,
+            relative_error=_ratio(allocate.lost_energy(source.spectra, ranks), source.energy),
+            unbiased_error=_ratio(_lost_unbiased(source, ranks), source.energy),
+        )
         for name, ranks in choices.items()
     }
 

@@ -1,24 +1,35 @@
 """A compact directory as it lands: written, read back, measured, and described by what was measured."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.request import Converted
 from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
-from bslora_convert.files.record import FIDELITY_NAME, seal
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.target import asked_in
+from bslora_convert.results.adapter import (
+    AimRecord,
+    CompactRecord,
+    EvidenceRecord,
+    Fidelity,
+    SecondsRecord,
+    SourceRecord,
+    TrainingRecord,
+)
 from bslora_convert.version import __version__
 
 
@@ -47,6 +58,16 @@ class Origin:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written, for whoever describes it: its record, its configuration, the source's spectra, a training's steps."""
+
+    record: Fidelity
+    config: Mapping[str, Any]
+    spectra: Mapping[str, Tensor]
+    log: Sequence[Mapping[str, Any]]
+
+
 def write_result(
     place: Path,
     made: Converted,
@@ -54,16 +75,12 @@ def write_result(
     recipe: Mapping[str, Any],
     extras: Extras,
     seconds: Mapping[str, float] | None,
-    *,
-    html: bool = True,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Writes everything of a compact directory into `place` and returns its record.
+) -> Written:
+    """Writes the adapter and what travels along into `place`, reads it back and measures it.
 
     seconds: spent so far, by step; None leaves time out of the record.
     """
-    from bslora_convert import report
-
     began = time.perf_counter()
     adapter, measured = origin.adapter, origin.measured
     progress("writing")
@@ -75,29 +92,32 @@ def write_result(
         compact = load_compact(place)
         kept = fidelity.compare(measured, compact.form)
         written = hashing.result()
-    record = {
-        "schema_version": fidelity.SCHEMA_VERSION,
-        "tool_version": __version__,
-        "source": _source_record(origin),
-        "recipe": dict(recipe),
-        "compact": {**_compact_record(compact, place, adapter), "sha256": written},
-        "weight": kept.to_dict(),
-        **({"coding": fidelity.coding(measured, compact, kept.least_error)} if compact.codes else {}),
-        "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
-        "functional": None,
-        "aim": dict(extras.aim) if extras.aim is not None else {"asked": asked_in(recipe), "path": [], "proofs": []},
-        **({"evidence": dict(extras.evidence)} if extras.evidence else {}),
-        **({"training": dict(extras.training)} if extras.training else {}),
-        **({"deduplication": dict(extras.deduplication)} if extras.deduplication else {}),
-        "notes": list(dict.fromkeys(notes)),
-    }
-    if seconds is None:
-        record["seconds"] = dict.fromkeys(("read", "fit", "write", "total"))
-    else:
-        spent = {**seconds, "write": time.perf_counter() - began}
-        record["seconds"] = {**spent, "total": sum(spent.values())}
-    report.write(place, record, measured.spectra, compact, html=html, log=extras.log)
-    return seal(place, FIDELITY_NAME, record, {WEIGHTS_NAME: written})
+    record = Fidelity(
+        schema_version=fidelity.SCHEMA_VERSION,
+        tool_version=__version__,
+        source=_source_record(origin),
+        recipe=dict(recipe),
+        compact=_compact_record(compact, place, adapter, written),
+        weight=kept.to_record(),
+        coding=fidelity.coding(measured, compact, kept.least_error) if compact.codes else None,
+        baselines=fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
+        functional=None,
+        aim=AimRecord.from_dict(extras.aim)
+        if extras.aim is not None
+        else AimRecord(asked=asked_in(recipe), path=[], proofs=[]),
+        evidence=EvidenceRecord.from_dict(extras.evidence) if extras.evidence else None,
+        training=TrainingRecord.from_dict(extras.training) if extras.training else None,
+        deduplication=dict(extras.deduplication) if extras.deduplication else None,
+        notes=list(dict.fromkeys(notes)),
+        seconds=_seconds(seconds, time.perf_counter() - began),
+    )
+    return Written(record, compact.config, measured.spectra, extras.log)
+
+
+def _seconds(spent: Mapping[str, float] | None, writing: float) -> SecondsRecord:
+    if spent is None:
+        return SecondsRecord(read=None, fit=None, write=None, total=None)
+    return SecondsRecord(read=spent["read"], fit=spent["fit"], write=writing, total=sum(spent.values()) + writing)
 
 
 def _numbers(compact: CompactAdapter) -> int:
@@ -107,48 +127,45 @@ def _numbers(compact: CompactAdapter) -> int:
     return sum(tensor.nbytes for tensor in compact.codes.values()) // compact.dtype.itemsize
 
 
-def _source_record(origin: Origin) -> dict[str, Any]:
+def _source_record(origin: Origin) -> SourceRecord:
     adapter = origin.adapter
-    card = carried(adapter.weights.parent)
-    ranks: dict[str, int] = {}
-    for module in adapter.modules.values():
-        ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
-    return {
-        "path": origin.name,
-        "sha256": origin.sha256,
-        "bytes": adapter.weights.stat().st_size,
-        "parameters": adapter.parameters,
-        "modules": len(adapter.modules),
-        "ranks": ranks,
-        "width": sum(sum(module.shape) for module in adapter.modules.values()),
-        "dtype": dtype_name(adapter.dtype),
-        **({"card": card} if card else {}),
-    }
+    return SourceRecord(
+        path=origin.name,
+        sha256=origin.sha256,
+        bytes=adapter.weights.stat().st_size,
+        parameters=adapter.parameters,
+        modules=len(adapter.modules),
+        ranks={str(rank): count for rank, count in Counter(module.rank for module in adapter.modules.values()).items()},
+        width=sum(sum(module.shape) for module in adapter.modules.values()),
+        dtype=dtype_name(adapter.dtype),
+        card=carried(adapter.weights.parent) or None,
+    )
 
 
-def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter) -> dict[str, Any]:
+def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter, digest: str) -> CompactRecord:
     form = compact.form
     locals_ = {name: module.local.rank for name, module in form.modules.items()}
     same = len(set(locals_.values())) == 1
     size = (place / WEIGHTS_NAME).stat().st_size
-    return {
-        "transform": form.transform_name,
-        "ranks": {
+    return CompactRecord(
+        transform=form.transform_name,
+        ranks={
             "local": next(iter(locals_.values())) if same else locals_,
             "intra": form.shared_rank("intra"),
             "inter": form.shared_rank("inter"),
         },
-        "shared_size": max(form.transform.pair_sizes) if form.transform else None,
-        "bytes": size,
-        "parameters": compact.parameters,
-        "parameters_by_part": compact.parts_parameters,
-        "parameter_ratio": compact.parameters / adapter.parameters,
-        "byte_ratio": size / adapter.weights.stat().st_size,
-        "expanded_rank": max(form.expanded_rank(name) for name in form.modules),
-        "unique_tensors": sum(1 for _ in form.tensors()),
-        "dtype": dtype_name(compact.dtype),
-        **({"loaded_bytes": loaded_bytes(compact)} if compact.codes else {}),
-    }
+        shared_size=max(form.transform.pair_sizes) if form.transform else None,
+        bytes=size,
+        parameters=compact.parameters,
+        parameters_by_part=compact.parts_parameters,
+        parameter_ratio=compact.parameters / adapter.parameters,
+        byte_ratio=size / adapter.weights.stat().st_size,
+        expanded_rank=max(form.expanded_rank(name) for name in form.modules),
+        unique_tensors=sum(1 for _ in form.tensors()),
+        dtype=dtype_name(compact.dtype),
+        loaded_bytes=loaded_bytes(compact) if compact.codes else None,
+        sha256=digest,
+    )
 
 
 def loaded_bytes(compact: CompactAdapter) -> int:

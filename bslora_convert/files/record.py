@@ -20,23 +20,23 @@ FIDELITY_NAME, EXPANSION_NAME, ANALYSIS_NAME, COMPARISON_NAME = RECORDS = (
     "analysis.json",
     "comparison.json",
 )
+Files = dict[str, dict[str, Any]]  # by path in the directory: bytes and sha256
 AS_WRITTEN, CHANGED, NO_RECORD = "as written", "changed", "no record"
 NAMED = 4  # entries that an error names
 
 
-def seal(place: Path, name: str, value: Mapping[str, Any], known: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Writes `value` as the record of a directory, with `files` of all that stands there, and returns it.
+def seal(place: Path, name: str, value: Mapping[str, Any], known: Mapping[str, str] | None = None) -> Files:
+    """Writes `value` as the record of a directory, with `files` of all that stands there, and returns these.
 
     known: hashes that were taken already, by path in the directory.
     """
-    files = {}
+    files: Files = {}
     for path in _entries(place):
         entry = path.relative_to(place).as_posix()
         if path.is_file() and entry != name:
             files[entry] = {"bytes": path.stat().st_size, "sha256": (known or {}).get(entry) or sha256(path)}
-    record = {**value, "files": files}
-    (place / name).write_text(text_of(record), encoding="utf-8")
-    return record
+    (place / name).write_text(text_of({**value, "files": files}), encoding="utf-8")
+    return files
 
 
 def text_of(record: Mapping[str, Any]) -> str:

@@ -20,11 +20,12 @@ from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
 from bslora_convert.process.interrupt import heeded
+from bslora_convert.results.adapter import Fidelity
 
 COPYING = "copying"  # status of a duplicate whose copy has not landed yet
 
 
-Compress = Callable[..., Mapping[str, Any]]  # the verb: source, destination, recipe and settings -> its record
+Compress = Callable[..., Fidelity]  # the verb: source, destination, recipe and settings -> its record
 Work = Callable[["Job"], "Result"]
 
 
@@ -150,25 +151,25 @@ def _discard_damaged(job: Job) -> None:
             weights.unlink()
 
 
-def done(job: Job, record: Mapping[str, Any]) -> Result:
+def done(job: Job, record: Fidelity) -> Result:
     """The row of a conversion that worked."""
-    compact = record["compact"]
+    compact, source = record.compact, record.source
     return replace(
         _row(job, "ok"),
         final=True,
-        source_bytes=record["source"]["bytes"],
-        bytes=compact["bytes"],
-        parameters=compact["parameters"],
-        parameter_ratio=compact["parameter_ratio"],
-        relative_error=record["weight"]["relative_error"],
-        heldout_kl=record.get("training", {}).get("heldout_kl_after"),
+        source_bytes=source.bytes,
+        bytes=compact.bytes,
+        parameters=compact.parameters,
+        parameter_ratio=compact.parameter_ratio,
+        relative_error=record.weight.relative_error,
+        heldout_kl=record.training.heldout_kl_after if record.training is not None else None,
         settings={
-            "transform": compact["transform"],
-            "expanded_rank": compact["expanded_rank"],
-            "source_rank": max(map(int, record["source"]["ranks"])),
-            "width": record["source"]["width"],
-            "sha256": compact["sha256"],
-            **({"loaded_bytes": compact["loaded_bytes"]} if "loaded_bytes" in compact else {}),
+            "transform": compact.transform,
+            "expanded_rank": compact.expanded_rank,
+            "source_rank": source.largest_rank,
+            "width": source.width,
+            "sha256": compact.sha256,
+            **({"loaded_bytes": compact.loaded_bytes} if compact.loaded_bytes is not None else {}),
         },
     )
 

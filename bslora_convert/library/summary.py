@@ -1,18 +1,19 @@
 """A library in numbers: how many ended how, bytes before and after, slots on a server, errors, throughput."""
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from bslora_convert.library.jobs import Result
 from bslora_convert.library.serving import serving
+from bslora_convert.results.library import BatchSummary, RunRecord
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")
 
 
-def summarise(rows: Sequence[Result], items: int, seconds: float | None) -> dict[str, Any]:
+def summarise(rows: Sequence[Result], items: int, seconds: float | None, run: RunRecord) -> BatchSummary:
     """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part."""
     counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     good = [row for row in rows if row.status in ("ok", "skipped")]
@@ -20,28 +21,24 @@ def summarise(rows: Sequence[Result], items: int, seconds: float | None) -> dict
     before = sum(row.source_bytes or 0 for row in good)
     after = sum(row.bytes or 0 for row in good)
     errors = [row.relative_error for row in good if row.relative_error is not None]
-    kinds: dict[str, int] = {}
-    for row in rows:
-        if row.error is not None:
-            kinds[row.error] = kinds.get(row.error, 0) + 1
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "items": items,
+    rate = 1 / seconds if seconds and converted else None
+    return BatchSummary(
+        schema_version=SCHEMA_VERSION,
+        items=items,
         **counts,
-        "pending": items - len(rows),
-        "duplicates": sum(row.duplicate_of is not None for row in rows),
-        "bytes_before": before,
-        "bytes_after": after,
-        "byte_ratio": after / before if before else None,
-        "relative_error": _quantiles(errors),
-        "errors": kinds,
-        "seconds": seconds,
-        "adapters_per_second": len(converted) / seconds if seconds and converted else None,
-        "source_bytes_per_second": sum(r.source_bytes or 0 for r in converted) / seconds
-        if seconds and converted
-        else None,
-        **({"serving": served} if (served := serving([row.to_dict() for row in good])) else {}),
-    }
+        pending=items - len(rows),
+        duplicates=sum(row.duplicate_of is not None for row in rows),
+        bytes_before=before,
+        bytes_after=after,
+        byte_ratio=after / before if before else None,
+        relative_error=_quantiles(errors),
+        errors=dict(Counter(row.error for row in rows if row.error is not None)),
+        seconds=seconds,
+        adapters_per_second=len(converted) * rate if rate else None,
+        source_bytes_per_second=sum(row.source_bytes or 0 for row in converted) * rate if rate else None,
+        serving=serving([row.to_dict() for row in good]),
+        run=run,
+    )
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:

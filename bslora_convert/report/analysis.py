@@ -25,13 +25,14 @@ from bslora_convert.report.plots import (
     rank_map,
     save,
 )
+from bslora_convert.results.analysis import Analysis
 
 PAGE = "analysis.html"
 WHOLE = ("shared_energy", "effective_rank")  # plots that fill the page's width
 NAMES = {"ke": "Kronecker", "ss": "slice", "gt": "gate"}
 
 
-def write(place: Path, record: Mapping[str, Any]) -> None:
+def write(place: Path, record: Analysis) -> None:
     """The page, and every plot of it as SVG and PNG, into a directory."""
     drawn = figures(record)
     for name, (_, figure) in drawn.items():
@@ -42,20 +43,20 @@ def write(place: Path, record: Mapping[str, Any]) -> None:
         for name, (title, figure) in drawn.items()
     }
     page = environment().get_template(PAGE).render(
-        record=record, names=NAMES, figures=shown, command=None if "activations" in record else commands.analyze(record)
+        record=record, names=NAMES, figures=shown, command=None if record.activations else commands.analyze(record)
     )  # fmt: skip
     (place / PAGE).write_text(page, encoding="utf-8")
 
 
-def figures(record: Mapping[str, Any], width: float = WIDE) -> dict[str, tuple[str, Figure]]:
+def figures(record: Analysis, width: float = WIDE) -> dict[str, tuple[str, Figure]]:
     """Every plot that the record has the numbers for: file name -> (title, figure); width: inches of those that fill a page."""
     found: dict[str, tuple[str, Figure]] = {}
-    if record["shared_energy"]:
+    if record.shared_energy:
         found["shared_energy"] = (
             "what one shared factor explains; a mark for chance, with two standard deviations",
-            _shared_energy(record["shared_energy"], width),
+            _shared_energy(record.shared_energy, width),
         )
-        layers = record["groups"]["layers"]
+        layers = record.groups["layers"]
         order = [name for members in layers["clusters"] for name in members]
         place = [layers["names"].index(name) for name in order]
         similarity = np.array(layers["similarity"])[np.ix_(place, place)]
@@ -63,19 +64,19 @@ def figures(record: Mapping[str, Any], width: float = WIDE) -> dict[str, tuple[s
             "similarity of layers, by cluster",
             _square(similarity, short_layers(order), "similarity", -1),
         )
-    if record["rmi_across"]["layers"]:
-        labels = short_layers(record["rmi_across"]["layers"])
-        matrix = np.array(record["rmi_across"]["matrix"])
+    if record.rmi_across["layers"]:
+        labels = short_layers(record.rmi_across["layers"])
+        matrix = np.array(record.rmi_across["matrix"])
         found["rmi_across"] = "entropy similarity across layers", _square(matrix, labels, "RMI", 0)
-        kinds, mean = _mean_within(record["rmi_within"])
+        kinds, mean = _mean_within(record.rmi_within)
         found["rmi_within"] = "entropy similarity within layers, their mean", _square(mean, kinds, "RMI", 0)
-    if "activations" in record and record["activations"]["rmi_across"]["layers"]:
-        shown = record["activations"]
+    shown = record.activations
+    if shown and shown["rmi_across"]["layers"]:
         found["rmi_activations"] = (
             "entropy similarity of what layers put out",
             _square(np.array(shown["rmi_across"]["matrix"]), short_layers(shown["rmi_across"]["layers"]), "RMI", 0),
         )
-    found["effective_rank"] = "effective rank by module", _rank_map(record["modules"], width)
+    found["effective_rank"] = "effective rank by module", _rank_map(record.modules, width)
     return found
 
 

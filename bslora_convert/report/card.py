@@ -11,27 +11,28 @@ from bslora_convert.recipe.training import Training
 from bslora_convert.report import verdict
 from bslora_convert.report.metadata import front_matter, metadata, model_class
 from bslora_convert.report.page import environment
+from bslora_convert.results.adapter import Fidelity
 
 FILE = "recipe.toml"  # of the invocation, where options have no flag
 
 
-def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def render(record: Fidelity, config: Mapping[str, Any]) -> str:
     """The card of one conversion."""
-    options = Recipe.from_dict(record["recipe"]).given()
-    if "training" in record:
-        options |= Training(**record["training"]["options"]).given()
+    options = Recipe.from_dict(record.recipe).given()
+    if record.training is not None:
+        options |= Training(**record.training.options).given()
     words, rest = call(options)
     words = [
         "bslora-convert",
         "compress",
-        record["source"]["path"],
+        record.source.path,
         "OUT_DIR",
         *words,
         *(["--recipe", FILE] if rest else []),
     ]
     base_model, task = config.get("base_model_name_or_path"), config.get("task_type")
-    said = metadata(record["source"].get("card", {}), "peft", base_model, task, ("lora", "bslora"))
-    urgent, notes = verdict.attention(record["notes"])
+    said = metadata(record.source.card or {}, "peft", base_model, task, ("lora", "bslora"))
+    urgent, notes = verdict.attention(record.notes)
     invocation = shlex.join(words)
     return (
         environment()

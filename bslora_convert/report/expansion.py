@@ -9,6 +9,7 @@ from typing import Any
 from bslora_convert.files.card import CARD_NAME
 from bslora_convert.report.metadata import front_matter, metadata, model_class
 from bslora_convert.report.page import environment
+from bslora_convert.results.adapter import Expanded
 
 BASE = "BASE_MODEL"
 
@@ -33,17 +34,17 @@ LIBRARIES = {"lora": "peft", "mlx": "mlx"}
 READERS = {"gguf": "llama.cpp", "mlx": "mlx"}
 
 
-def write(place: Path, record: Mapping[str, Any], config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+def write(place: Path, record: Expanded, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
     """Writes the card of one expansion; the authors' layout has none. source: metadata of the card that it came with."""
-    if record["format"] == "official":
+    if record.format == "official":
         return
     (place / CARD_NAME).write_text(render(record, config, source), encoding="utf-8")
 
 
-def render(record: Mapping[str, Any], config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def render(record: Expanded, config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     """The card of one expansion."""
-    tags = ("lora", "bslora", *(["gguf"] if record["format"] == "gguf" else []))
-    said = metadata(source, LIBRARIES.get(record["format"]), record["base_model"], config.get("task_type"), tags)
+    tags = ("lora", "bslora", *(["gguf"] if record.format == "gguf" else []))
+    said = metadata(source, LIBRARIES.get(record.format), record.base_model, config.get("task_type"), tags)
     return (
         environment()
         .get_template("expansion.md")
@@ -51,12 +52,12 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any], source: Mapping
     )
 
 
-def _usage(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _usage(record: Expanded, config: Mapping[str, Any]) -> str:
     """A block that loads the directory: by the engine that it was written for, else in PEFT, run from this directory."""
-    engine = record["engine"] or READERS.get(record["format"])
-    base = record["base_model"] or BASE
+    engine = record.engine or READERS.get(record.format)
+    base = record.base_model or BASE
     if engine is None:
         code = PYTHON.format(model=model_class(config.get("task_type")), base=json.dumps(base))
         return f"```python\n{code}```"
-    rank = (record["served"] or {}).get("max_lora_rank") or "N"
+    rank = (record.served and record.served.max_lora_rank) or "N"
     return f"```\n{USAGE[engine].format(base=shlex.quote(base), rank=rank)}\n```"

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from bslora_convert.report import commands
 from bslora_convert.report.page import environment
 from bslora_convert.report.plots import GRID, PART_COLOURS, STYLE, WIDE, picture
+from bslora_convert.results.library import BatchSummary
 
 
-def render(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def render(summary: BatchSummary, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page of a batch, from its summary and its manifest's rows."""
     good = sorted(
         (row for row in rows if row["status"] in ("ok", "skipped")), key=lambda row: -(row["relative_error"] or 0.0)

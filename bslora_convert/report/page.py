@@ -14,6 +14,8 @@ from bslora_convert.modules.names import kind_of, layer_of
 from bslora_convert.report import commands, plots, verdict
 from bslora_convert.report.labels import short_layers
 from bslora_convert.report.plots import Picture
+from bslora_convert.results.adapter import Fidelity, ModuleRecord
+from bslora_convert.results.behaviour import Verification
 
 FUNCTIONAL_BEGIN, FUNCTIONAL_END = "<!-- functional -->", "<!-- /functional -->"
 MANY = 12  # kinds that have a line each in the plot of spectra
@@ -61,7 +63,7 @@ def size(count: float) -> str:
 
 
 def render(
-    record: Mapping[str, Any],
+    record: Fidelity,
     spectra: Mapping[str, Tensor],
     log: Sequence[Mapping[str, Any]] = (),
     base_model: str | None = None,
@@ -70,29 +72,29 @@ def render(
 
     spectra: σ² of every module of the source. log: the steps of a training. base_model: what the adapter is for, if it says.
     """
-    modules = record["weight"]["modules"]
-    kinds = {module["name"]: kind_of(module["name"]) for module in modules}
+    modules = record.weight.modules
+    kinds = {module.name: kind_of(module.name) for module in modules}
     grid = _error_grid(modules, kinds)
     figures = {
         "beside plain SVD of the same size": plots.baselines(_errors(record)),
         "spectra of the source": plots.spectra(*_spectra(modules, spectra, _few(kinds))),
     }
-    if record["compact"]["transform"] != "none":
+    if record.compact.transform != "none":
         figures["where the numbers go"] = plots.budget_split(
-            record["compact"]["parameters_by_part"], record["weight"]["components"]
+            record.compact.parameters_by_part, record.weight.components
         )
-    if "coding" in record:
-        figures["where the bits go"] = plots.widths(record["coding"]["widths_by_part"])
+    if record.coding is not None:
+        figures["where the bits go"] = plots.widths(record.coding.widths_by_part)
     improved = []
-    if record.get("evidence"):
-        improved += verdict.evidence(record["evidence"])
-    if record.get("training"):
-        improved += verdict.trained(record["training"])
-    if log:
-        start = (0, record["training"]["heldout_kl_before"])
+    if record.evidence:
+        improved += verdict.evidence(record.evidence)
+    if record.training is not None:
+        improved += verdict.trained(record.training)
+    if record.training is not None and log:
+        start = (0, record.training.heldout_kl_before)
         heldout = [start, *((row["step"], row["heldout_kl"]) for row in log if "heldout_kl" in row)]
         figures["distillation"] = plots.training([row["step"] for row in log], [row["loss"] for row in log], heldout)
-    urgent, notes = verdict.attention(record["notes"])
+    urgent, notes = verdict.attention(record.notes)
     return (
         environment()
         .get_template("report.html")
@@ -103,27 +105,25 @@ def render(
             urgent=urgent,
             notes=notes,
             improved=improved,
-            command=commands.verify(
-                "THIS_DIR", record["recipe"].get("base_model") or base_model or commands.UNKNOWN_BASE
-            ),
+            command=commands.verify("THIS_DIR", record.recipe.get("base_model") or base_model or commands.UNKNOWN_BASE),
             figures={
                 "error by module: the stronger the red, the more is lost": plots.picture(
                     lambda width: plots.error_map(*grid, width)
                 ),
                 **{title: Picture(plots.data_uri(figure)) for title, figure in figures.items()},
             },
-            worst=sorted(modules, key=lambda module: -module["relative_error"])[:12],
+            worst=sorted(modules, key=lambda module: -module.relative_error)[:12],
         )
     )
 
 
-def with_functional(page: str, functional: Mapping[str, Any]) -> str:
+def with_functional(page: str, functional: Verification) -> str:
     """A page of this kind with what `verify` found, in place of the hint or of an earlier run; other pages stay as they are."""
     before, begin, rest = page.partition(FUNCTIONAL_BEGIN)
     _, end, after = rest.partition(FUNCTIONAL_END)
     if not begin or not end:
         return page
-    urgent, notes = verdict.attention(functional["notes"])
+    urgent, notes = verdict.attention(functional.notes)
     shown = (
         environment()
         .get_template("functional.html")
@@ -140,11 +140,11 @@ def with_functional(page: str, functional: Mapping[str, Any]) -> str:
 
 
 def _error_grid(
-    modules: list[dict[str, Any]], kinds: Mapping[str, str]
+    modules: Sequence[ModuleRecord], kinds: Mapping[str, str]
 ) -> tuple[dict[tuple[str, str], float], list[str], list[str]]:
-    shown = short_layers([layer_of(module["name"]) for module in modules])
+    shown = short_layers([layer_of(module.name) for module in modules])
     errors = {
-        (layer, kinds[module["name"]]): module["relative_error"]
+        (layer, kinds[module.name]): module.relative_error
         for layer, module in zip(shown, modules, strict=True)
     }  # fmt: skip
     return errors, list(dict.fromkeys(shown)), list(dict.fromkeys(kinds.values()))
@@ -158,31 +158,31 @@ def _few(kinds: Mapping[str, str]) -> dict[str, str]:
     return {name: kind.rpartition(".")[2] for name, kind in merged.items()}
 
 
-def _errors(record: Mapping[str, Any]) -> dict[str, float]:
-    transform = record["compact"]["transform"]
+def _errors(record: Fidelity) -> dict[str, float]:
+    transform = record.compact.transform
     return {
-        "this result" if transform == "none" else f"this result ({transform})": record["weight"]["relative_error"],
+        "this result" if transform == "none" else f"this result ({transform})": record.weight.relative_error,
         "SVD, a rank per module": verdict.rival_error(record),
         "SVD, one rank": verdict.rival_error(record, "svd_uniform"),
     }
 
 
 def _spectra(
-    modules: list[dict[str, Any]], spectra: Mapping[str, Tensor], kinds: Mapping[str, str]
+    modules: Sequence[ModuleRecord], spectra: Mapping[str, Tensor], kinds: Mapping[str, str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Median share of energy left out after k components and mean local rank, by kind."""
     longest = max(len(values) for values in spectra.values())
     left: dict[str, list[np.ndarray]] = {}
     ranks: dict[str, list[int]] = {}
     for module in modules:
-        values = spectra[module["name"]].cpu().numpy()
+        values = spectra[module.name].cpu().numpy()
         energy = values.sum()
         if energy == 0:
             continue
         tail = np.zeros(longest + 1)
         tail[: len(values)] = values[::-1].cumsum()[::-1] / energy
-        left.setdefault(kinds[module["name"]], []).append(tail)
-        ranks.setdefault(kinds[module["name"]], []).append(module["local_rank"])
+        left.setdefault(kinds[module.name], []).append(tail)
+        ranks.setdefault(kinds[module.name], []).append(module.local_rank)
     return (
         {kind: np.median(tails, axis=0) for kind, tails in left.items()},
         {kind: float(np.mean(values)) for kind, values in ranks.items()},

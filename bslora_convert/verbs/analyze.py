@@ -1,8 +1,9 @@
 """`analyze`: every measure of one adapter, gathered, described in plain words and drawn."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
 from bslora_convert.analysis.clusters import clustered
@@ -21,7 +22,7 @@ from bslora_convert.modules.names import kind_of, natural_order
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.analyzing import AnalyzeOptions
 from bslora_convert.recipe.options import built
-from bslora_convert.results import Analysis
+from bslora_convert.results.analysis import Analysis
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
@@ -58,23 +59,24 @@ def analyze(
     with modules_over_cores():
         source = measure(adapter.modules, adapter.kinds)
         check_magnitude(source, adapter.weights)
-        record = _measured(adapter, others, source, asked, progress)
+        measured = _measured(adapter, others, source, asked, progress)
+    activations = None
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools
         from bslora_convert.behaviour.session import open_session
 
         session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=asked.given)
         pools = activation_pools(session, rows)
-        record["activations"] = {"rows": len(rows.rows), **_rmi(source, pools)}
-    record["sizes"] = sizes(source, adapter, Path(lora))
-    record["recommendation"] = recommendation.sentences(record)
+        activations = {"rows": len(rows.rows), **_rmi(source, pools)}
+    record = Analysis(**measured, activations=activations, sizes=sizes(source, adapter, Path(lora)), recommendation=[])
+    record = replace(record, recommendation=recommendation.sentences(record))
     if out is not None:
         from bslora_convert.report.analysis import write
 
         with landing(Path(out), asked.overwrite) as place:
             write(place, record)
-            record = seal(place, ANALYSIS_NAME, record)
-    return cast(Analysis, record)
+            record = replace(record, files=seal(place, ANALYSIS_NAME, record.to_dict()))
+    return record
 
 
 def _measured(

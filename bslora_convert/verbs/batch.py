@@ -9,18 +9,19 @@ comes next makes manifest and summary of all that are there.
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.errors import InputError, OutputError
 from bslora_convert.extras import need
 from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
+from bslora_convert.files.record import text_of
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
@@ -42,7 +43,7 @@ from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
-from bslora_convert.results import Batch, BatchPlan
+from bslora_convert.results.library import BatchPlan, BatchSummary, RunRecord
 from bslora_convert.verbs.compress import compress
 
 
@@ -55,7 +56,7 @@ def batch(
     *,
     progress: Progress = silent,
     **fields: Any,
-) -> Batch | BatchPlan:
+) -> BatchSummary | BatchPlan:
     """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds; a dry run, what would be done.
 
     library: a directory, a manifest or an fsspec URL. options, or fields of `BatchOptions`: where jobs run, what is done again,
@@ -82,13 +83,23 @@ def batch(
     made_with.keep(out)
     began = time.perf_counter()
     rows = _run(found, out, asked, progress)
-    run = _Run(rows, asked.shard, time.perf_counter() - began, gave_up=len(rows) < len(own))
-    return _finish(items, run, out, made_with.key)
+    seconds = time.perf_counter() - began if asked.shard == (1, 1) else None
+    index, count = asked.shard
+    run = RunRecord(
+        shard=f"{index}/{count}",
+        items=len(rows),
+        bad=sum(row.status in ("failed", "refused") for row in rows),
+        gave_up=len(rows) < len(own),
+    )
+    final = _final(items, rows, out, made_with.key)
+    summary = summarise(final, len(items), seconds, run)
+    _write(out, final, summary)
+    return summary
 
 
 def resume(
     out: str | Path, options: BatchOptions | None = None, *, progress: Progress = silent, **fields: Any
-) -> Batch | BatchPlan:
+) -> BatchSummary | BatchPlan:
     """Goes on with an output of `batch` with what it was made with; options: those that change no result, as of `batch`.
 
     :raises InputError: when it is no output of `batch`. Raises also what `batch` raises.
@@ -99,22 +110,6 @@ def resume(
     asked = built(BatchOptions, options, {**fields, "report_html": known.report_html})
     training = Training(**known.training) if known.training else None
     return batch(known.library, out, Recipe.from_dict(dict(known.recipe)), training, asked, progress=progress)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What one run did: its rows, how long it took, and whether it stopped before the end."""
-
-    rows: Sequence[Result]
-    shard: tuple[int, int]
-    seconds: float
-    gave_up: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """`run` of summary.json."""
-        bad = sum(row.status in ("failed", "refused") for row in self.rows)
-        index, count = self.shard
-        return {"shard": f"{index}/{count}", "items": len(self.rows), "bad": bad, "gave_up": self.gave_up}
 
 
 def _run(found: Plan, out: Path, asked: BatchOptions, progress: Progress) -> list[Result]:
@@ -171,19 +166,21 @@ def _copy(first: Job, job: Job, result: Result) -> Result:
     return same
 
 
-def _finish(items: Sequence[Item], run: _Run, out: Path, options: str) -> Batch:
-    """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options."""
+def _final(items: Sequence[Item], rows: Sequence[Result], out: Path, options: str) -> list[Result]:
+    """A row for everything that is done, by this run and by earlier ones with the same options."""
+    mine = {row.id: row for row in rows}
+    everyone = [mine.get(item.id) or _known(out, item.id, options) for item in items]
+    return [row for row in everyone if row is not None]
+
+
+def _write(out: Path, rows: Sequence[Result], summary: BatchSummary) -> None:
+    """Manifest, summary and page."""
     from bslora_convert.report import library as report
 
-    mine = {row.id: row for row in run.rows}
-    everyone = [mine.get(item.id) or _known(out, item.id, options) for item in items]
-    final = [row for row in everyone if row is not None]
-    replace_file(out / MANIFEST, "".join(json.dumps(row.to_dict()) + "\n" for row in final))
-    summary = summarise(final, len(items), run.seconds if run.shard == (1, 1) else None)
-    summary["run"] = run.to_dict()
-    replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
-    replace_file(out / PAGE, report.render(summary, [row.to_dict() for row in final]))
-    return cast(Batch, summary)
+    listed = [row.to_dict() for row in rows]
+    replace_file(out / MANIFEST, "".join(json.dumps(row) + "\n" for row in listed))
+    replace_file(out / SUMMARY, text_of(summary.to_dict()))
+    replace_file(out / PAGE, report.render(summary, listed))
 
 
 def _known(out: Path, name: str, options: str) -> Result | None:
@@ -196,16 +193,16 @@ def _known(out: Path, name: str, options: str) -> Result | None:
 
 def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> BatchPlan:
     """What a run would do."""
-    return {
-        "dry_run": True,
-        "items": len(items),
-        "in_this_shard": len(own),
-        "to_convert": len(found.jobs),
-        "duplicates": sum(map(len, found.duplicates.values())),
-        "done": sum(result.status == "skipped" for result in found.known),
-        "bytes": found.bytes,
-        "bad": [result.to_dict() for result in found.known if result.status != "skipped"],
-    }
+    return BatchPlan(
+        dry_run=True,
+        items=len(items),
+        in_this_shard=len(own),
+        to_convert=len(found.jobs),
+        duplicates=sum(map(len, found.duplicates.values())),
+        done=sum(result.status == "skipped" for result in found.known),
+        bytes=found.bytes,
+        bad=[result.to_dict() for result in found.known if result.status != "skipped"],
+    )
 
 
 def _check_extras(recipe: Recipe, engine: str) -> None:
@@ -246,8 +243,3 @@ def _make(out: Path) -> None:
         (out / STATE).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
-
-
-def is_failed(summary: Mapping[str, Any]) -> bool:
-    """Whether a batch ends with exit code 1."""
-    return bool(summary["run"]["bad"] or summary["run"]["gave_up"])

@@ -15,7 +15,7 @@ from bslora_convert.bslora.decoded import DECODED_BYTES
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.library.manifest import DONE
 from bslora_convert.library.serving import GIB, slots
-from bslora_convert.results import Capacity
+from bslora_convert.results.library import Capacity
 
 
 def capacity(rows: Sequence[Mapping[str, Any]], gpu_gib: float, base_gib: float) -> Capacity:
@@ -46,10 +46,10 @@ def _fitting(rows: Sequence[Mapping[str, Any]], free: float, gpu_gib: float, bas
         int(row["bytes"] if _is_coded(row) else row["settings"].get("loaded_bytes", row["bytes"])) for row in good
     )
     decoded = DECODED_BYTES if any(_is_coded(row) for row in good) else 0
-    return {
-        "gpu_gib": gpu_gib,
-        "base_gib": base_gib,
-        "slots": {
+    return Capacity(
+        gpu_gib=gpu_gib,
+        base_gib=base_gib,
+        slots={
             kind: {
                 "rank": slot["rank"],
                 "slot_rank": slot["slot_rank"],
@@ -57,13 +57,13 @@ def _fitting(rows: Sequence[Mapping[str, Any]], free: float, gpu_gib: float, bas
             }
             for kind, slot in slots(good).items()
         },
-        "paged": {kind: {"mean_bytes": int(size), "adapters": int(free // size)} for kind, size in mean.items()},
-        "resident": {
+        paged={kind: {"mean_bytes": int(size), "adapters": int(free // size)} for kind, size in mean.items()},
+        resident={
             "mean_bytes": int(held / len(good)),
             "decoded_bytes": decoded,
             "adapters": int(max(free - decoded, 0) // (held / len(good))),
         },
-    }
+    )
 
 
 def _is_coded(row: Mapping[str, Any]) -> bool:

@@ -3,9 +3,10 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -33,11 +34,11 @@ from bslora_convert.modules.lowrank import inner, residual_energy
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.comparing import CompareOptions
 from bslora_convert.recipe.options import built
-from bslora_convert.results import Comparison
+from bslora_convert.results.analysis import Comparison, FormBehaviour, FormRow
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
-Found = tuple[dict[str, Any], Fitted | None]  # a row, and the fit behind it
+Found = tuple[FormRow, Fitted | None]  # a row, and the fit behind it
 ATTACHED_SHARE = 0.5  # of the free memory, for the forms that are on the model at the same time
 
 
@@ -72,19 +73,19 @@ def compare(
     if rows is not None:
         scaling = asked.given
         session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=scaling)
-        _add_functional(found, session, rows)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "tool_version": __version__,
-        "source": {
+        found = _with_behaviour(found, session, rows)
+    record = Comparison(
+        schema_version=SCHEMA_VERSION,
+        tool_version=__version__,
+        source={
             "path": str(adapter.path),
             "sha256": sha256(adapter.weights),
             "parameters": adapter.parameters,
             "modules": len(adapter.modules),
         },
-        "dtype": dtype_name(storage),
-        "rows": [row for row, _ in found],
-    }
+        dtype=dtype_name(storage),
+        rows=[row for row, _ in found],
+    )
     if out is not None:
         from bslora_convert.report import comparison as report
 
@@ -92,8 +93,8 @@ def compare(
             if asked.save:
                 _save(found, place, adapter, storage)
             report.write(place, record)
-            record = seal(place, COMPARISON_NAME, record)
-    return cast(Comparison, record)
+            record = replace(record, files=seal(place, COMPARISON_NAME, record.to_dict()))
+    return record
 
 
 def _fitted(adapter: LoraAdapter, storage: torch.dtype, asked: CompareOptions, progress: Progress) -> list[Found]:
@@ -118,47 +119,46 @@ def _fitted(adapter: LoraAdapter, storage: torch.dtype, asked: CompareOptions, p
     return found
 
 
-def _row(
-    name: str, budget: float, source: Source, storage: torch.dtype, seed: int, plain: Fitted | None
-) -> tuple[dict[str, Any], Fitted | None]:
+def _row(name: str, budget: float, source: Source, storage: torch.dtype, seed: int, plain: Fitted | None) -> Found:
     """One form at one size: its numbers, or why it has none. plain: what it only scales, where that is fitted already."""
-    numbers = source.parameters if math.isnan(budget) else math.floor(budget * source.parameters)
+    own_size = math.isnan(budget)
+    numbers = source.parameters if own_size else math.floor(budget * source.parameters)
     began = time.perf_counter()
-    row: dict[str, Any] = {"form": name, "budget": None if math.isnan(budget) else budget}
     try:
         fitted = FORMS[name](source, numbers, storage, seed) if plain is None else as_strong(source, plain, storage)
     except OutOfReach as reason:
-        nothing = dict.fromkeys(("parameters", "parameter_ratio", "bytes", "byte_ratio", "relative_error", "gain"))
-        seconds = time.perf_counter() - began
-        row["budget"] = 1.0 if math.isnan(budget) else budget
-        return {**row, **nothing, "seconds": seconds, "note": str(reason), "settings": {}, "functional": None}, None
+        row = FormRow(
+            form=name, budget=1.0 if own_size else budget, parameters=None, parameter_ratio=None, bytes=None, byte_ratio=None,
+            relative_error=None, gain=None, seconds=time.perf_counter() - began, note=str(reason), settings={}, functional=None,
+        )  # fmt: skip
+        return row, None
     seconds = time.perf_counter() - began
     lost = along = 0.0
     for module, delta in source.deltas.items():
         target, made = delta.factors(), fitted.deltas[module]
         lost += residual_energy(target, source.grams[module], made)
         along += inner(target, made)
-    ratio = fitted.parameters / source.parameters
     size = fitted.parameters * storage.itemsize if fitted.bytes is None else fitted.bytes
     share = size / (source.parameters * storage.itemsize)
-    return {
-        **row,
-        "budget": share if math.isnan(budget) else budget,
-        "parameters": fitted.parameters,
-        "parameter_ratio": ratio,
-        "bytes": size,
-        "byte_ratio": share,
-        "relative_error": math.sqrt(lost / source.energy) if source.energy else 0.0,
-        "gain": along / source.energy if source.energy else 1.0,
-        "seconds": seconds,
-        "note": "at its own size" if math.isnan(budget) else "",
-        "settings": dict(fitted.settings),
-        "functional": None,
-    }, fitted
+    row = FormRow(
+        form=name,
+        budget=share if own_size else budget,
+        parameters=fitted.parameters,
+        parameter_ratio=fitted.parameters / source.parameters,
+        bytes=size,
+        byte_ratio=share,
+        relative_error=math.sqrt(lost / source.energy) if source.energy else 0.0,
+        gain=along / source.energy if source.energy else 1.0,
+        seconds=seconds,
+        note="at its own size" if own_size else "",
+        settings=dict(fitted.settings),
+        functional=None,
+    )
+    return row, fitted
 
 
-def _add_functional(found: Sequence[Found], session: BaseModelSession, prompts: Prompts) -> None:
-    """Puts behaviour on the prompts into the rows that were fitted."""
+def _with_behaviour(found: Sequence[Found], session: BaseModelSession, prompts: Prompts) -> list[Found]:
+    """The same with behaviour on the prompts in the rows that were fitted."""
     examples = session.encode(prompts).examples
     carried = session.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
@@ -184,17 +184,22 @@ def _add_functional(found: Sequence[Found], session: BaseModelSession, prompts: 
         )
         for adapter in attached.values():
             adapter.remove()
-    for index, divergence in measured.items():
-        values = divergence.to_dict()
-        found[int(index)][0]["functional"] = {
-            "kl": values["kl"],
-            "base_kl": values["base_kl"],
-            "retention": values["retention"],
-            "agreement": values["agreement"],
-            "nll": values["nll"]["compact"],
-            "nll_reference": values["nll"]["reference"],
-            "rows": len(examples),
-        }
+    return [
+        (replace(row, functional=_behaviour(measured[str(index)], len(examples))), fitted)
+        if fitted is not None
+        else (row, None)
+        for index, (row, fitted) in enumerate(found)
+    ]
+
+
+def _behaviour(divergence: Divergence, rows: int) -> FormBehaviour:
+    values = divergence.to_dict()
+    return FormBehaviour(
+        **{name: values[name] for name in ("kl", "base_kl", "retention", "agreement")},
+        nll=values["nll"]["compact"],
+        nll_reference=values["nll"]["reference"],
+        rows=rows,
+    )
 
 
 def handfuls(sizes: Mapping[str, int], most: float) -> list[list[str]]:
@@ -229,7 +234,7 @@ def _save(found: Sequence[Found], place: Path, adapter: LoraAdapter, storage: to
     for row, fitted in found:
         if fitted is None:
             continue
-        directory = place / f"{row['form']}-{row['budget']:.4g}"
+        directory = place / f"{row.form}-{row.budget:.4g}"
         directory.mkdir()
         if fitted.save is not None:
             fitted.save(directory, adapter.config.raw)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from bslora_convert.behaviour.checkpoints import forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
@@ -37,7 +36,8 @@ from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import is_whole
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
-from bslora_convert.results import Fidelity
+from bslora_convert.report.conversion import publish
+from bslora_convert.results.adapter import Fidelity
 
 FINEST_ERROR = 1e-4  # to which an error that could be reached is recorded
 
@@ -80,20 +80,20 @@ def compress(
     run = TrainingRun(training, out, began)
     made, used, extras = _converted(resolve(source), adapter, measured, recipe, files, run, progress)
     if recipe.calibration.finetune is not None and not is_writer():
-        return cast(Fidelity, written_by_another(out))
+        return Fidelity.from_dict(written_by_another(out))
     origin = Origin(adapter, measured, sha256(adapter.weights), recorded_as or str(adapter.path))
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         seconds = {"read": read - began, "fit": fitted - read} if recorded_as is None else None
-        record = write_result(
-            place, made, origin, used.to_dict(), extras, seconds, html=report_html, progress=progress
-        )  # fmt: skip
-        _check_error(recipe, adapter, record["weight"]["relative_error"])
+        record = publish(
+            place, write_result(place, made, origin, used.to_dict(), extras, seconds, progress), html=report_html
+        )
+        _check_error(recipe, adapter, record.weight.relative_error)
     if recipe.calibration.base_model is not None:
         forget_completions(out)
     if recipe.calibration.finetune is not None:
         meet()
-    return cast(Fidelity, record)
+    return record
 
 
 def _check(recipe: Recipe, training: Training) -> None:

@@ -5,8 +5,9 @@ shared under every module.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -31,7 +32,8 @@ from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
 from bslora_convert.recipe.expanding import UNIFORM, ExpandOptions
 from bslora_convert.recipe.options import built
-from bslora_convert.results import Expanded
+from bslora_convert.report import expansion
+from bslora_convert.results.adapter import Expanded, OriginalRecord, ServedRecord
 from bslora_convert.serving import mlx
 from bslora_convert.serving.engines import ENGINES, Engine
 from bslora_convert.serving.gguf import GGUF_NAME, Base, read_base, read_gguf, write_gguf
@@ -81,22 +83,20 @@ def expand(
         notes = [*adapter.notes, *(copy_travelling(adapter.path, place) if plan.layout in ("lora", "official") else ())]
         for name in plan.reader.left if plan.reader else ():
             (place / name).unlink(missing_ok=True)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "tool_version": __version__,
-            "source": {"path": source_name or as_written(compact), "sha256": sha256(weights)},
-            "format": plan.layout,
-            "engine": plan.engine,
+        record = Expanded(
+            schema_version=SCHEMA_VERSION,
+            tool_version=__version__,
+            source={"path": source_name or as_written(compact), "sha256": sha256(weights)},
+            format=plan.layout,
+            engine=plan.engine,
             **result,
-            "original": _original(own, result["relative_error"]),
-            "dtype": stored,
-            "base_model": config.get("base_model_name_or_path"),
-            "notes": notes,
-        }
-        from bslora_convert.report import expansion
-
+            original=_original(own, result["relative_error"]),
+            dtype=stored,
+            base_model=config.get("base_model_name_or_path"),
+            notes=notes,
+        )
         expansion.write(place, record, config, carried(adapter.path))
-        return cast(Expanded, seal(place, EXPANSION_NAME, record))
+        return replace(record, files=seal(place, EXPANSION_NAME, record.to_dict()))
 
 
 def planned(options: ExpandOptions | None, fields: Mapping[str, Any]) -> ExpandOptions:
@@ -210,17 +210,17 @@ def _sizes(modules: Modules, file: Path) -> dict[str, Any]:
     }
 
 
-def _served(modules: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
+def _served(modules: Mapping[str, Any], engine: Engine) -> ServedRecord:
     """What a server reserves for it: the rank that it has to be started with, and the bytes of one slot in half precision.
 
     Both are None where no slot holds the rank.
     """
     rank = engine.slot(max(module.rank for module in modules.values()))
     width = width_of(module.shape for module in modules.values())
-    return {"max_lora_rank": rank, "slot_bytes": bytes_of(rank, width) if rank else None}
+    return ServedRecord(max_lora_rank=rank, slot_bytes=bytes_of(rank, width) if rank else None)
 
 
-def _original(own: Mapping[str, Any], added: float) -> dict[str, Any] | None:
+def _original(own: Mapping[str, Any], added: float) -> OriginalRecord | None:
     """How far off the LoRA is that the compact adapter was made from, at most: ‖ΔW − ΔŴ‖ / ‖ΔW‖, by what its record says.
 
     added: the error of what was written against the compact form.
@@ -228,7 +228,7 @@ def _original(own: Mapping[str, Any], added: float) -> dict[str, Any] | None:
     known = own.get("weight", {}).get("relative_error") if isinstance(own.get("weight"), dict) else None
     if not isinstance(known, int | float):
         return None
-    return {"sha256": own.get("source", {}).get("sha256"), "relative_error": known + added * (1 + known)}
+    return OriginalRecord(sha256=own.get("source", {}).get("sha256"), relative_error=known + added * (1 + known))
 
 
 def _error(form: BsloraForm, written: Callable[[str], Factors]) -> float:

@@ -11,7 +11,8 @@ from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.expanding import ExpandOptions
-from bslora_convert.results import LibraryExpansion
+from bslora_convert.results.adapter import ServedRecord
+from bslora_convert.results.library import LibraryExpansion
 from bslora_convert.verbs.expand import expand, planned
 
 
@@ -38,21 +39,23 @@ def expand_library(
 
     def one(row: Any, _: Progress) -> dict[str, Any]:
         name = f"{address}{MARK}{row['id']}" if is_url(address) else None
-        return {**expand(place / row["id"], out / row["id"], asked, source_name=name)}
+        return expand(place / row["id"], out / row["id"], asked, source_name=name).to_dict()
 
     rows = for_each(there, "expanding", one, progress)
     good = [row for row in rows if row["status"] == OK]
     served = [row["served"] for row in good if row["served"]]
-    return {
-        "library": address,
-        "rows": rows,
-        "adapters": len(rows),
-        "bad": len(rows) - len(good),
-        "bytes": sum(row["bytes"] for row in good),
-        "rank": max((row["ranks"]["max"] for row in good if "max" in row["ranks"]), default=None),
-        "served": {name: _largest(slot[name] for slot in served) for name in served[0]} if served else None,
-        "notes": gone,
-    }
+    return LibraryExpansion(
+        library=address,
+        rows=rows,
+        adapters=len(rows),
+        bad=len(rows) - len(good),
+        bytes=sum(row["bytes"] for row in good),
+        rank=max((row["ranks"]["max"] for row in good if "max" in row["ranks"]), default=None),
+        served=ServedRecord(**{name: _largest(slot[name] for slot in served) for name in served[0]})
+        if served
+        else None,
+        notes=gone,
+    )
 
 
 def _largest(values: Iterable[int | None]) -> int | None:

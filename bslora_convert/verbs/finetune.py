@@ -6,7 +6,7 @@ read both -> base model -> distil -> write beside -> read back -> measure agains
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
@@ -30,7 +30,8 @@ from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.training import Training
-from bslora_convert.results import Fidelity
+from bslora_convert.report.conversion import publish
+from bslora_convert.results.adapter import Fidelity
 
 
 def finetune(
@@ -78,7 +79,7 @@ def finetune(
         start = Converted(pair.student.form, pair.student.codes)
         done = distill(session, start, split, run, checkpoints=checkpoints, resume=asked.resume)
     if not is_writer():
-        return cast(Fidelity, written_by_another(out))
+        return Fidelity.from_dict(written_by_another(out))
     known = recorded(compact)
     notes = (*pair.student.notes, *known.get("notes", ()), *shared, *done.notes)
     extras = Extras(known.get("evidence"), done.record, done.log, notes)
@@ -87,13 +88,12 @@ def finetune(
     origin = Origin(source, pair.measured, session.adapter.sha256, str(source.path))
     with modules_over_cores(), landing(out, asked.overwrite) as place:
         trained = time.perf_counter()
-        record = write_result(
-            place, Converted(done.form, done.codes), origin, recipe, extras, {"read": read - began, "fit": trained - read},
-            html=asked.report_html, progress=progress,
-        )  # fmt: skip
+        seconds = {"read": read - began, "fit": trained - read}
+        written = write_result(place, Converted(done.form, done.codes), origin, recipe, extras, seconds, progress)
+        record = publish(place, written, html=asked.report_html)
     forget(out)
     meet()
-    return cast(Fidelity, record)
+    return record
 
 
 def _rows(prompts: str | Path, asked: FinetuneOptions, training: Training) -> tuple[Prompts, Prompts | None]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
-from bslora_convert.results import Inspection
+from bslora_convert.results.adapter import Inspection
 
 
 def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> Inspection:
@@ -37,23 +37,23 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
     config = read_json(directory / CONFIG_NAME)
     kind = config.get("peft_type", "LORA")
     if kind == PEFT_TYPE:
-        return cast(Inspection, _compact(directory, weights))
+        return Inspection(**_compact(directory, weights))
     reasons: list[str] = []
     adapter = None
     try:
         if kind == OFFICIAL_TYPE:
-            return cast(Inspection, _official(load_official(path)))
+            return Inspection(**_official(load_official(path)))
         adapter = load_lora(path, alpha=lora_alpha, rslora=use_rslora)
     except Refused as refusal:
         reasons = [str(refusal)]
-    result = {
+    result: dict[str, Any] = {
         "kind": "official-bslora" if kind == OFFICIAL_TYPE else "lora",
         "convertible": not reasons,
         "reasons": reasons,
         "base_model": config.get("base_model_name_or_path"),
     }
     if adapter is None:
-        return cast(Inspection, result | _raw(weights, config))
+        return Inspection(**result, **_raw(weights, config))
     shapes = {name: module.shape for name, module in adapter.modules.items()}
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     source = measure(adapter.modules, adapter.kinds)
@@ -72,7 +72,7 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
         "sizes": sizes(source, adapter, path),
         "notes": list(adapter.notes),
     }
-    return cast(Inspection, found)
+    return Inspection(**found)
 
 
 def _compact(directory: Path, weights: Path) -> dict[str, Any]:

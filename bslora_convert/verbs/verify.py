@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
@@ -14,7 +14,7 @@ from bslora_convert.behaviour.intervals import few_words, too_few
 from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.saving import MEASURES, Saving
+from bslora_convert.behaviour.saving import ON_PROMPTS, Saving
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.thresholds import checked_limits
 from bslora_convert.errors import InputError, RecipeError
@@ -26,7 +26,8 @@ from bslora_convert.files.store import as_written, is_url
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
-from bslora_convert.results import Verification
+from bslora_convert.report import page as report
+from bslora_convert.results.behaviour import AdapterRecord, GenerationRecord, PromptsRecord, TaskRecord, Verification
 
 SCHEMA_VERSION = 1
 GENERATED = 12  # rows whose generations are compared, spread evenly over the file
@@ -70,11 +71,9 @@ def verify(
     if saving is not None:
         saving.check(pair.reference, pair.base_model, len(rows.rows) if rows is not None else None, asked)
     record = _measured(pair, rows, asked, progress)
-    record["thresholds"] = checked_limits(record, asked.limits)
-    record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
     if saving is not None:
-        saving.keep(record)
-    return cast(Verification, record)
+        saving.keep(record, report.with_functional)
+    return record
 
 
 def _rows(asked: VerifyOptions) -> Prompts | None:
@@ -119,7 +118,7 @@ class _Pair:
         return cls(compact, first, reference, second, base_model, another)
 
 
-def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress: Progress) -> dict[str, Any]:
+def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress: Progress) -> Verification:
     """Every measure, on the base model."""
     first, second = pair.compact, pair.reference
     with ExitStack() as stack:  # whoever takes the base next finds nothing on it
@@ -128,24 +127,15 @@ def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress:
         base = session.base
         attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
         stack.callback(attached.remove)
-        record: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "base_model": pair.base_model,
-            "compact": {"path": as_written(pair.name), "kind": first.kind, "sha256": first.sha256},
-            "reference": {"path": str(pair.reference_name), "kind": second.kind, "sha256": second.sha256},
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "device": base.device.type,
-            **dict.fromkeys(MEASURES),
-            "worst": [],
-            "tasks": {},
-            "notes": [*first.notes, *_notes(base, first, second)],
-        }
+        notes = [*first.notes, *_notes(base, first, second)]
         if pair.is_another:
-            record["notes"].append("the reference is not what the adapter was made from")
+            notes.append("the reference is not what the adapter was made from")
+        measured: dict[str, Any] = {**dict.fromkeys(ON_PROMPTS), "worst": []}
         if rows is not None:
-            measured, notes = _on_prompts(session, attached, rows, asked.seed)
-            record |= measured
-            record["notes"] += notes
+            found, said = _on_prompts(session, attached, rows, asked.seed)
+            measured |= found
+            notes += said
+        tasks: dict[str, TaskRecord] = {}
         if asked.tasks:
             from bslora_convert.behaviour.harness import evaluate
 
@@ -154,11 +144,24 @@ def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress:
                 "reference": session.reference,
                 "compact": attached,
             }
-            scores = evaluate(base, states, asked, progress)
-            record["tasks"] = {task: found.compared(asked.seed) for task, found in scores.items()}
-            few = {task: found["items"] for task, found in record["tasks"].items() if too_few(found["items"])}
-            record["notes"] += [few_words(task, items, "items") for task, items in few.items()]
-    return record
+            tasks = {
+                task: found.compared(asked.seed) for task, found in evaluate(base, states, asked, progress).items()
+            }
+            notes += [few_words(name, task.items, "items") for name, task in tasks.items() if too_few(task.items)]
+        thresholds = checked_limits({**measured, "tasks": tasks}, asked.limits)
+        return Verification(
+            schema_version=SCHEMA_VERSION,
+            base_model=pair.base_model,
+            compact=AdapterRecord(path=as_written(pair.name), kind=first.kind, sha256=first.sha256),
+            reference=AdapterRecord(path=str(pair.reference_name), kind=second.kind, sha256=second.sha256),
+            dtype=str(base.model.dtype).removeprefix("torch."),
+            device=base.device.type,
+            **measured,
+            tasks=tasks,
+            notes=notes,
+            thresholds=thresholds,
+            passed=all(checked.passed for checked in thresholds.values()),
+        )
 
 
 def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
@@ -208,13 +211,13 @@ def _on_prompts(
     count = len(found.rows)
     few = (few_words(prompts.path.name, count, "rows"),) if too_few(count) else ()
     return {
-        "prompts": {
-            "rows": len(rows.rows),
-            "tokens": found.tokens,
-            "sha256": sha256(prompts.path),
-            "cut": rows.cut,
-            "completions_written": rows.written,
-        },
+        "prompts": PromptsRecord(
+            rows=len(rows.rows),
+            tokens=found.tokens,
+            sha256=sha256(prompts.path),
+            cut=rows.cut,
+            completions_written=rows.written,
+        ),
         **found.to_dict(seed),
         **_generations(session, compact, found, replace(prompts, rows=rows.rows)),
     }, (*rows.notes, *few)
@@ -248,11 +251,11 @@ def _generations(session: BaseModelSession, compact: Attached, found: Divergence
         texts[name] = dict(zip(shown, written, strict=True))
     pairs = [(texts["reference"][row.line].strip(), texts["compact"][row.line].strip()) for row in sample]
     return {
-        "generation": {
-            "rows": len(pairs),
-            "exact_match": sum(first == second for first, second in pairs) / len(pairs),
-            "rouge_l": sum(rouge_l(*both) for both in pairs) / len(pairs),
-        }
+        "generation": GenerationRecord(
+            rows=len(pairs),
+            exact_match=sum(first == second for first, second in pairs) / len(pairs),
+            rouge_l=sum(rouge_l(*both) for both in pairs) / len(pairs),
+        )
         if pairs
         else None,
         "worst": [

@@ -18,7 +18,7 @@ from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
-from bslora_convert.results import LibraryVerification
+from bslora_convert.results.behaviour import LibraryVerification, Verification
 from bslora_convert.verbs.verify import check_saved, verify
 
 SCHEMA_VERSION = 1
@@ -63,19 +63,19 @@ def verify_library(
         rows = sorted(for_each(ordered, "measuring", one, progress), key=_worst_first)
     bad = [row["id"] for row in rows if row["status"] != OK]
     missed = [row["id"] for row in rows if not row.get("passed", True)]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "library": address,
-        "rows": rows,
-        "adapters": len(rows),
-        "bad": bad,
-        "missed": missed,
-        "retention": _spread(rows, "retention"),
-        "kl": _spread(rows, "kl"),
-        "agreement": _spread(rows, "agreement"),
-        "passed": not bad and not missed,
-        "notes": gone,
-    }
+    return LibraryVerification(
+        schema_version=SCHEMA_VERSION,
+        library=address,
+        rows=rows,
+        adapters=len(rows),
+        bad=bad,
+        missed=missed,
+        retention=_spread(rows, "retention"),
+        kl=_spread(rows, "kl"),
+        agreement=_spread(rows, "agreement"),
+        passed=not bad and not missed,
+        notes=gone,
+    )
 
 
 def _named_base(directory: Path) -> str:
@@ -86,8 +86,8 @@ def _named_base(directory: Path) -> str:
         return ""
 
 
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in TEXTS}
+def _told(record: Verification) -> dict[str, Any]:
+    return {name: value for name, value in record.to_dict().items() if name not in TEXTS}
 
 
 def _worst_first(row: Mapping[str, Any]) -> tuple[bool, float, str]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError, Unsaved
 from bslora_convert.files.record import foreign
 from bslora_convert.lora import load_lora
+from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.results.behaviour import TaskRecord
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
 
@@ -212,25 +215,26 @@ def test_less_never_replaces_more(compact: Path, tmp_path: Path) -> None:
 def test_prompts_and_tasks_stand_side_by_side(compact: Path) -> None:
     adapters = read_adapter(compact), read_adapter(LORA)
     on_prompts = quick(compact, save=True)
-    task = {"metric": "acc", "items": 8, "base": 0.1, "reference": 0.5, "compact": 0.5, "difference_ci95": [0.0, 0.0]}
-    nothing = dict.fromkeys(("prompts", "kl", "agreement", "retention", "base_kl"))
+    task = TaskRecord(metric="acc", items=8, base=0.1, reference=0.5, compact=0.5, difference_ci95=[0.0, 0.0])
+    nothing: dict[str, Any] = dict.fromkeys(("prompts", "kl", "agreement", "retention", "base_kl"))
 
-    def keep(tasks: dict[str, Any], **options: Any) -> None:
-        saving = Saving.plan(adapters[0], None, save=True, overwrite=False, another_reference=False)
+    def keep(tasks: dict[str, TaskRecord], **options: Any) -> None:
+        asked = VerifyOptions(save=True, tasks=tuple(tasks), **options)
+        saving = Saving.plan(adapters[0], asked, another_reference=False)
         assert saving is not None
-        saving.check(adapters[1], str(BASE), None, tuple(tasks), options.get("limit"))
-        saving.keep({**on_prompts, **nothing, "tasks": tasks})
+        saving.check(adapters[1], str(BASE), None, asked)
+        saving.keep(replace(on_prompts, **nothing, tasks=tasks), lambda page, _: page)
 
     keep({"arc": task})
     kept = json.loads((compact / "verify.json").read_text())
-    assert kept == {**on_prompts, "tasks": {"arc": task}}
+    assert kept == {**on_prompts.to_dict(), "tasks": {"arc": task.to_dict()}}
     quick(compact, save=True)  # prompts again leave the task
     keep({"boolq": task})
     assert set(json.loads((compact / "verify.json").read_text())["tasks"]) == {"arc", "boolq"}
     with pytest.raises(OutputError, match="arc measured on 8 items, and this time there are 3"):
         keep({"arc": task}, limit=3)
     with pytest.raises(Unsaved, match="this time there are 2") as found:
-        keep({"arc": {**task, "items": 2}})
+        keep({"arc": replace(task, items=2)})
     assert found.value.record["tasks"]["arc"]["items"] == 2
 
 

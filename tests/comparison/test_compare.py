@@ -19,12 +19,14 @@ from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SU
 from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.gain import LARGEST
-from bslora_convert.report.commands import CALLS
-from bslora_convert.report.commands import compress as calls_for
+from bslora_convert.report.advice import CALLS
+from bslora_convert.report.advice import compress as calls_for
+from bslora_convert.results.analysis import Comparison, FormRow
 from bslora_convert.verbs.compare import handfuls
 from tests.baselines.planted import PLANTED
 from tests.conftest import FIXTURES
 from tests.planting import KINDS, deltas_of, plant, write_lora
+from tests.records import blank
 
 TINY = FIXTURES / "tiny"
 CHEAP = (
@@ -242,8 +244,8 @@ def test_the_call_that_is_printed_makes_the_form(form: str, tmp_path: Path) -> N
 
 
 def test_what_is_printed_is_the_best_that_compress_makes() -> None:
-    def row(form: str, budget: float, error: float, kl: float | None = None) -> dict[str, Any]:
-        return {"form": form, "budget": budget, "relative_error": error, "functional": kl and {"kl": kl}}
+    def row(form: str, budget: float, error: float, kl: float | None = None) -> FormRow:
+        return blank(FormRow, form=form, budget=budget, relative_error=error, functional=kl and {"kl": kl})
 
     plain = [row("svd_mixed", 0.5, 0.10), row("svd_adaptive", 0.5, 0.30), row("svd_nf4_unbiased", 0.5, 0.01)]
     scaled = [row("svd_mixed_unbiased", 0.5, 0.11), row("svd_int4_unbiased", 0.5, 0.12)]
@@ -257,7 +259,7 @@ def test_what_is_printed_is_the_best_that_compress_makes() -> None:
         (measured, "svd_int4_unbiased", "lowest KL"),
         (measured[:1] + measured[3:4], "svd_mixed", "lowest KL"),
     ):
-        (advice,) = calls_for({"source": {"path": "lora"}, "rows": rows}).values()
+        (advice,) = calls_for(blank(Comparison, source={"path": "lora"}, rows=rows)).values()
         assert advice.form == form
         assert reason in advice.reason
         assert ("--gain least-squares" in advice.call) == (not form.endswith(SUFFIX))

@@ -14,24 +14,25 @@ from bslora_convert.cli.verb import Output
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.report import verdict
 from bslora_convert.report.page import with_functional
+from bslora_convert.results.behaviour import Verification
+from bslora_convert.results.library import BatchSummary
 from bslora_convert.verbs.analyze import analyze
 from bslora_convert.verbs.batch import batch
 from bslora_convert.verbs.compare import compare
 from bslora_convert.verbs.compress import compress
 from tests.planting import random_products, write_lora
+from tests.records import blank
 
 PAGES = ("report", "coded", "analysis", "comparison", "library")
 HINT = "Behaviour has not been measured"
-FUNCTIONAL: dict[str, Any] = {
-    "kl": 0.24024, "base_kl": 2.97, "retention": 0.919, "agreement": 0.565, "prompts": {"rows": 8, "tokens": 757},
-    "perplexity": {"base": 3.0, "reference": 1.0, "compact": 2.0}, "tasks": {}, "generation": None, "worst": [],
-    "notes": ["ATTENTION: the answers differ", "rows were cut"], "base_model": "b", "reference": {"path": "r"},
-    "dtype": "float32", "device": "cpu",
-    "thresholds": {
+FUNCTIONAL = blank(
+    Verification, kl=0.24024, base_kl=2.97, retention=0.919, agreement=0.565, prompts={"rows": 8, "tokens": 757},
+    perplexity={"base": 3.0, "reference": 1.0, "compact": 2.0}, notes=["ATTENTION: the answers differ", "rows were cut"],
+    thresholds={
         "max_kl": {"limit": 0.0001, "value": 0.24024, "passed": False},
         "min_retention": {"limit": 0.5, "value": 0.919, "passed": True},
     },
-}  # fmt: skip
+)  # fmt: skip
 
 
 class Element:
@@ -181,10 +182,10 @@ def test_the_hint_is_gone_once_there_is_a_measurement(pages: dict[str, str]) -> 
     assert HINT not in page
     assert with_functional(page, FUNCTIONAL) == page
     text = " ".join(tree(page).text.split())
-    assert "Missed: the KL to the reference is 0.2402 nats a token; at most 0.0001 nats a token was asked for." in text
+    assert "Missed: the KL to the original is 0.2402 nats a token; at most 0.0001 nats a token was asked for." in text
     assert "max_kl" not in text
     cells = [[cell.text.strip() for cell in row.inside] for row in tree(page).all("tr")]
-    assert ["Share of the adapter's effect that survived", "at least 50%", "91.9%", "met"] in cells
+    assert ["Share of the adapter's effect kept", "at least 50%", "91.9%", "met"] in cells
     assert "ATTENTION: the answers differ." in text
     assert text.count("answers differ") == 1
     assert {head.attributes.get("scope") for head in tree(page).all("th")} == {"row", "col"}
@@ -194,13 +195,13 @@ def test_the_hint_is_gone_once_there_is_a_measurement(pages: dict[str, str]) -> 
     ("name", "limit", "value", "words"),
     [
         ("min_agreement", 0.9, 0.565, "share of tokens with the same first choice is 56.5%; at least 90% was"),
-        ("min_retention", 0.98, 0.97994, "effect that survived is 97.994%; at least 98% was"),
+        ("min_retention", 0.98, 0.97994, "effect kept is 97.994%; at least 98% was"),
         ("max_accuracy_drop", 0.01, 0.03, "largest drop of a task's score is 3%; at most 1% was"),
     ],
 )
 def test_thresholds_are_words(name: str, limit: float, value: float, words: str) -> None:
     checked = {name: {"limit": limit, "value": value, "passed": False}}
-    said = verdict.behaviour({"kl": None, "tasks": {}, "thresholds": checked})
+    said = verdict.behaviour(blank(Verification, thresholds=checked))
     assert words in said[-1]
     assert name not in said[-1]
 
@@ -220,7 +221,7 @@ def test_the_same_numbers_give_the_same_comparison_and_library(tmp_path: Path) -
     record = compare(lora, budgets=[0.5], forms=["svd_adaptive"])
     batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0, report_html=False)
     rows = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = BatchSummary.from_dict(json.loads((tmp_path / "out" / "summary.json").read_text()))
     assert library.render(summary, rows) == library.render(summary, rows)
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from bslora_convert.report import analysis, comparison, plots
 from bslora_convert.report.labels import OUTSIDE, beside, short_layers
+from bslora_convert.results.analysis import Comparison, FormRow
+from tests.records import blank
 
 KINDS = [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
 
@@ -62,10 +64,8 @@ def test_labels_of_maps_do_not_touch(layers: list[str], kinds: list[str], width:
         assert figure.get_figheight() < 18
 
 
-def row(form: str, budget: float, error: float, kl: float) -> dict[str, Any]:
-    return {
-        "form": form, "budget": budget, "byte_ratio": budget, "relative_error": error, "functional": {"kl": kl},
-    }  # fmt: skip
+def row(form: str, budget: float, error: float, kl: float) -> FormRow:
+    return blank(FormRow, form=form, budget=budget, byte_ratio=budget, relative_error=error, functional={"kl": kl})
 
 
 @pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
@@ -78,7 +78,7 @@ def test_labels_of_comparisons_do_not_touch(lowest: float, forms: int, width: fl
         for i in range(forms)
         for budget, error in zip(budgets, errors, strict=True)
     ]
-    for _, figure in comparison.figures({"rows": rows}, width).values():
+    for _, figure in comparison.figures(blank(Comparison, rows=rows), width).values():
         assert crossing(figure) == []
         assert not beyond(figure)
         shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]

@@ -4,7 +4,6 @@ import base64
 import html.parser
 import re
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -12,8 +11,10 @@ import pytest
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.report import verdict
 from bslora_convert.report.page import size
+from bslora_convert.results.adapter import Fidelity
 from bslora_convert.verbs.compress import compress
 from tests.planting import random_products, write_lora
+from tests.records import blank
 
 
 class Page(html.parser.HTMLParser):
@@ -68,17 +69,19 @@ def test_names_from_the_input_are_escaped(tmp_path: Path) -> None:
     assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
 
 
-def record(transform: str, error: float, svd: float, expanded: int = 8) -> dict[str, Any]:
-    return {
-        "compact": {"transform": transform, "parameter_ratio": 0.4, "byte_ratio": 0.5, "expanded_rank": expanded},
-        "weight": {
+def record(transform: str, error: float, svd: float, expanded: int = 8) -> Fidelity:
+    return blank(
+        Fidelity,
+        compact={"transform": transform, "parameter_ratio": 0.4, "byte_ratio": 0.5, "expanded_rank": expanded},
+        weight={
             "relative_error": error,
             "energy_kept": 1 - error**2,
+            "gain": 1.0,
             "modules": [{"name": "q", "energy": 1.0, "relative_error": error, "local_rank": 4}],
         },
-        "baselines": {"svd_adaptive": {"relative_error": svd}},
-        "source": {"ranks": {"8": 14}},
-    }
+        baselines={"svd_adaptive": {"relative_error": svd}},
+        source={"ranks": {"8": 14}},
+    )
 
 
 @pytest.mark.parametrize(

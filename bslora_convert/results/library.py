@@ -1,0 +1,89 @@
+"""Records of a library: planned, converted, expanded, and how much of it fits a GPU."""
+
+from typing import Any
+
+from bslora_convert.results.adapter import ServedRecord
+from bslora_convert.results.record import Record, record
+
+
+@record
+class RunRecord(Record):
+    """One run of `batch`. gave_up: whether it stopped before the end."""
+
+    shard: str
+    items: int
+    bad: int
+    gave_up: bool
+
+
+@record
+class BatchSummary(Record):
+    """`summary.json`: what `batch` returns. serving: a server's slots before and after."""
+
+    schema_version: int
+    items: int
+    ok: int
+    skipped: int
+    failed: int
+    refused: int
+    pending: int
+    duplicates: int
+    bytes_before: int
+    bytes_after: int
+    byte_ratio: float | None
+    relative_error: dict[str, float] | None
+    errors: dict[str, int]
+    seconds: float | None
+    adapters_per_second: float | None
+    source_bytes_per_second: float | None
+    serving: dict[str, Any] | None = None
+    run: RunRecord
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether a batch ends with exit code 1."""
+        return bool(self.run.bad or self.run.gave_up)
+
+
+@record
+class BatchPlan(Record):
+    """What `batch` returns with `dry_run`: what a run would do. bad: rows of what could not be converted."""
+
+    dry_run: bool
+    items: int
+    in_this_shard: int
+    to_convert: int
+    duplicates: int
+    done: int
+    bytes: int
+    bad: list[dict[str, Any]]
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether a batch ends with exit code 1."""
+        return bool(self.bad)
+
+
+@record
+class Capacity(Record):
+    """What `capacity` returns: adapters by an engine's slots, and by engines that keep each one's own bytes."""
+
+    gpu_gib: float
+    base_gib: float
+    slots: dict[str, dict[str, Any]]
+    paged: dict[str, dict[str, Any]]
+    resident: dict[str, int]
+
+
+@record
+class LibraryExpansion(Record):
+    """What `expand_library` returns: a row for each adapter, and the largest rank and slot of them all."""
+
+    library: str
+    rows: list[dict[str, Any]]
+    adapters: int
+    bad: int
+    bytes: int
+    rank: int | None
+    served: ServedRecord | None
+    notes: list[str]
