@@ -77,7 +77,7 @@ def conversions(lora: Path, base: Path, out: Path, rows: int, steps: int) -> Tab
         table.add_column(column, justify="right" if column else "left")
     for number, (name, recipe) in enumerate(recipes.items()):
         place = out / "converted" / str(number)
-        training = Training(max_steps=steps, evaluate_every=steps) if recipe.evidence.finetune is not None else None
+        training = Training(max_steps=steps, evaluate_every=steps) if recipe.calibration.finetune is not None else None
         record, seconds, most = costs(
             lambda recipe=recipe, place=place, training=training: compress(
                 lora, place, recipe, training=training, overwrite=True, report_html=False

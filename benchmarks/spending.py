@@ -17,7 +17,7 @@ from rich.table import Table
 from bslora_convert import Recipe, compress, verify
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.workshop import open_workshop
+from bslora_convert.behaviour.session import open_session
 from bslora_convert.coding import form
 from bslora_convert.modules.names import kind_of
 from bslora_convert.process.progress import silent
@@ -25,10 +25,10 @@ from bslora_convert.process.progress import silent
 
 def powers(options: argparse.Namespace) -> Table:
     """E‖x‖²‖g‖² of each kind of module, and a number of its update."""
-    workshop = open_workshop(options.lora, options.base_model, "cpu", "auto", silent)
-    factors = {name: module.local for name, module in workshop.adapter.form.modules.items()}
-    rows = workshop.encode(Prompts.read(options.fed)).examples
-    moments = collect(workshop.base, workshop.reference, factors, rows, 8, gradients=True)
+    session = open_session(options.lora, options.base_model, "cpu", "auto", silent)
+    factors = {name: module.local for name, module in session.adapter.form.modules.items()}
+    rows = session.encode(Prompts.read(options.fed)).examples
+    moments = collect(session.base, session.reference, factors, rows, 8, gradients=True)
     logs = {name: np.log(moments[name].fed_power) for name in factors}
     sizes = {name: np.log(np.prod(part.shape)) for name, part in factors.items()}
     table = Table()

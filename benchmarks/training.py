@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from bslora_convert import Recipe, Training, compress, load_compact
 from bslora_convert.behaviour.distill import Run
 from bslora_convert.behaviour.prompts import Example, Prompts, batches
-from bslora_convert.behaviour.workshop import open_workshop
+from bslora_convert.behaviour.session import open_session
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -53,15 +53,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--place", type=Path, default=Path("build/training"))
     options = parser.parse_args()
-    workshop = open_workshop(options.lora, options.base_model)
-    examples = workshop.encode(Prompts.read(options.prompts, 8 * options.steps)).examples
+    session = open_session(options.lora, options.base_model)
+    examples = session.encode(Prompts.read(options.prompts, 8 * options.steps)).examples
     steps: dict[str, Callable[[Sequence[Example]], Any]] = {
-        f"LoRA {options.rank} in PEFT": lora_step(options.base_model, options.rank, workshop.base.pad)
+        f"LoRA {options.rank} in PEFT": lora_step(options.base_model, options.rank, session.base.pad)
     }
     for name, ranks in (("none", (options.rank, 0, 0)), ("ke", (options.rank, 4, 16))):
         compress(options.lora, options.place / name, Recipe(transform=name, ranks=ranks), overwrite=True)
         form = load_compact(options.place / name).form
-        run = Run(workshop.base, workshop.reference, form, examples, examples[:1], Training(), None, 0.0)
+        run = Run(session.base, session.reference, form, examples, examples[:1], Training(), None, 0.0)
         steps[f"distil {name}"] = lambda rows, run=run: run.one_step(iter([rows]))
     found = dict.fromkeys(steps, 0.0)
     for start in range(0, len(examples), 8):

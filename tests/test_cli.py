@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bslora_convert.cli import main
-from bslora_convert.cli.sections import SECTIONS
 from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
 from tests.official import official
 from tests.planting import random_products, write_lora
+from tests.recipes import by_file
 
 
 def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -26,6 +26,11 @@ def process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def run(*arguments: str | Path, **environment: str) -> Result:
     """The same in this process: importing torch is most of what a process takes."""
     return CliRunner().invoke(main, [str(word) for word in arguments], env=environment)
+
+
+def small(place: Path) -> tuple[str, str]:
+    """Shared factors that fit the planted modules."""
+    return by_file(place / "small.toml", shared_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +70,8 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         assert option in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["compress", "batch"])
-def test_options_stand_under_what_they_are_for(verb: str) -> None:
-    shown = run(verb, "--help").stdout
-    titles = (
-        [*SECTIONS, "Running"]
-        if verb == "batch"
-        else [title for title in SECTIONS if title != "The library"] + ["Running"]
-    )
-    places = [shown.index(f"\n{title}:") for title in titles]
-    assert places == sorted(places)
-    named = {name for names in SECTIONS.values() for name in names}
-    assert named <= {param.name for param in main.commands["batch"].params}  # no section speaks of what is not there
-    assert "Options:" not in shown
-
-
 def test_json_stands_alone_on_stdout(lora: Path, tmp_path: Path) -> None:
-    result = process("compress", lora, tmp_path / "out", "--ranks", "2,1,1", "--shared-size", "32", "--json")
+    result = process("compress", lora, tmp_path / "out", "--ranks", "2,1,1", *small(tmp_path), "--json")
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     assert record == json.loads((tmp_path / "out" / "fidelity.json").read_text())
@@ -101,7 +91,7 @@ def test_the_table_is_for_readers_and_quiet_means_quiet(lora: Path, tmp_path: Pa
     assert (silent.exit_code, silent.stdout, silent.stderr) == (0, "", "")
     assert "convert" in run("inspect", lora).stdout
     verbose = run(
-        "compress", lora, tmp_path / "c", "--transform", "ke", "--budget", "0.8", "--shared-size", "32", "--verbose"
+        "compress", lora, tmp_path / "c", "--transform", "ke", "--budget", "0.8", *small(tmp_path), "--verbose"
     )
     assert "sweep 1" in verbose.stderr
 
@@ -139,11 +129,13 @@ def test_exit_codes(lora: Path, tmp_path: Path) -> None:
     assert both.exit_code == 2
     assert "exclude each other" in one_line(both)
     assert not out.exists()
+    negative = run("expand", lora, out, "--rank", "0")
+    assert negative.exit_code == 2
+    assert "--rank is 0" in one_line(negative)
     for usage in (
         ("compress", lora),
         ("compress", lora, out, "--ranks", "1,2"),
         ("nonsense",),
-        ("expand", lora, out, "--rank", "0"),
     ):
         result = run(*usage)
         assert result.exit_code == 2
@@ -167,7 +159,8 @@ def test_what_gains_nothing_says_so(lora: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "zero everywhere" in done.stdout
     assert "Keeps" not in done.stdout
-    none = run("compress", lora, tmp_path / "none", "--transform", "none", "--min-shared", "2")
+    least = by_file(tmp_path / "least.toml", min_shared=2)
+    none = run("compress", lora, tmp_path / "none", "--transform", "none", *least)
     assert none.exit_code == 2
     assert "nothing is shared" in one_line(none)
     some = run("compress", lora, tmp_path / "some", "--transform", "none", "--budget", "0.06")

@@ -14,6 +14,7 @@ import pytest
 from bslora_convert.extras import EXTRAS
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
+from tests.recipes import by_file
 
 TINY = FIXTURES / "tiny"
 HIDDEN = {
@@ -60,7 +61,7 @@ def lora(place: Path) -> Path:
 
 
 def test_the_main_job_needs_no_extra(lora: Path, place: Path) -> None:
-    ranks = ("--ranks", "2,1,1", "--shared-size", "32")
+    ranks = ("--ranks", "2,1,1", *by_file(place / "recipe.toml", shared_size=32))
     for code, _, said in without_extras(
         ("inspect", lora),
         ("compress", lora, place / "compact", *ranks),
@@ -77,7 +78,7 @@ def test_the_main_job_needs_no_extra(lora: Path, place: Path) -> None:
 def test_what_needs_an_extra_names_it_in_one_line_before_anything_is_written(lora: Path, place: Path) -> None:
     on_base = ("--base-model", TINY / "base")
     prompts = TINY / "gsm8k-heldout.jsonl"
-    out = place / "never"
+    out, groups = place / "never", by_file(place / "groups.toml", groups="auto")
     cases: dict[tuple[Any, ...], tuple[str, str]] = {
         ("verify", lora, "--reference", lora, "--prompts", prompts, *on_base): ("base", "--base-model"),
         ("finetune", lora, out, "--reference", lora, "--prompts", prompts, *on_base): ("base", "--base-model"),
@@ -89,8 +90,8 @@ def test_what_needs_an_extra_names_it_in_one_line_before_anything_is_written(lor
         ("expand", lora, out, "--for", "llama.cpp", *on_base): ("gguf", "--format gguf"),
         ("analyze", lora, "--out", out): ("analysis", "analyze"),
         ("compare", lora, "--out", out): ("analysis", "the form vb_lora"),
-        ("compress", lora, out, "--groups", "auto"): ("analysis", "--groups auto"),
-        ("batch", lora.parent, out, "--groups", "auto"): ("analysis", "--groups auto"),
+        ("compress", lora, out, *groups): ("analysis", "groups auto"),
+        ("batch", lora.parent, out, *groups): ("analysis", "groups auto"),
     }
     for (words, (extra, begins)), (code, printed, said) in zip(cases.items(), without_extras(*cases), strict=True):
         missing = ", ".join(EXTRAS[extra])

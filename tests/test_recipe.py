@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.recipe.files import merged, read_options, to_toml
+from bslora_convert.recipe.files import call, merged, read_options, to_toml
 from bslora_convert.recipe.recipe import Recipe
 from tests.planting import random_products, write_lora
 
@@ -55,20 +55,20 @@ def test_wrong_values_are_named(options: dict[str, Any], words: str) -> None:
 
 
 def test_defaults_follow_the_contract() -> None:
-    assert Recipe().aim.max_error == 0.1
-    assert not Recipe().aim.asked
-    assert Recipe(max_error=0.1).aim.asked
+    assert Recipe().asked.max_error == 0.1
+    assert not Recipe().asked.is_given
+    assert Recipe(max_error=0.1).asked.is_given
     assert Recipe().options()["max_error"] is None
-    assert Recipe().form.transform == "auto"
-    assert Recipe().form.max_rank == "slot"
-    assert Recipe().form.local_ranks == "adaptive"
-    assert Recipe().form.min_shared == 0
-    assert Recipe(transform="ke").form.min_shared == 1
+    assert Recipe().structure.transform == "auto"
+    assert Recipe().structure.max_rank == "slot"
+    assert Recipe().structure.local_ranks == "adaptive"
+    assert Recipe().structure.min_shared == 0
+    assert Recipe(transform="ke").structure.min_shared == 1
     by_hand = Recipe(ranks=(2, 4, 16))
-    assert by_hand.aim.max_error is None
-    assert by_hand.form.max_rank == "none"
-    assert by_hand.form.local_ranks == "uniform"
-    assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").form.local_ranks == "adaptive"
+    assert by_hand.asked.max_error is None
+    assert by_hand.structure.max_rank == "none"
+    assert by_hand.structure.local_ranks == "uniform"
+    assert Recipe(ranks=(2, 4, 16), local_ranks="adaptive").structure.local_ranks == "adaptive"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_to_dict_and_back(recipe: Recipe) -> None:
 def test_a_file_says_what_the_command_line_says(tmp_path: Path) -> None:
     recipe = Recipe(transform="none", bytes=0.25, dtype="float32", seed=3)
     toml, plain, result = (tmp_path / name for name in ("recipe.toml", "recipe.json", "fidelity.json"))
-    toml.write_text(to_toml(recipe))
+    toml.write_text(to_toml(recipe.given()))
     assert 'transform = "none"' in toml.read_text()
     plain.write_text(json.dumps({"transform": "none", "bytes": 0.25, "dtype": "float32", "seed": 3}))
     result.write_text(
@@ -98,7 +98,7 @@ def test_a_file_says_what_the_command_line_says(tmp_path: Path) -> None:
         assert values.pop("epochs", 2.0) == 2.0
         assert Recipe(**values) == recipe
     ranks = Recipe(ranks=(2, 4, 8))
-    toml.write_text(to_toml(ranks))
+    toml.write_text(to_toml(ranks.given()))
     assert Recipe(**read_options(toml)) == ranks
 
 
@@ -151,4 +151,7 @@ def test_unknown_fields_are_refused() -> None:
 
 def test_arguments_say_the_same_as_the_recipe() -> None:
     recipe = Recipe(transform="ss", ranks=(2, 4, 8), slice="top-left", seed=7)
-    assert recipe.arguments() == ["--transform", "ss", "--ranks", "2,4,8", "--slice", "top-left", "--seed", "7"]
+    assert call(recipe.given()) == (
+        ["--transform", "ss", "--ranks", "2,4,8", "--seed", "7"],
+        {"slice": "top-left"},  # which has no flag
+    )

@@ -21,7 +21,7 @@ from bslora_convert.cli import main
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import RecipeError
 from bslora_convert.process.quiet import libraries_quiet, quiet_as_the_parent
-from bslora_convert.verbs.verify import Thresholds
+from bslora_convert.recipe.verifying import VerifyOptions
 from tests.conftest import FIXTURES
 from tests.planting import random_products, write_lora
 
@@ -133,14 +133,10 @@ def test_a_screen_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch) ->
     [
         (("compress", "--max-error", "2"), "--max-error is 2.0"),
         (("compress", "--budget", "0.5", "--max-error", "0.1"), "--max-error and --budget exclude each other"),
-        (("compress", "--min-shared", "-1"), "--min-shared is -1"),
-        (("compress", "--shared-size", "8", "--transform", "none"), "--shared-size is 8: with --transform none"),
         (("compress", "--ranks", "0,0,0"), "--ranks is 0,0,0"),
         (("compress", "--prompts", "x"), "--prompts needs the base model: give --base-model"),
         (("compress", "--metric", "two-sided"), "--metric is 'two-sided': it needs --prompts"),
         (("compress", "--device", "tpu"), "--device is 'tpu'"),
-        (("compress", "--bytes", "0.5", "--local-ranks", "uniform"), "--local-ranks is 'uniform': with --bytes"),
-        (("compress", "--batch-size", "0"), "--batch-size is 0"),
         (("compress", "--max-minutes", "-1"), "--max-minutes is -1.0"),
         (("compress", "--max-steps", "4"), "give --finetune and --base-model"),
         (("compress", "--bytes", "0.0001"), "--bytes is 0.0001"),
@@ -170,7 +166,7 @@ def test_python_keeps_the_names_of_its_fields() -> None:
     for call, said in (
         (lambda: Recipe(max_error=2.0), "max_error is 2.0"),
         (lambda: Training(batch_size=0), "batch_size is 0"),
-        (lambda: Thresholds(min_agreement=3.0), "min_agreement is 3.0"),
+        (lambda: VerifyOptions(min_agreement=3.0), "min_agreement is 3.0"),
     ):
         with pytest.raises(RecipeError, match=said) as caught:
             call()

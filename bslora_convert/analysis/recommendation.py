@@ -37,7 +37,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     if len(layers["clusters"]) > 1:
         said.append(
             f"The layers fall into {len(layers['clusters'])} groups (silhouette {layers['silhouette']:.2f}): "
-            "try --groups auto."
+            'try `groups = "auto"` in a recipe file.'
         )
     tied = record["shared_initialisation"]
     if tied["within"] or any(tied["across_adapters"].values()):

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.transforms import Kronecker
-from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
+from bslora_convert.fit.convert import Source, fit_by_hand, measure
 from bslora_convert.lora import LoraModule
 from bslora_convert.process.progress import Progress
+from bslora_convert.recipe.structure import Structure
 
 PAPER_RANKS = {"intra": 4, "inter": 16}  # of the paper's triple for KE
 Z_LEAST = 1e-6  # a standard deviation below this share of the mean is rounding
@@ -78,7 +79,7 @@ def shared_energy(source: Source, draws: int, seed: int, progress: Progress) -> 
 
 def explained(source: Source, transform: str, level: str, seed: int = 0) -> float:
     """Share of the energy that the pairs of one level explain without anything else."""
-    fit = fit_by_hand(source, Options(transform, uniform=True, seed=seed), _ranks(source, level))
+    fit = fit_by_hand(source, Structure(transform, local_ranks="uniform"), _ranks(source, level), seed)
     return 1 - fit.lost / source.energy
 
 

@@ -8,23 +8,23 @@ from torch import Tensor, nn
 
 from bslora_convert.analysis.entropy import NOTHING, Pool
 from bslora_convert.behaviour.prompts import Prompts, batches
-from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.layers.names import layers_of
 from bslora_convert.modules.factors import Factors
 
 
-def activation_pools(workshop: Workshop, prompts: Prompts) -> dict[str, Pool]:
+def activation_pools(session: BaseModelSession, prompts: Prompts) -> dict[str, Pool]:
     """Each module's update ΔW x over all tokens of the prompts, the adapter active: count, sum, sum of squares."""
-    examples = workshop.encode(prompts).examples
-    form = workshop.adapter.form
+    examples = session.encode(prompts).examples
+    form = session.adapter.form
     pools = dict.fromkeys(form.modules, NOTHING)
     done = 0
-    with workshop.reference:
-        for batch in batches(examples, prompts.batch_size, workshop.base.pad):
-            with _watching(workshop.base.model, form.modules, pools, batch.mask.bool()):
-                workshop.base.predictions(batch)
+    with session.reference:
+        for batch in batches(examples, prompts.batch_size, session.base.pad):
+            with _watching(session.base.model, form.modules, pools, batch.mask.bool()):
+                session.base.predictions(batch)
             done += len(batch.examples)
-            workshop.progress("reading activations", done, len(examples))
+            session.progress("reading activations", done, len(examples))
     return pools
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
-from bslora_convert.lora import load_lora
+from bslora_convert.lora import LoraAdapter, load_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,13 @@ class Adapter:
     base_model: str | None
     sha256: str
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_lora(cls, lora: LoraAdapter, path: Path) -> Self:
+        """A LoRA that was read, as a form of local parts only."""
+        modules = {n: Module(module.shape, module.factors(), {}, module.kind) for n, module in lora.modules.items()}
+        name = lora.config.raw.get("base_model_name_or_path")
+        return cls(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256(lora.weights))
 
 
 def read_adapter(
@@ -45,10 +53,7 @@ def read_adapter(
         name = compact.config.get("base_model_name_or_path")
         digest = sha256(path / WEIGHTS_NAME)
         return Adapter(path, "bslora", compact.form, compact.carried, name, digest, compact.notes)
-    lora = load_lora(path, alpha=alpha, rslora=rslora)
-    modules = {name: Module(module.shape, module.factors(), {}, module.kind) for name, module in lora.modules.items()}
-    name = lora.config.raw.get("base_model_name_or_path")
-    return Adapter(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256(lora.weights))
+    return Adapter.of_lora(load_lora(path, alpha=alpha, rslora=rslora), path)
 
 
 def check_pair(first: Adapter, second: Adapter) -> None:

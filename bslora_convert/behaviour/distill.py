@@ -31,23 +31,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import kl_sums
-from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.memory import enable_checkpointing, peak_bytes
-from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch, Example, batches
-from bslora_convert.behaviour.stored import Stored
+from bslora_convert.behaviour.quantiser import Quantiser
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.student import Student
+from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
 from bslora_convert.bslora.codes.file import coded_tensors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble, named_tensors
+from bslora_convert.conversion.request import Converted
 from bslora_convert.errors import InputError
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replacing
 from bslora_convert.files.tensorfile import read_tensors
-from bslora_convert.process.progress import Progress, silent
+from bslora_convert.process.progress import Progress
 from bslora_convert.recipe.training import Training
 
 CHECKPOINT, STATE = "state.safetensors", "state.json"
@@ -65,101 +65,76 @@ class Distilled:
     codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def split_heldout(examples: Sequence[Any], training: Training) -> tuple[list[Any], list[Any]]:
-    """(for training, held out): a share of the rows drawn with the seed.
-
-    :raises InputError: when too few rows are left on either side.
-    """
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(training.seed)).tolist()
-    count = min(training.max_heldout, max(1, round(training.heldout * len(examples)))) if training.heldout else 0
-    if len(examples) - count < 1 or count < 1:
-        raise InputError(
-            f"{len(examples)} rows can't be split into some for training and some held out; give more rows"
-        )
-    held = sorted(order[:count])
-    taken = set(held)
-    return [example for i, example in enumerate(examples) if i not in taken], [examples[i] for i in held]
-
-
 def distill(
-    base: BaseModel,
-    reference: Attached,
-    form: BsloraForm,
-    examples: Sequence[Example],
-    heldout: Sequence[Example],
-    training: Training,
+    session: BaseModelSession,
+    start: Converted,
+    rows: TrainingRows,
+    run: TrainingRun,
     *,
-    codes: Mapping[str, Tensor] | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
-    began: float | None = None,
-    progress: Progress = silent,
 ) -> Distilled:
-    """Trains a form against the reference on these examples; see the module's docstring.
+    """Trains a form against the session's reference; see the module's docstring.
 
-    codes: what the form was decoded from, as its file has it; the result stays in such codes.
+    start: the form, with the codes that it was decoded from, if any; the result stays in such codes.
     checkpoints: a directory that takes the state after every evaluation; resume: go on from there where there is one.
-    began: `time.perf_counter()` at the beginning of the whole command, from which `max_minutes` counts.
 
     :raises InputError: when checkpoints are of another run or damaged.
     """
-    run = Run(base, reference, form, examples, heldout, training, checkpoints, began or time.perf_counter(), codes)
+    trainer = Trainer(session, start, rows, run.training, checkpoints, run.began)
     if resume and checkpoints is not None and (checkpoints / STATE).is_file():
-        run.load()
-    elif checkpoints is not None and run.accelerator.is_main_process:
+        trainer.load()
+    elif checkpoints is not None and trainer.accelerator.is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    return run.finish(progress)
+    return trainer.finish(session.progress)
 
 
-class Run:
+class Trainer:
     """One training run: parameters, optimiser, the best state so far."""
 
     def __init__(
         self,
-        base: BaseModel,
-        reference: Attached,
-        form: BsloraForm,
-        examples: Sequence[Example],
-        heldout: Sequence[Example],
+        session: BaseModelSession,
+        start: Converted,
+        rows: TrainingRows,
         training: Training,
         checkpoints: Path | None,
         began: float,
-        codes: Mapping[str, Tensor] | None = None,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        self.base, self.reference, self.training = base, reference, training
-        self.known = Known(base, reference)  # of the held-out rows
-        self.examples, self.heldout, self.checkpoints, self.began = examples, heldout, checkpoints, began
-        self.layout = Layout.of(form)
-        coded = coded_tensors(codes, self.layout.tensors()) if codes else {}
-        self.stored = Stored(next(form.tensors()).dtype, coded)
-        self.codes: Mapping[str, Tensor] = codes or {}
-        start = {
-            name: tensor.detach().to(base.device, torch.float32, copy=True)
-            for name, tensor in named_tensors(form).items()
+        self.base, self.reference, self.training = session.base, session.reference, training
+        self.known = session.known
+        self.rows, self.checkpoints, self.began = rows, checkpoints, began
+        self.layout = Layout.of(start.form)
+        coded = coded_tensors(start.codes, self.layout.tensors()) if start.codes else {}
+        self.quantiser = Quantiser(next(start.form.tensors()).dtype, coded)
+        self.codes: Mapping[str, Tensor] = start.codes
+        tensors = {
+            name: tensor.detach().to(self.base.device, torch.float32, copy=True)
+            for name, tensor in named_tensors(start.form).items()
         }
-        self.student = Student(base, start, self.layout, training.train, reference.carried)
+        self.student = Student(self.base, tensors, self.layout, training.train, self.reference.carried)
         # Experts that no token has reached have no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=base.device.type == "cpu", kwargs_handlers=[unused])
+        self.accelerator = Accelerator(cpu=self.base.device.type == "cpu", kwargs_handlers=[unused])
         self.share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=training.learning_rate, weight_decay=0.0)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        self.best = {name: tensor.clone() for name, tensor in start.items()}
+        self.best = {name: tensor.clone() for name, tensor in tensors.items()}
         self.step, self.stale, self.kept_step = 0, 0, 0
         self.before = self.lowest = math.nan
         self.log: list[dict[str, Any]] = []
         self.tokens, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0
         self.notes: list[str] = []
         self.steps = self._planned()
-        longest = max(len(example.ids) for example in examples)
-        if enable_checkpointing(base.model, min(len(examples), training.batch_size), longest, base.device):
+        longest = max(len(example.ids) for example in rows.train)
+        if enable_checkpointing(self.base.model, min(len(rows.train), training.batch_size), longest, self.base.device):
             self.notes.append("activations are recomputed in the backward pass: they would not fit in the free memory")
 
     def _planned(self) -> int:
         """Optimiser steps that the run takes at most."""
-        per_epoch = max(1, math.ceil(len(self.examples) / (self.training.batch_size * self.training.accumulate)))
+        per_epoch = max(1, math.ceil(len(self.rows.train) / (self.training.batch_size * self.training.accumulate)))
         planned = max(1, round(self.training.epochs * per_epoch))
         return min(planned, self.training.max_steps) if self.training.max_steps else planned
 
@@ -214,9 +189,9 @@ class Run:
         epoch = 0
         while True:
             generator = torch.Generator().manual_seed(self.training.seed + epoch)
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            order = torch.randperm(len(self.rows.train), generator=generator).tolist()
             for start in range(0, len(order), self.training.batch_size):
-                yield [self.examples[i] for i in order[start : start + self.training.batch_size]]
+                yield [self.rows.train[i] for i in order[start : start + self.training.batch_size]]
             epoch += 1
 
     def _own(self, rows: Sequence[Example]) -> tuple[Batch, float]:
@@ -259,14 +234,14 @@ class Run:
 
     def _as_coded(self) -> AbstractContextManager[None]:
         """Where numbers are stored in codes, the step is taken at the codes' values."""
-        return self.student.rounded(self.stored) if self.codes else nullcontext()
+        return self.student.rounded(self.quantiser) if self.codes else nullcontext()
 
     def _heldout(self) -> float:
         began = time.perf_counter()
         # What was read is what is stored; coding it again might move it.
-        present = self.student.rounded(self.stored) if self.step else nullcontext()
+        present = self.student.rounded(self.quantiser) if self.step else nullcontext()
         with torch.no_grad(), present:
-            own = self.heldout[self.share]
+            own = self.rows.heldout[self.share]
             sums = kl_sums(self.base, self.known, self.student.attached, own, self.training.batch_size)
         total, tokens = self._summed(*sums)
         self.evaluation_seconds = time.perf_counter() - began
@@ -287,16 +262,16 @@ class Run:
         codes = self.codes
         if self.kept_step:
             trained = {name: best[name] for name in self.student.trained}
-            best, codes = best | self.stored.round(trained), self.stored.encoded(trained)
-        form = assemble(self.layout, best).to(self.stored.dtype)
+            best, codes = best | self.quantiser.round(trained), self.quantiser.encoded(trained)
+        form = assemble(self.layout, best).to(self.quantiser.dtype)
         self.student.attached.remove()
         record = {
             "steps": self.step,
             "kept_step": self.kept_step,
             "heldout_kl_before": self.before,
             "heldout_kl_after": self.lowest,
-            "heldout_rows": len(self.heldout),
-            "training_rows": len(self.examples),
+            "heldout_rows": len(self.rows.heldout),
+            "training_rows": len(self.rows.train),
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
             "peak_bytes": peak_bytes(self.base.device),
             "trained": self.training.train,
@@ -305,10 +280,11 @@ class Run:
             "processes": self.accelerator.num_processes,
             "dtype": str(self.base.model.dtype).removeprefix("torch."),
             "options": self.training.to_dict(),
+            **({"completions": dict(self.rows.completions)} if self.rows.completions else {}),
         }
         if self.kept_step == 0:
             self.notes.append("no state was better on the held-out rows than the starting one, which is kept")
-        return Distilled(form, tuple(self.log), record, tuple(self.notes), codes)
+        return Distilled(form, tuple(self.log), record, (*self.rows.notes, *self.notes), codes)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

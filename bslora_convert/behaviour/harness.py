@@ -17,6 +17,7 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.process.progress import Progress
 from bslora_convert.process.quiet import hushed
+from bslora_convert.recipe.verifying import VerifyOptions
 
 TASKS = Path(__file__).parent / "tasks"
 PREFERRED = ("acc", "exact_match", "acc_norm")
@@ -40,42 +41,22 @@ class Scores:
 
 
 def evaluate(
-    base: BaseModel,
-    states: Mapping[str, AbstractContextManager[Any]],
-    tasks: Sequence[str],
-    *,
-    limit: int | None,
-    batch_size: int,
-    include_path: Path | None,
-    task_data: Path | None,
-    chat_template: bool,
-    seed: int,
-    progress: Progress,
+    base: BaseModel, states: Mapping[str, AbstractContextManager[Any]], asked: VerifyOptions, progress: Progress
 ) -> dict[str, "Scores"]:
     """Scores by task.
 
-    states: what is active on the model, by name.
+    states: what is active on the model, by name. asked: the tasks and how they are run.
 
     :raises RecipeError: when a task is unknown. :raises InputError: when a task can't be read.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folders = [str(TASKS), *([str(include_path)] if include_path else [])]
-    metadata = {"data": str(task_data)} if task_data else None
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    if not set(tasks) <= set(manager.all_tasks):  # reading its thousands of own files takes many seconds
-        manager = TaskManager(include_path=folders, metadata=metadata)
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
-    if unknown:
-        shipped = ", ".join(sorted(f"local_{path.stem}" for path in TASKS.glob("*.yaml")))
-        raise RecipeError(
-            f"tasks: {', '.join(unknown)} unknown; shipped for local files: {shipped}; others by lm_eval's names",
-            "tasks",
-        )
-    model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=batch_size)
+    metadata = {"data": str(asked.task_data)} if asked.task_data else None
+    manager = _manager(asked, metadata)
+    model = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=asked.batch_size)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     scores: dict[str, Scores] = {}
     for name, state in states.items():
         progress("running tasks", words=f"with {name}")
@@ -83,26 +64,44 @@ def evaluate(
             try:
                 found = simple_evaluate(
                     model=model,
-                    tasks=list(tasks),
-                    limit=limit,
+                    tasks=list(asked.tasks),
+                    limit=asked.limit,
                     task_manager=manager,
                     bootstrap_iters=0,
-                    apply_chat_template=chat_template and bool(base.tokenizer.chat_template),
+                    apply_chat_template=asked.chat_template and bool(base.tokenizer.chat_template),
                     metadata=metadata,
-                    random_seed=seed,
-                    numpy_random_seed=seed,
-                    torch_random_seed=seed,
-                    fewshot_random_seed=seed,
+                    **dict.fromkeys(seeds, asked.seed),
                 )
             except (ValueError, OSError) as error:
-                raise InputError(f"tasks {', '.join(tasks)}: {error}") from None
-        for task in tasks:
+                raise InputError(f"tasks {', '.join(asked.tasks)}: {error}") from None
+        for task in asked.tasks:
             samples = found["samples"].get(task)
             if not samples:
                 raise RecipeError(f"tasks: {task} is a group or has no items; name single tasks", "tasks")
             known = scores.setdefault(task, Scores(_metric(samples), {}))
             known.items[name] = _scores(samples, known.metric)
     return scores
+
+
+def _manager(asked: VerifyOptions, metadata: Mapping[str, str] | None) -> Any:
+    """Where the tasks are found.
+
+    :raises RecipeError: when one is unknown.
+    """
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(TASKS), *([str(asked.include_path)] if asked.include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    if not set(asked.tasks) <= set(manager.all_tasks):  # reading its thousands of own files takes many seconds
+        manager = TaskManager(include_path=folders, metadata=metadata)
+    unknown = sorted(set(asked.tasks) - set(manager.all_tasks))
+    if unknown:
+        shipped = ", ".join(sorted(f"local_{path.stem}" for path in TASKS.glob("*.yaml")))
+        raise RecipeError(
+            f"tasks: {', '.join(unknown)} unknown; shipped for local files: {shipped}; others by lm_eval's names",
+            "tasks",
+        )
+    return manager
 
 
 def _metric(samples: Sequence[Mapping[str, Any]]) -> str:

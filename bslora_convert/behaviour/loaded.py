@@ -1,7 +1,7 @@
 """One base model in memory from one adapter to the next, in processes that work on many: the last one that was read.
 
 Nothing is kept unless a process asks for it (`keep_base`, `base_kept`). Whoever takes the base leaves it as it was
-(`Workshop.close`); after work that failed it is let go (`drop_base`), as nobody knows what was left on it.
+(`BaseModelSession.close`); after work that failed it is let go (`drop_base`), as nobody knows what was left on it.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,7 +6,7 @@ against another reference is not replaced by less without `overwrite`; nothing o
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME, text_of
+from bslora_convert.recipe.verifying import VerifyOptions
 
 VERIFY_NAME = "verify.json"
 MEASURES = (
@@ -36,16 +37,13 @@ class Saving:
     earlier: Mapping[str, Any] | None
 
     @classmethod
-    def plan(
-        cls, compact: Adapter, out: Path | None, save: bool, overwrite: bool, another_reference: bool
-    ) -> "Saving | None":
+    def plan(cls, compact: Adapter, asked: VerifyOptions, another_reference: bool) -> "Saving | None":
         """Where this verification is to be kept, None where nowhere; whatever can be refused is refused here.
 
         :raises RecipeError: when the options don't go together.
         :raises OutputError: when the place can't be written, or holds a file that is none of this tool's.
         """
-        if save and out is not None:
-            raise RecipeError("save and out exclude each other: give one of them")
+        save, out = asked.save, Path(asked.out) if asked.out is not None else None
         if save and compact.kind != "bslora":
             raise RecipeError(f"save: {compact.path} is a plain LoRA, which has no record; give out (--out FILE)")
         if save and another_reference:
@@ -62,14 +60,12 @@ class Saving:
         place = path.absolute().parent
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise OutputError(f"{path}: {place} can't be written to")
-        return cls(path, compact, save, overwrite, _earlier(path))
+        return cls(path, compact, save, asked.overwrite, _earlier(path))
 
-    def check(
-        self, reference: Adapter, base_model: str, rows: int | None, tasks: Sequence[str], limit: int | None
-    ) -> None:
+    def check(self, reference: Adapter, base_model: str, rows: int | None, asked: VerifyOptions) -> None:
         """Refuses before anything is measured what would replace more by less.
 
-        rows: of the prompts; limit: of items of each task.
+        rows: of the prompts.
 
         :raises OutputError: naming what is there.
         """
@@ -86,8 +82,8 @@ class Saving:
         before = (said.get("prompts") or {}).get("rows", 0)
         if rows is not None and rows < before:
             raise self._refusal(f"a measurement on {before} prompts, and this one has {rows}")
-        if limit is not None:
-            self._check_items(dict.fromkeys(tasks, limit))
+        if asked.limit is not None:
+            self._check_items(dict.fromkeys(asked.tasks, asked.limit))
 
     def keep(self, record: dict[str, Any]) -> dict[str, Any]:
         """Writes a result, together with what was there of the other kind, and returns what was written.

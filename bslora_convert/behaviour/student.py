@@ -9,7 +9,7 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import kl_rows
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch
-from bslora_convert.behaviour.stored import Stored
+from bslora_convert.behaviour.quantiser import Quantiser
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import assemble
 from bslora_convert.errors import RecipeError
@@ -55,10 +55,10 @@ class Student(nn.Module):
         return loss
 
     @contextmanager
-    def rounded(self, stored: Stored) -> Iterator[None]:
+    def rounded(self, quantiser: Quantiser) -> Iterator[None]:
         """Inside, the adapter holds what would be stored."""
         exact = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
-        kept = stored.round(exact)
+        kept = quantiser.round(exact)
         for name, tensor in self.trained.items():
             tensor.data.copy_(kept[name])
         try:

@@ -7,50 +7,38 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
-from bslora_convert.cli.scaling import scaling_options
+from bslora_convert.cli.options import Command, given, out_option, takes
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe.analyzing import AnalyzeOptions
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("lora_dir", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Directory for analysis.json, analysis.html and the plots."
-)
-@click.option(
-    "--beside", type=click.Path(path_type=Path), multiple=True, help="Another LoRA whose A are compared; repeatable."
-)
-@click.option("--base-model", help="Directory of the base model, or its name on the hub: adds activations.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts for the activations, gzip accepted."
-)
-@click.option("--limit", type=int, help="First N rows.")
-@click.option("--draws", type=int, default=8, show_default=True, help="Random adapters behind each z-score.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random adapters.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in --out.")
-@scaling_options
+@out_option("analysis")
+@takes(AnalyzeOptions, verb="analyze")
 @verb
-def analyze(output: Output, lora_dir: Path, **options: Any) -> None:
+def analyze(output: Output, lora_dir: Path, out: Path | None, **options: Any) -> None:
     """Measures what a LoRA's modules and layers have in common, and says what is worth trying.
 
     \b
     Example:
       bslora-convert analyze ./my-lora --out ./my-analysis
     """
+    asked = AnalyzeOptions(**given(options))
     look(
-        [lora_dir, *options["beside"]],
-        out=options["out"],
-        overwrite=options["overwrite"],
-        files=[options["prompts"]],
-        base_model=options["base_model"] if options["prompts"] else None,
+        [lora_dir, *asked.beside],
+        out=out,
+        overwrite=asked.overwrite,
+        files=[asked.prompts],
+        base_model=asked.base_model if asked.prompts else None,
     )
     from bslora_convert.verbs.analyze import analyze as run
 
     with output.bar("analyze") as progress:
-        record = run(lora_dir, progress=progress, **options)
+        record = run(lora_dir, out, asked, progress=progress)
     from bslora_convert.report import commands
 
-    output.result(record, lambda console: _show(console, record, options["out"]), commands.after_analyze(record))
+    output.result(record, lambda console: _show(console, record, out), commands.after_analyze(record))
 
 
 def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:

@@ -2,69 +2,37 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bslora_convert.cli.chosen import chosen, given
-from bslora_convert.cli.compress import recipe_options
 from bslora_convert.cli.early import look
-from bslora_convert.cli.finetune import training_options
+from bslora_convert.cli.options import Command, chosen, given, recipe_file_option, takes
 from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
-from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe.batching import BatchOptions
+from bslora_convert.recipe.options import flag_of
+from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.training import Training
 
 SHOWN = 5  # bad adapters whose reasons are printed
 
 
-class Shard(click.ParamType[tuple[int, int]]):
-    """I/N."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """`2/8` -> (2, 8)."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            index, count = (int(part) for part in value.split("/"))
-        except ValueError:
-            self.fail(f"{value!r} is not I/N, such as 2/8", param, ctx)
-        return index, count
-
-
-@click.command(cls=Sectioned)
+@click.command(cls=Command)
 @click.argument("library")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@recipe_options
-@training_options
-@click.option("--workers", type=int, help="Processes, one thread each; 0 = in this one.  [default: the cores]")
-@click.option(
-    "--engine", type=click.Choice(("local", "ray")), default="local", show_default=True, help="Where jobs run."
-)
-@click.option("--shard", type=Shard(), default="1/1", show_default=True, help="Only the I-th of N parts, from 1.")
-@click.option(
-    "--resume/--no-resume", default=True, show_default=True, help="Skip what is done for the same source and recipe."
-)
-@click.option("--retry-failed", is_flag=True, help="Try bad input of an earlier run again.")
-@click.option("--fail-fast", is_flag=True, help="Stop at the first failure.")
-@click.option("--max-failures", type=int, help="Stop after this many failures.")
-@click.option(
-    "--report-html/--no-report-html", default=True, show_default=True, help="report.html beside each adapter."
-)
-@click.option("--overwrite", is_flag=True, help="Replace finished results of another recipe in OUT.")
-@click.option("--dry-run", is_flag=True, help="Check every header and say what would be done.")
+@takes(*PARTS.values(), Recipe, Training, BatchOptions, verb="compress")
+@recipe_file_option
 @push_options
 @verb
 def batch(
     output: Output,
     library: str,
     out: Path | None,
-    workers: int | None,
-    dry_run: bool,
+    recipe_file: Path | None,
     push: str | None,
     push_dry_run: bool,
     **options: Any,
@@ -83,24 +51,23 @@ def batch(
     look_at_push(push, push_dry_run)
     if "://" not in library:
         look([library])
-    from bslora_convert.verbs.batch import batch as run
+    from bslora_convert.verbs.batch import batch as run_batch
     from bslora_convert.verbs.batch import is_failed
     from bslora_convert.verbs.batch import resume as go_on
 
-    where = {
-        name: options.pop(name) for name in ("engine", "shard", "resume", "retry_failed", "fail_fast", "max_failures")
-    } | {"workers": os.cpu_count() or 1 if workers is None else workers, "dry_run": dry_run}
-    said = given()
+    recipe, training, said = chosen(options, recipe_file)
+    said.setdefault("workers", os.cpu_count() or 1)
+    run: Callable[..., Any]
     if out is None:
-        _check_resuming(said, options)
+        _check_resuming(said, given(options), recipe_file)
         out = Path(library)
-        run = partial(go_on, out, **where)
+        run = partial(go_on, out)
     else:
-        run = partial(run, library, out, **_new(options), **where)
+        run = partial(run_batch, library, out, recipe, training if recipe.calibration.base_model else None)
     try:
         with output.bar("batch") as progress:
-            summary: dict[str, Any] = {**run(progress=progress)}
-            if not dry_run:
+            summary: dict[str, Any] = {**run(BatchOptions(**said), progress=progress)}
+            if "run" in summary:
                 summary |= pushed(out, push, push_dry_run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -112,30 +79,29 @@ def batch(
 
     following = commands.after_batch(summary, str(out)) if "run" in summary else None
     output.result(summary, lambda console: _show(console, summary, out), following)
-    if summary.get("bad") if dry_run else is_failed(summary):
+    if is_failed(summary) if "run" in summary else summary["bad"]:
         sys.exit(1)
 
 
-def _check_resuming(said: set[str], options: dict[str, Any]) -> None:
+def _check_resuming(said: dict[str, Any], options: dict[str, Any], recipe_file: Path | None) -> None:
     """With OUT alone its own recipe goes on, and nothing else can be asked for.
+
+    said: how to run. options: all that are on the command line.
 
     :raises click.UsageError: when OUT was forgotten, or an option of the recipe is given.
     """
     if "resume" not in said:
         raise click.UsageError("Missing argument 'OUT' (with `batch OUT --resume` an earlier run goes on).")
-    for name in sorted(said & set(options)):
+    changing = [
+        *({"recipe"} if recipe_file else ()),
+        *(set(options) - set(said)),
+        *({"report_html", "overwrite"} & set(said)),
+    ]
+    for name in sorted(changing):
         raise click.UsageError(
-            f"--{name.replace('_', '-')} with OUT alone: OUT keeps what it was made with; leave the option out, or give LIBRARY "
+            f"{flag_of(name)} with OUT alone: OUT keeps what it was made with; leave the option out, or give LIBRARY "
             "and OUT and --overwrite"
         )
-
-
-def _new(options: dict[str, Any]) -> dict[str, Any]:
-    """What a run is to be made with, as `batch` takes it."""
-    own = {name: options.pop(name) for name in ("report_html", "overwrite")}
-    recipe, training = chosen(options, options.pop("recipe_file"))
-    evidence = recipe.evidence
-    return {"recipe": recipe, "training": training if evidence.base_model else None, **own}
 
 
 def _show(console: Any, summary: dict[str, Any], out: Path) -> None:

@@ -7,81 +7,36 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
-from bslora_convert.cli.scaling import scaling_options
+from bslora_convert.cli.options import Command, given, out_option, takes
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe.storage import DTYPES
+from bslora_convert.recipe.comparing import CompareOptions
 
 
-class Names(click.ParamType[tuple[str, ...]]):
-    """Words between commas."""
-
-    name = "A,B,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """`a,b` -> ("a", "b")."""
-        return value if isinstance(value, tuple) else tuple(word for word in value.split(",") if word)
-
-
-class Shares(click.ParamType[tuple[float, ...]]):
-    """Numbers between commas."""
-
-    name = "F,F,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """`0.5,0.25` -> (0.5, 0.25)."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(word) for word in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}: numbers between commas are expected, such as 0.5,0.25", param, ctx)
-
-
-@click.command()
+@click.command(cls=Command)
 @click.argument("lora_dir", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Directory for comparison.json, comparison.html and the plots."
-)
-@click.option(
-    "--budgets",
-    type=Shares(),
-    default="0.5,0.25,0.125",
-    show_default=True,
-    help="Shares of the LoRA's bytes.",
-)
-@click.option("--forms", type=Names(), default="", help="Only these forms.  [default: all]")
-@click.option("--base-model", help="Directory of the base model, or its name on the hub: adds behaviour.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")
-@click.option("--limit", type=int, help="First N rows.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows at once.")
-@click.option("--save", is_flag=True, help="Write each form into --out as an adapter that PEFT loads.")
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in --out.")
-@scaling_options
+@out_option("comparison")
+@takes(CompareOptions, verb="compare")
 @verb
-def compare(output: Output, lora_dir: Path, **options: Any) -> None:
+def compare(output: Output, lora_dir: Path, out: Path | None, **options: Any) -> None:
     """Fits every known form to a LoRA at equal size and prints the table.
 
     \b
     Example:
       bslora-convert compare ./my-lora --budgets 0.25,0.125 --out ./my-comparison
     """
+    asked = CompareOptions(**given(options))
     look(
         [lora_dir],
-        out=options["out"],
-        overwrite=options["overwrite"],
-        files=[options["prompts"]],
-        base_model=options["base_model"] if options["prompts"] else None,
+        out=out,
+        overwrite=asked.overwrite,
+        files=[asked.prompts],
+        base_model=asked.base_model if asked.prompts else None,
     )
     from bslora_convert.verbs.compare import compare as run
 
     with output.bar("compare") as progress:
-        record = run(lora_dir, progress=progress, **options)
-    output.result(record, lambda console: _show(console, record, options["out"]))
+        record = run(lora_dir, out, asked, progress=progress)
+    output.result(record, lambda console: _show(console, record, out))
 
 
 def _show(console: Any, record: Mapping[str, Any], out: Path | None) -> None:

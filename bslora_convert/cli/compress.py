@@ -6,167 +6,23 @@ from typing import Any
 
 import click
 
-from bslora_convert.bslora.codes.widths import WIDTHS
-from bslora_convert.cli.chosen import chosen
 from bslora_convert.cli.early import look
-from bslora_convert.cli.finetune import goes_on, show_training, training_options
+from bslora_convert.cli.finetune import goes_on, show_training
+from bslora_convert.cli.options import Command, chosen, overwrite_option, recipe_file_option, report_option, takes
 from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
-from bslora_convert.cli.scaling import SCALING
-from bslora_convert.cli.sections import Sectioned
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
-from bslora_convert.recipe.evidence import METRICS
-from bslora_convert.recipe.form import KERNEL_NAMES, LOCAL_RANKS, TRANSFORM_NAMES, WINDOW_NAMES
-from bslora_convert.recipe.storage import DTYPES, GAINS
+from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.training import Training
 
 
-class Ranks(click.ParamType[tuple[int, int, int]]):
-    """Three whole numbers, as in 2,4,16."""
-
-    name = "L,A,E"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
-        """Parses the triple."""
-        parts = value.split(",") if isinstance(value, str) else value
-        try:
-            local, intra, inter = (int(part) for part in parts)
-        except ValueError:
-            self.fail(f"{value!r} is not three whole numbers such as 2,4,16", param, ctx)
-        return local, intra, inter
-
-
-ON_PROMPTS = ""  # the value of --finetune without a file
-
-
-def recipe_options(function: Any) -> Any:
-    """Every option of a `Recipe`."""
-    for option in reversed(
-        (
-            click.option(
-                "--transform",
-                type=click.Choice(TRANSFORM_NAMES),
-                default="auto",
-                show_default=True,
-                help="How shared factors take a module's shape; none = plain SVD, auto = the best at what is asked.",
-            ),
-            click.option(
-                "--min-retention",
-                type=float,
-                help="Smallest result that keeps this share of the adapter's effect on rows held out of --prompts.",
-            ),
-            click.option(
-                "--max-kl", type=float, help="Smallest result of at most this KL to the original there, nats a token."
-            ),
-            click.option(
-                "--min-agreement",
-                type=float,
-                help="Smallest result that predicts the same next token this often there.",
-            ),
-            click.option(
-                "--max-error",
-                type=float,
-                help="Smallest result of at most this relative error as written, gain and noise together, in codes.  "
-                "[default: 0.1]",
-            ),
-            click.option(
-                "--bytes",
-                type=float,
-                help="Share of the source's file that the result may use: rank and precision chosen together, in codes.",
-            ),
-            click.option("--budget", type=float, help="Share of the LoRA's parameters to use, 0 < F <= 1, in floats."),
-            click.option("--ranks", type=Ranks(), help="Local, intra and inter rank by hand, in floats."),
-            click.option(
-                "--bits",
-                type=click.Choice([str(width) for width in WIDTHS]),
-                callback=lambda _, __, value: value and int(value),
-                help="One width for every coded number; with --budget or --ranks it codes what they give.",
-            ),
-            click.option(
-                "--max-rank",
-                help="Greatest expanded rank of a module: a number, none, or slot: the source's server slot.  "
-                "[default: slot; none with --ranks]",
-            ),
-            click.option(
-                "--min-shared",
-                type=int,
-                help="Least shared ranks of the search.  [default: 1 for ke, gt and ss, 0 for auto]",
-            ),
-            click.option(
-                "--shared-size",
-                type=int,
-                help="Rows and columns of the shared factors.  [default: ke 256, gt 1024, cut to what divides or fits]",
-            ),
-            click.option(
-                "--slice", type=click.Choice(WINDOW_NAMES), default="center", show_default=True, help="Window of ss."
-            ),
-            click.option(
-                "--kernel", type=click.Choice(KERNEL_NAMES), default="r_1", show_default=True, help="Variant of ke."
-            ),
-            click.option(
-                "--local-ranks",
-                type=click.Choice(LOCAL_RANKS),
-                help="One local rank for all modules, or ranks where they buy most.  [default: adaptive; uniform with --ranks]",
-            ),
-            click.option(
-                "--groups",
-                default="layer",
-                show_default=True,
-                help="Who shares the intra pairs: layer, auto (clusters) or a JSON file of groups.",
-            ),
-            click.option(
-                "--dtype",
-                type=click.Choice(DTYPES),
-                default="auto",
-                show_default=True,
-                help="Storage; auto = as the source.",
-            ),
-            click.option(
-                "--gain",
-                type=click.Choice(GAINS),
-                default="unbiased",
-                show_default=True,
-                help="unbiased: each module's update scaled to the original's strength; least-squares: left of least error, "
-                "too weak.",
-            ),
-            click.option("--base-model", help="Directory or hub name of the base model, for --prompts and --finetune."),
-            click.option("--prompts", help="JSONL rows: fit in the base model's metric, choose and prove on them."),
-            click.option(
-                "--metric",
-                type=click.Choice(METRICS),
-                default="auto",
-                show_default=True,
-                help="Of --prompts: directions of the loss's gradient at the modules' outputs, of what they are fed, both, or "
-                "what does best.",
-            ),
-            click.option(
-                "--finetune",
-                is_flag=False,
-                flag_value=ON_PROMPTS,
-                callback=lambda _, __, value: True if value == ON_PROMPTS else value,
-                help="Distil against the original after the fit: on a JSONL file, or without one on rows of --prompts.",
-            ),
-            *SCALING,
-            click.option(
-                "--recipe",
-                "recipe_file",
-                type=click.Path(path_type=Path),
-                help="Options from a TOML or JSON file, or from an earlier fidelity.json; those given here come first.",
-            ),
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes."),
-        )
-    ):
-        function = option(function)
-    return function
-
-
-@click.command(cls=Sectioned)
+@click.command(cls=Command)
 @click.argument("lora_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@recipe_options
-@training_options
-@click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
+@takes(*PARTS.values(), Recipe, Training, verb="compress")
+@recipe_file_option
+@report_option
+@overwrite_option
 @push_options
 @verb
 def compress(
@@ -183,8 +39,8 @@ def compress(
     """Converts one LoRA adapter into BSLoRA form.
 
     Writes the compact adapter, fidelity.json, report.html and a model card into OUT_DIR. A directory in the BSLoRA
-    authors' layout is converted without a fit: every tensor is kept, each once. --train and what follows it say how
-    --finetune trains.
+    authors' layout is converted without a fit: every tensor is kept, each once. What only an expert decides stands in a
+    recipe file: `bslora-convert recipe` prints one.
 
     \b
     Example:
@@ -193,10 +49,10 @@ def compress(
       bslora-convert compress ./my-lora ./proved --min-retention 0.99 --base-model ./base --prompts rows.jsonl
       bslora-convert compress ./my-lora ./tuned --bytes 0.0625 --base-model ./base --finetune train.jsonl --max-minutes 10
     """
-    recipe, training = chosen(options, recipe_file)
-    files = recipe.evidence.files.values()
+    recipe, training, _ = chosen(options, recipe_file)
+    files = recipe.calibration.files.values()
     look_at_push(push, push_dry_run)
-    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.evidence.base_model)
+    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.calibration.base_model)
     from bslora_convert.verbs.compress import compress as run
 
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:

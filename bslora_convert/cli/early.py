@@ -15,7 +15,7 @@ def look(
     out: Path | None = None,
     overwrite: bool = False,
     files: Iterable[str | Path | None] = (),
-    base_model: str | None = None,
+    base_model: str | Path | None = None,
 ) -> None:
     """Checks what a verb was given.
 

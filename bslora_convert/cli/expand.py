@@ -8,62 +8,17 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
+from bslora_convert.cli.options import Command, given, takes
 from bslora_convert.cli.pushing import look_at_push, push_line, push_options, pushed
-from bslora_convert.cli.verb import Output, accept_changed_option, verb
+from bslora_convert.cli.verb import Output, verb
 from bslora_convert.files.address import is_library
-from bslora_convert.recipe.expansion import DTYPES, FORMATS
-from bslora_convert.serving.engines import ENGINES
+from bslora_convert.recipe.expanding import ExpandOptions
 
 
-class Rank(click.ParamType[int | str]):
-    """A rank or the word uniform."""
-
-    name = "N|uniform"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """Parses a positive whole number or `uniform`."""
-        if value == "uniform":
-            return "uniform"
-        try:
-            rank = int(value)
-        except ValueError:
-            rank = 0
-        if rank < 1:
-            self.fail(f"{value!r} is neither a positive whole number nor uniform", param, ctx)
-        return rank
-
-
-@click.command()
+@click.command(cls=Command)
 @click.argument("compact_dir", metavar="COMPACT", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option(
-    "--for",
-    "engine",
-    type=click.Choice(list(ENGINES)),
-    help="What this engine loads correctly: format, ranks, missing layers, names; or why there is no such file.",
-)
-@click.option(
-    "--format",
-    type=click.Choice(FORMATS),
-    help="lora (default), gguf for llama.cpp, mlx for MLX-LM, or official for the layout of the BSLoRA authors' code.",
-)
-@click.option(
-    "--rank",
-    type=Rank(),
-    metavar="N|uniform",
-    help="Re-truncate to at most N, or fill every module up to the largest rank.",
-)
-@click.option(
-    "--base-model",
-    metavar="NAME_OR_DIR",
-    help="Sets base_model_name_or_path, as some servers compare it letter by letter. For gguf the directory of the base model, "
-    "whose config.json is read.",
-)
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Storage; auto = as the source."
-)
-@accept_changed_option
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
+@takes(ExpandOptions, verb="expand")
 @push_options
 @verb
 def expand(
@@ -85,14 +40,15 @@ def expand(
       bslora-convert expand ./compact-library ./for-the-servers --for vllm
     """
     look_at_push(push, push_dry_run)
+    asked = ExpandOptions(**given(options))
     if is_library(compact_dir):
-        _library(output, compact_dir, out_dir, options, push, push_dry_run)
+        _library(output, compact_dir, out_dir, asked, (push, push_dry_run))
         return
-    look([compact_dir], out=out_dir, overwrite=options["overwrite"])
+    look([compact_dir], out=out_dir, overwrite=asked.overwrite)
     from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
-        written = run(compact_dir, out_dir, **options)
+        written = run(compact_dir, out_dir, asked)
         result = {**written, **pushed(out_dir, push, push_dry_run)}
     output.notes(result["notes"])
     from bslora_convert.report import commands
@@ -101,18 +57,16 @@ def expand(
     output.result(result, lambda console: _show(console, result, out_dir), following)
 
 
-def _library(
-    output: Output, library: Path, out_dir: Path, options: dict[str, Any], repo: str | None, dry_run: bool
-) -> None:
+def _library(output: Output, library: Path, out_dir: Path, asked: ExpandOptions, push: tuple[str | None, bool]) -> None:
     """Every adapter of a library; exit code 1 where something went wrong with one."""
-    if not options["overwrite"]:  # with it, each adapter's own directory is what is looked at
+    if not asked.overwrite:  # with it, each adapter's own directory is what is looked at
         look([library], out=out_dir)
     from bslora_convert.verbs.expand_library import expand_library
 
     try:
         with output.bar("expand") as progress:
-            written = expand_library(library, out_dir, progress=progress, **options)
-            result = {**written, **pushed(out_dir, repo, dry_run)}
+            written = expand_library(library, out_dir, asked, progress=progress)
+            result = {**written, **pushed(out_dir, *push)}
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
     output.notes(result["notes"])

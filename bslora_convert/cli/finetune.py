@@ -8,76 +8,53 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
-from bslora_convert.cli.verb import Output, accept_changed_option, verb
-from bslora_convert.recipe.training import OPTIONS, TRAINED, Training
+from bslora_convert.cli.options import Command, Flag, given, recipe_file_option, takes
+from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe.files import read_options
+from bslora_convert.recipe.finetuning import FinetuneOptions
+from bslora_convert.recipe.options import WHOM, options_of
+from bslora_convert.recipe.training import Training
 
 
-def training_options(function: Any) -> Any:
-    """Every option of a `Training` that `compress` takes as well."""
-    for option in reversed(
-        (
-            click.option(
-                "--train",
-                type=click.Choice(TRAINED),
-                default="local",
-                show_default=True,
-                help="Which parts are trained.",
-            ),
-            click.option("--max-steps", type=int, help="Steps at most."),
-            click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the rows at most."),
-            click.option("--max-minutes", type=float, help="Minutes at most, everything counted."),
-            click.option("--learning-rate", type=float, default=5e-4, show_default=True),
-            click.option("--batch-size", type=int, default=8, show_default=True, help="Rows at once."),
-            click.option("--accumulate", type=int, default=1, show_default=True, help="Batches a step."),
-            click.option(
-                "--temperature", type=float, default=1.0, show_default=True, help="Of the softmax in the loss."
-            ),
-            click.option(
-                "--hidden-weight", type=float, default=0.0, show_default=True, help="Of the hidden-state term."
-            ),
-            click.option("--max-length", type=int, help="Longest row in tokens.  [default: the model's context]"),
-            click.option(
-                "--evaluate-every", type=int, default=20, show_default=True, help="Steps between evaluations."
-            ),
-            click.option(
-                "--patience", type=int, default=8, show_default=True, help="Evaluations without a better state."
-            ),
-        )
-    ):
-        function = option(function)
-    return function
-
-
-@click.command()
+@click.command(cls=Command)
 @click.argument("compact_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--reference", type=click.Path(path_type=Path), required=True, help="The LoRA that it came from.")
-@click.option("--base-model", required=True, help="Directory of the base model, or its name on the hub.")
-@click.option("--prompts", type=click.Path(path_type=Path), required=True, help="JSONL file of prompts, gzip accepted.")
 @click.option(
-    "--heldout", default="0.1", show_default=True, help="Share of the rows, or a file, that picks the state kept."
+    "--reference",
+    type=click.Path(path_type=Path),
+    required=True,
+    cls=Flag,
+    section=WHOM,
+    help="Name the LoRA that it came from.",
 )
-@training_options
-@click.option("--limit", type=int, help="First N rows.")
 @click.option(
-    "--max-new-tokens", type=int, default=128, show_default=True, help="Of completions that the reference writes."
+    "--base-model",
+    required=True,
+    metavar="MODEL",
+    cls=Flag,
+    section=WHOM,
+    help="Run this base model, a directory or a hub name.",
 )
-@click.option("--chat-template/--no-chat-template", default=True, show_default=True, help="Prompts as a user's turn.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    help="Of the base: auto (float32 on a CPU), float32, bfloat16, float16.",
+    "--prompts",
+    type=click.Path(path_type=Path),
+    required=True,
+    cls=Flag,
+    section=WHOM,
+    help="Train on these JSONL rows.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same result on a CPU.")
-@click.option("--report-html/--no-report-html", default=True, show_default=True, help="report.html beside the adapter.")
-@accept_changed_option
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result in OUT_DIR.")
+@takes(Training, FinetuneOptions, verb="finetune")
+@recipe_file_option
 @verb
 def finetune(
-    output: Output, compact_dir: Path, out_dir: Path, heldout: str, chat_template: bool, seed: int, **options: Any
+    output: Output,
+    compact_dir: Path,
+    out_dir: Path,
+    reference: Path,
+    base_model: str,
+    prompts: Path,
+    recipe_file: Path | None,
+    **options: Any,
 ) -> None:
     """Distils a compact adapter against the LoRA that it came from.
 
@@ -88,35 +65,26 @@ def finetune(
       bslora-convert finetune ./my-compact ./my-tuned --reference ./my-lora --base-model ./base \\
         --prompts train.jsonl --max-minutes 10
     """
-    share, file = _heldout(heldout)
-    look(
-        [compact_dir, options["reference"]],
-        out=out_dir,
-        overwrite=options["overwrite"],
-        files=[options["prompts"], file],
-        base_model=options["base_model"],
-    )
+    training, asked = _asked(given(options), recipe_file)
+    held = asked.heldout if isinstance(asked.heldout, Path) else None
+    look([compact_dir, reference], out=out_dir, overwrite=asked.overwrite, files=[prompts, held], base_model=base_model)
     from bslora_convert.verbs.finetune import finetune as run
 
-    settings = {name: options.pop(name) for name in OPTIONS}
-    training = Training(**settings, heldout=share, chat_template=chat_template, seed=seed)
-    base_model, reference, prompts = (options.pop(name) for name in ("base_model", "reference", "prompts"))
     with goes_on(out_dir, resumable=True), output.bar("finetune") as progress:
-        record = run(
-            compact_dir,
-            out_dir,
-            reference,
-            base_model,
-            prompts,
-            training,
-            heldout=file,
-            progress=progress,
-            **options,
-        )
+        record = run(compact_dir, out_dir, reference, base_model, prompts, training, asked, progress=progress)
     output.notes(record["notes"])
     from bslora_convert.report import commands
 
     output.result(record, lambda console: _show(console, record, out_dir), commands.verify(str(out_dir)))
+
+
+def _asked(said: dict[str, Any], file: Path | None) -> tuple[Training, FinetuneOptions]:
+    """What the command line and a recipe's file ask for; of the file what concerns a training, and the device."""
+    values = read_options(file) if file is not None else {}
+    own = {name: said.pop(name) for name in options_of(FinetuneOptions) if name in said}
+    device = {"device": values["device"]} if "device" in values else {}
+    settings = {name: values[name] for name in options_of(Training) if name in values}
+    return Training(**{**settings, **said}), FinetuneOptions(**{**device, **own})
 
 
 @contextmanager
@@ -134,14 +102,6 @@ def goes_on(out: Path, *, resumable: bool) -> Iterator[None]:
         else:
             raise
         raise KeyboardInterrupt(f"interrupted; {out} was not written, {kept} kept beside it: {how}") from None
-
-
-def _heldout(value: str) -> tuple[float, Path | None]:
-    """A share, or a file."""
-    try:
-        return float(value), None
-    except ValueError:
-        return 0.1, Path(value)
 
 
 def _show(console: Any, record: Mapping[str, Any], out_dir: Path) -> None:

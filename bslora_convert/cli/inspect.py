@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
-from bslora_convert.cli.scaling import scaling_options
+from bslora_convert.cli.options import Command, given, takes
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe.scaling import Scaling
 
 INTEGRITY = {
     "as written": "The weights are what was written and measured.",
@@ -18,9 +19,9 @@ INTEGRITY = {
 }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("directory", type=click.Path(path_type=Path))
-@scaling_options
+@takes(Scaling, verb="inspect")
 @verb
 def inspect(output: Output, directory: Path, **scaling: Any) -> None:
     """Says what an adapter holds, where its bytes are and whether it can be converted.
@@ -32,7 +33,7 @@ def inspect(output: Output, directory: Path, **scaling: Any) -> None:
     look([directory])
     from bslora_convert.verbs.inspect import inspect as run
 
-    result = run(directory, **scaling)
+    result = run(directory, **given(scaling))
     output.notes(result["notes"])
     from bslora_convert.report import commands
 

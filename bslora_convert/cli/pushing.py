@@ -6,19 +6,22 @@ from typing import Any
 
 import click
 
+from bslora_convert.cli.options import Flag
 from bslora_convert.files import hub
+from bslora_convert.recipe.options import OUTPUT
 
 
 def push_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds `--push` and `--push-dry-run`."""
-    function = click.option(
-        "--push-dry-run", is_flag=True, help="With --push: say what would be uploaded, and upload nothing."
-    )(function)
-    return click.option(
-        "--push",
-        metavar="ORG/NAME",
+    dry = click.option(
+        "--push-dry-run", is_flag=True, cls=Flag, section=OUTPUT,
+        help="With --push: say what would be uploaded, and upload nothing.",
+    )  # fmt: skip
+    push = click.option(
+        "--push", metavar="ORG/NAME", cls=Flag, section=OUTPUT,
         help="Upload the result to this repository of the Hub; a library into folders.",
-    )(function)
+    )  # fmt: skip
+    return push(dry(function))
 
 
 def look_at_push(repo: str | None, dry_run: bool) -> None:

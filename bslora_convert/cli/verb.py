@@ -61,13 +61,6 @@ class Output:
                 click.secho(f"note: {note}", err=True, fg="yellow" if urgent else None, dim=None if urgent else True)
 
 
-accept_changed_option = click.option(
-    "--accept-changed",
-    is_flag=True,
-    help="Take weights that are not what was written and measured any more (re-saved, damaged).",
-)
-
-
 def verb(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the common options; the function gets an `Output` first. Errors become one line and an exit code."""
 

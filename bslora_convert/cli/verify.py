@@ -8,48 +8,19 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
-from bslora_convert.cli.verb import Output, accept_changed_option, verb
+from bslora_convert.cli.options import Command, given, takes
+from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
 from bslora_convert.files.address import is_library
+from bslora_convert.recipe.measures import MEASURES
+from bslora_convert.recipe.verifying import VerifyOptions
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("compact_dir", metavar="COMPACT", type=click.Path(path_type=Path))
-@click.option(
-    "--reference",
-    type=click.Path(path_type=Path),
-    help="The LoRA that it came from.  [default: what COMPACT was made from]",
-)
-@click.option(
-    "--base-model", help="Directory of the base model, or its name on the hub.  [default: what COMPACT names]"
-)
-@click.option("--any-reference", is_flag=True, help="Allow a reference that COMPACT was not made from.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL file of prompts, gzip accepted.")
-@click.option("--tasks", help="Names of lm-evaluation-harness, by commas (extra eval); local_* read --task-data.")
-@click.option("--include-path", type=click.Path(path_type=Path), help="Directory of more task files (YAML).")
-@click.option(
-    "--task-data", type=click.Path(path_type=Path), help="Directory of local JSON that the local_* tasks read."
-)
-@click.option("--limit", type=int, help="First N prompts, or items of each task.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows at once.")
-@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Length of generations; 0 = none.")
-@click.option("--max-length", type=int, help="Longest row in tokens.  [default: the model's context]")
-@click.option("--chat-template/--no-chat-template", default=True, show_default=True, help="Prompts as a user's turn.")
-@click.option("--max-kl", type=float, help="Threshold: KL to the reference in nats a token.")
-@click.option("--min-agreement", type=float, help="Threshold: share of tokens with the same first choice.")
-@click.option("--min-retention", type=float, help="Threshold: share of the adapter's effect that survived.")
-@click.option("--max-accuracy-drop", type=float, help="Threshold: largest drop of a task's score.")
-@click.option("--out", type=click.Path(path_type=Path), help="File for the result, outside of COMPACT.")
-@click.option("--save", is_flag=True, help="Write verify.json into COMPACT, and its record and page.")
-@click.option("--overwrite", is_flag=True, help="Let the result replace one of more rows or items.")
-@accept_changed_option
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="auto (float32 on a CPU), float32, bfloat16 or float16."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the intervals and of few-shot examples.")
+@takes(VerifyOptions, verb="verify")
 @verb
-def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any) -> None:
+def verify(output: Output, compact_dir: Path, **options: Any) -> None:
     """Measures how a compact adapter behaves against the LoRA that it came from.
 
     Exit code 1 when a threshold is missed. COMPACT may be a plain LoRA, so that any two adapters can be compared,
@@ -63,14 +34,14 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         --max-kl 0.01 --min-retention 0.98
       bslora-convert verify ./compact-library --prompts held-out.jsonl --limit 50 --min-retention 0.95
     """
+    asked = VerifyOptions(**given(options))
     look(
-        [path for path in (compact_dir, options["reference"]) if path is not None],
-        files=[options["prompts"]],
-        base_model=options["base_model"],
+        [path for path in (compact_dir, asked.reference) if path is not None],
+        files=[asked.prompts],
+        base_model=asked.base_model,
     )
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     if is_library(compact_dir):
-        _library(output, compact_dir, {**options, "tasks": names})
+        _library(output, compact_dir, asked)
         return
     from bslora_convert.verbs.verify import verify as run
 
@@ -78,11 +49,11 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
     record: Mapping[str, Any]
     try:
         with output.bar("verify") as progress:
-            record = run(compact_dir, tasks=names, progress=progress, **options)
+            record = run(compact_dir, options=asked, progress=progress)
     except Unsaved as error:
         record, unsaved = error.record, str(error)
     output.notes(record["notes"])
-    where = compact_dir / "verify.json" if options["save"] else options["out"]
+    where = compact_dir / "verify.json" if asked.save else asked.out
     from bslora_convert.report import commands
 
     following = commands.after_verify(record, str(compact_dir))
@@ -91,22 +62,22 @@ def verify(output: Output, compact_dir: Path, tasks: str | None, **options: Any)
         raise OutputError(unsaved)
     if not record["passed"]:
         missed = [
-            f"--{name.replace('_', '-')} {checked['limit']:g} (measured {checked['value']:.4g})"
+            f"{MEASURES[name].flag} {checked['limit']:g} (measured {checked['value']:.4g})"
             for name, checked in record["thresholds"].items()
             if not checked["passed"]
         ]
         raise ThresholdMissed(f"missed: {', '.join(missed)}")
 
 
-def _library(output: Output, library: Path, options: dict[str, Any]) -> None:
+def _library(output: Output, library: Path, asked: VerifyOptions) -> None:
     """Every adapter of a library; exit code 1 where one misses a threshold or can't be measured."""
     from bslora_convert.verbs.verify_library import verify_library
 
     try:
         with output.bar("verify") as progress:
-            result = verify_library(library, progress=progress, **options)
+            result = verify_library(library, asked, progress=progress)
     except KeyboardInterrupt:
-        if options["save"]:
+        if asked.save:
             raise KeyboardInterrupt(f"interrupted; what was measured before is kept in {library}") from None
         raise
     output.notes(result["notes"])
@@ -159,7 +130,7 @@ def _show_library(console: Any, result: Mapping[str, Any]) -> None:
     console.print(f"{words}.", style="bold")
 
 
-def _show(console: Any, record: Mapping[str, Any], where: Path | None) -> None:
+def _show(console: Any, record: Mapping[str, Any], where: str | Path | None) -> None:
     from rich.table import Table
 
     from bslora_convert.behaviour.intervals import too_few

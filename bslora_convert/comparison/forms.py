@@ -21,14 +21,16 @@ import torch
 from bslora_convert.baselines import BASELINES, QUANTISED, WHOLE
 from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest, rounded
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
-from bslora_convert.coding.form import Aim, code_form
+from bslora_convert.coding.form import code_form
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget
+from bslora_convert.fit.convert import fit_by_hand, fit_to_budget
 from bslora_convert.fit.gain import Strength
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.search import LARGEST_SHARED_RANK, problem_of, shared_parameters
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.structure import Structure
+from bslora_convert.recipe.target import Target
 
 SUFFIX = "_unbiased"
 PAPER = {"ss": (2, 4, 32), "gt": (2, 8, 16), "ke": (2, 4, 16)}
@@ -48,16 +50,16 @@ def fitted(form: BsloraForm, storage: torch.dtype) -> Fitted:
 def searched(transform: str, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """Ranks searched within the budget."""
     try:
-        return fitted(fit_to_budget(source, Options(transform, seed=seed), budget).form, storage)
+        return fitted(fit_to_budget(source, Structure(transform), budget, seed).form, storage)
     except RecipeError as error:
         raise OutOfReach(str(error)) from None
 
 
 def by_paper(transform: str, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """The paper's ranks, whatever size they have."""
-    options = Options(transform, uniform=True, seed=seed)
+    structure = Structure(transform, local_ranks="uniform")
     try:
-        return fitted(fit_by_hand(source, options, PAPER[transform]).form, storage)
+        return fitted(fit_by_hand(source, structure, PAPER[transform], seed).form, storage)
     except RecipeError as error:
         raise OutOfReach(str(error)) from None
 
@@ -66,8 +68,8 @@ def one_level(transform: str, level: str, source: Source, budget: int, storage: 
     """One level's pairs alone."""
     if not source.sharing:
         raise OutOfReach("no module stands in a numbered layer, so nothing is shared")
-    options = Options(transform, uniform=True, seed=seed)
-    problem = problem_of(source, options)
+    structure = Structure(transform, local_ranks="uniform")
+    problem = problem_of(source, structure)
 
     def levels(rank: int) -> dict[str, int]:
         return {name: rank if name == level else 0 for name in LEVELS}
@@ -76,7 +78,7 @@ def one_level(transform: str, level: str, source: Source, budget: int, storage: 
     name = f"bslora_{transform}_{level}"
     rank = largest(lambda tried: shared_parameters(problem, levels(tried)), budget, limit, name)
     ranks = levels(rank)
-    return fitted(fit_by_hand(source, options, (0, ranks["intra"], ranks["inter"])).form, storage)
+    return fitted(fit_by_hand(source, structure, (0, ranks["intra"], ranks["inter"]), seed).form, storage)
 
 
 def coded(width: int | None, strong: bool, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
@@ -84,9 +86,8 @@ def coded(width: int | None, strong: bool, source: Source, budget: int, storage:
     plain = BsloraForm(
         None, {name: Module(d.shape, d.factors(), {}, source.kind(name)) for name, d in source.deltas.items()}
     )
-    found = code_form(
-        source, plain, Aim(bits=8 * storage.itemsize * budget, width=width, unbiased=strong), torch.float32
-    )
+    target = Target(bytes=storage.itemsize * budget, width=width, unbiased=strong)
+    found = code_form(source, plain, target, torch.float32, bits=8 * storage.itemsize * budget)
     form = found.form
     settings = {"bits a number": round(found.bits / max(form.parameters, 1), 2)}
     deltas = {name: form.delta(name) for name in form.modules}

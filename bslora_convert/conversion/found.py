@@ -11,11 +11,12 @@ import torch
 
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.official import OfficialAdapter, load_official
+from bslora_convert.conversion.request import Converted, cast
 from bslora_convert.conversion.writing import Extras
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.source import Fit
 from bslora_convert.lora import LoraAdapter, LoraModule
 from bslora_convert.lora.config import LoraConfig
+from bslora_convert.recipe.options import flag_of
 from bslora_convert.recipe.recipe import Recipe
 
 OF_A_FIT = ("transform", "budget", "ranks", "shared_size", "slice", "kernel", "gain")  # options without effect here
@@ -68,7 +69,7 @@ def load_source(path: str | Path, recipe: Recipe) -> OfficialSource:
     return OfficialSource(official.path, official.weights, config, modules, {}, official.notes, official=official)
 
 
-def as_found(source: OfficialSource, recipe: Recipe) -> tuple[Fit, Recipe, Extras]:
+def as_found(source: OfficialSource, recipe: Recipe) -> tuple[Converted, Recipe, Extras]:
     """The form as it is in place of a fit, a recipe that says so (transform and ranks as they were found), and the record."""
     form = source.form
     assert form.transform is not None  # the authors' layout always shares
@@ -81,7 +82,8 @@ def as_found(source: OfficialSource, recipe: Recipe) -> tuple[Fit, Recipe, Extra
     said, usual = recipe.options(), Recipe().options()
     given = [name for name in OF_A_FIT if said[name] not in (None, usual[name])]
     if given:
-        note += f"; without effect: {', '.join('--' + name.replace('_', '-') for name in given)}"
+        note += f"; without effect: {', '.join(map(flag_of, given))}"
     official = source.official
     record = {"stored_parameters": official.stored, "copied_parameters": official.copied}
-    return Fit(form, 0.0, notes=(note,)), used, Extras(deduplication=record)
+    dtype = source.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
+    return Converted(cast(form, dtype), notes=(note,)), used, Extras(deduplication=record)

@@ -3,15 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
+from bslora_convert.conversion.request import Converted
 from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import FIDELITY_NAME, seal
@@ -20,7 +18,7 @@ from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.aim import AIMS
+from bslora_convert.recipe.target import asked_in
 from bslora_convert.version import __version__
 
 
@@ -29,7 +27,6 @@ class Extras:
     """What there is beside the fit: the records of evidence, training and de-duplication, the training's steps, notes.
 
     aim: how a behaviour that was asked for was sought.
-    codes: what the form was decoded from, as the file takes it; empty where it stores floats.
     """
 
     evidence: Mapping[str, Any] | None = None
@@ -37,35 +34,41 @@ class Extras:
     log: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     deduplication: Mapping[str, Any] | None = None
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
     aim: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a result was made from: the adapter, its deltas, the hash of its weights, what the record calls it."""
+
+    adapter: LoraAdapter
+    measured: Source
+    sha256: str
+    name: str
 
 
 def write_result(
     place: Path,
-    form: BsloraForm,
-    adapter: LoraAdapter,
-    measured: Source,
-    digest: str,
+    made: Converted,
+    origin: Origin,
     recipe: Mapping[str, Any],
     extras: Extras,
     seconds: Mapping[str, float] | None,
     *,
     html: bool = True,
-    source_name: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Writes everything of a compact directory into `place` and returns its record.
 
-    form: in the storage dtype. adapter, measured, digest: the source, its deltas and the hash of its weights.
     seconds: spent so far, by step; None leaves time out of the record.
     """
     from bslora_convert import report
 
     began = time.perf_counter()
+    adapter, measured = origin.adapter, origin.measured
     progress("writing")
-    save_compact(form, place, adapter.config.raw, adapter.carried, codes=extras.codes)
-    notes = (*extras.notes, *copy_travelling(adapter.weights.parent, place))
+    save_compact(made.form, place, adapter.config.raw, adapter.carried, codes=made.codes)
+    notes = (*adapter.notes, *made.notes, *extras.notes, *copy_travelling(adapter.weights.parent, place))
     progress("measuring what was written")
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
         hashing = pool.submit(sha256, place / WEIGHTS_NAME)
@@ -75,14 +78,14 @@ def write_result(
     record = {
         "schema_version": fidelity.SCHEMA_VERSION,
         "tool_version": __version__,
-        "source": _source_record(adapter, digest, dtype_name(adapter.dtype), source_name or str(adapter.path)),
+        "source": _source_record(origin),
         "recipe": dict(recipe),
         "compact": {**_compact_record(compact, place, adapter), "sha256": written},
         "weight": kept.to_dict(),
         **({"coding": fidelity.coding(measured, compact, kept.least_error)} if compact.codes else {}),
         "baselines": fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         "functional": None,
-        "aim": dict(extras.aim) if extras.aim is not None else _asked(recipe),
+        "aim": dict(extras.aim) if extras.aim is not None else {"asked": asked_in(recipe), "path": [], "proofs": []},
         **({"evidence": dict(extras.evidence)} if extras.evidence else {}),
         **({"training": dict(extras.training)} if extras.training else {}),
         **({"deduplication": dict(extras.deduplication)} if extras.deduplication else {}),
@@ -97,11 +100,6 @@ def write_result(
     return seal(place, FIDELITY_NAME, record, {WEIGHTS_NAME: written})
 
 
-def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What the result had to reach: an error or a size, for which nothing was tried on prompts."""
-    return {"asked": {name: recipe[name] for name in AIMS if recipe.get(name) is not None}, "path": [], "proofs": []}
-
-
 def _numbers(compact: CompactAdapter) -> int:
     """Numbers of plain SVD's that take as much room: codes are weighed by their bytes."""
     if not compact.codes:
@@ -109,20 +107,21 @@ def _numbers(compact: CompactAdapter) -> int:
     return sum(tensor.nbytes for tensor in compact.codes.values()) // compact.dtype.itemsize
 
 
-def _source_record(adapter: LoraAdapter, digest: str, dtype: str, name: str) -> dict[str, Any]:
+def _source_record(origin: Origin) -> dict[str, Any]:
+    adapter = origin.adapter
     card = carried(adapter.weights.parent)
     ranks: dict[str, int] = {}
     for module in adapter.modules.values():
         ranks[str(module.rank)] = ranks.get(str(module.rank), 0) + 1
     return {
-        "path": name,
-        "sha256": digest,
+        "path": origin.name,
+        "sha256": origin.sha256,
         "bytes": adapter.weights.stat().st_size,
         "parameters": adapter.parameters,
         "modules": len(adapter.modules),
         "ranks": ranks,
         "width": sum(sum(module.shape) for module in adapter.modules.values()),
-        "dtype": dtype,
+        "dtype": dtype_name(adapter.dtype),
         **({"card": card} if card else {}),
     }
 

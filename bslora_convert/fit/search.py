@@ -19,8 +19,10 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.alternate import Allocation, Problem, State, fit_locals, local_factors, sweep
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.source import Fit, Options, Progress, Source, local_most, quiet, too_small, within
+from bslora_convert.fit.source import Fit, Source, handed_over, local_most, too_small, within
 from bslora_convert.modules.factors import Factors
+from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.structure import Structure
 
 TOLERANCE = 1e-3  # relative fall of the objective under which sweeps stop
 FLOOR = 1e-12  # share of the energy under which the objective is rounding
@@ -30,16 +32,16 @@ CAUTION = 4.0  # the headroom is measured with kernels that don't yet fit the la
 LARGEST_SHARED_RANK = 64
 
 
-def problem_of(source: Source, options: Options) -> Problem:
-    """The adapter with the transform that the options name, sized for its shapes."""
+def problem_of(source: Source, structure: Structure) -> Problem:
+    """The adapter with the transform that the structure names, sized for its shapes."""
     groups = source.groups
     shapes = [source.shapes[name] for name in source.sharing]
     transform: Kronecker | Slice
-    if options.transform == "ke":
-        transform = Kronecker.dividing(shapes, options.shared_size)
+    if structure.transform == "ke":
+        transform = Kronecker.dividing(shapes, structure.shared_size)
     else:
-        transform = Slice.covering(shapes, options.window)
-    return Problem(source.deltas, source.grams, source.svds, transform, source.costs, groups, options.kernel)
+        transform = Slice.covering(shapes, structure.slice)
+    return Problem(source.deltas, source.grams, source.svds, transform, source.costs, groups, structure.kernel)
 
 
 def shared_parameters(problem: Problem, levels: Mapping[str, int]) -> int:
@@ -65,28 +67,30 @@ class Found:
     history: list[float]
 
 
-def search(source: Source, options: Options, budget: int, progress: Progress) -> Fit:
+def search(
+    source: Source, structure: Structure, budget: int, seed: int, storage: torch.dtype | None, progress: Progress
+) -> Fit:
     """Shared ranks and local ranks of lowest error at `budget`."""
-    problem = problem_of(source, options)
+    problem = problem_of(source, structure)
     limit = min(LARGEST_SHARED_RANK, *problem.transform.pair_sizes)
-    most = math.inf if options.most_rank is None else options.most_rank
+    most = math.inf if structure.most_rank is None else structure.most_rank
 
     def allocation_for(levels: Mapping[str, int]) -> Allocation | None:
         rest, shared = budget - shared_parameters(problem, levels), sum(levels.values())
         if rest < 0 or max(levels.values()) > limit or shared > most:
             return None
-        return within(source, rest, options.uniform, local_most(source, options, shared))
+        return within(source, rest, structure, shared)
 
-    least = dict.fromkeys(LEVELS, options.min_shared)
-    local_most(source, options, sum(least.values()))  # says so where not even these fit
+    least = dict.fromkeys(LEVELS, structure.min_shared or 0)
+    local_most(source, structure.most_rank, sum(least.values()))  # says so where not even these fit
     allocation = allocation_for(least)
     if allocation is None:
-        raise too_small(budget, source, shared_parameters(problem, least), options.transform)
-    found = Found(least, *fit_at(problem, least, allocation, options.seed, progress))
-    found = _grown(problem, found, allocation_for, options.seed, progress)
+        raise too_small(budget, source, shared_parameters(problem, least), structure.transform)
+    found = Found(least, *fit_at(problem, least, allocation, seed, progress))
+    found = _grown(problem, found, allocation_for, seed, progress)
     if found.levels != least:
-        found = _moved(problem, found, allocation_for, options, progress)
-    return finish(problem, source, options, found.state, found.history)
+        found = _moved(problem, found, allocation_for, structure.min_shared or 0, seed, progress)
+    return finish(problem, source, storage, found.state, found.history)
 
 
 def _grown(
@@ -106,7 +110,7 @@ def _grown(
             allocation = allocation_for(larger)
             if allocation is None or _hopeless(problem, state, level, levels, larger):
                 continue
-            progress(f"trying ranks {larger['intra']} within layers, {larger['inter']} across")
+            progress(_phase(problem), words=f"trying ranks {larger['intra']} within layers, {larger['inter']} across")
             trial = _run(problem, state, larger, allocation, seed, TRIAL_SWEEPS)[0]
             if not levels[level] and trial.lost >= state.lost:
                 trial = _run(problem, State(math.inf), larger, allocation, seed, TRIAL_SWEEPS)[0]
@@ -120,7 +124,8 @@ def _moved(
     problem: Problem,
     found: Found,
     allocation_for: Callable[[Mapping[str, int]], Allocation | None],
-    options: Options,
+    least: int,
+    seed: int,
     progress: Progress,
 ) -> Found:
     """Afresh, shared parts first, at the ranks found and from neighbour to neighbour while one is better."""
@@ -132,15 +137,17 @@ def _moved(
         allocation = allocation_for(levels)
         if allocation is None:
             continue
-        progress(f"starting afresh at ranks {levels['intra']} within layers, {levels['inter']} across")
-        fresh, early = _run(problem, State(math.inf), levels, allocation, options.seed, TRIAL_SWEEPS)
+        progress(
+            _phase(problem), words=f"starting afresh at ranks {levels['intra']} within layers, {levels['inter']} across"
+        )
+        fresh, early = _run(problem, State(math.inf), levels, allocation, seed, TRIAL_SWEEPS)
         if levels != found.levels and fresh.lost >= found.state.lost:
             continue
-        fresh, late = _run(problem, fresh, levels, allocation, options.seed, SWEEPS, progress)
+        fresh, late = _run(problem, fresh, levels, allocation, seed, SWEEPS, progress)
         if fresh.lost < found.state.lost:
             found = Found(levels, fresh, early + late)
         if levels == found.levels:
-            untried = [ranks for ranks in _neighbours(levels, options.min_shared) if ranks not in tried]
+            untried = [ranks for ranks in _neighbours(levels, least) if ranks not in tried]
     return found
 
 
@@ -175,7 +182,7 @@ def fit_at(
     state = fit_locals(problem, State(math.inf), allocation)
     if not any(levels.values()):
         return state, [state.lost]
-    progress("starting the shared parts")
+    progress(_phase(problem), words="starting the shared parts")
     plain = state
     state, history = _run(problem, plain, levels, allocation, seed, 1)
     if plain.lost - state.lost > plain.price * shared_parameters(problem, levels):
@@ -196,7 +203,7 @@ def _run(
     allocation: Allocation,
     seed: int,
     sweeps: int,
-    progress: Progress = quiet,
+    progress: Progress = silent,
 ) -> tuple[State, list[float]]:
     """Up to `sweeps` sweeps; stops when the objective settles."""
     generator = torch.Generator().manual_seed(seed)
@@ -206,10 +213,14 @@ def _run(
         before = state.lost
         state = sweep(problem, state, levels, allocation, generator)
         history.append(state.lost)
-        progress(f"sweep {number}, error {math.sqrt(state.lost / energy) if energy else 0:.4f}")
+        progress(_phase(problem), words=f"sweep {number}, error {math.sqrt(state.lost / energy) if energy else 0:.4f}")
         if _settled(before, state.lost) or state.lost <= FLOOR * energy:
             break
     return state, history
+
+
+def _phase(problem: Problem) -> str:
+    return f"fitting {problem.transform.name}"
 
 
 def _settled(before: float, after: float) -> bool:
@@ -217,13 +228,13 @@ def _settled(before: float, after: float) -> bool:
     return before - after <= TOLERANCE * after
 
 
-def finish(problem: Problem, source: Source, options: Options, state: State, history: list[float]) -> Fit:
+def finish(problem: Problem, source: Source, storage: torch.dtype | None, state: State, history: list[float]) -> Fit:
     """The form of a state, its local parts multiplied out."""
 
     def module(name: str) -> Module:
         delta = source.deltas[name]
         paths = {level: Path(*state.uses[level, name]) for level in LEVELS if (level, name) in state.uses}
-        return Module(delta.shape, options.handed_over(local_factors(problem, state, name)), paths, source.kind(name))
+        return Module(delta.shape, handed_over(local_factors(problem, state, name), storage), paths, source.kind(name))
 
     modules = dict(zip(source.deltas, each(module, source.deltas), strict=True))
     shared: dict[str, dict[str, Factors]] = {}

@@ -1,7 +1,7 @@
-"""What a fit starts from and what it gives: the measured adapter, the options, the fitted form."""
+"""What a fit starts from and what it gives: the measured adapter, the fitted form."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,24 +18,24 @@ from bslora_convert.metric.metric import PLAIN, Metric
 from bslora_convert.modules.factors import Factors, Shape
 from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, product_svd
 from bslora_convert.modules.names import layer_of
+from bslora_convert.recipe.structure import Structure
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ENTIRE = "all"  # the inter group's name
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """The adapter as the fit sees it: deltas, their Gram matrices, their metrics and their SVDs in these, by module name.
 
-    metrics: nothing where every module is measured plainly.
+    metrics: nothing where every module is measured plainly. unweighed: the plain SVDs, which `svds` are where there are none.
     """
 
     deltas: Mapping[str, Delta]
     kinds: Mapping[str, str]
     grams: Mapping[str, Grams]
     svds: Mapping[str, ProductSvd]
+    unweighed: Mapping[str, ProductSvd]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     partition: Mapping[str, Sequence[str]] | None = None  # groups of the intra level; None: the layers
 
@@ -52,13 +52,16 @@ class Source:
     @property
     def plain(self) -> "Source":
         """The same, measured plainly."""
-        return self.measured_in({})
+        return replace(self, svds=self.unweighed, metrics={}) if self.metrics else self
 
     def measured_in(self, metrics: Mapping[str, Metric]) -> "Source":
         """The same in other metrics, its Gram matrices kept; plainly where there are none."""
-        if not metrics and not self.metrics:
-            return self
-        return replace(self, svds=_svds(self.deltas, self.grams, metrics), metrics=metrics)
+        if not metrics:
+            return self.plain
+        svds = dict(
+            zip(self.deltas, each(lambda n: svd_in(metrics[n], self.deltas[n].factors()), self.deltas), strict=True)
+        )
+        return replace(self, svds=svds, metrics=metrics)
 
     def metric(self, name: str) -> Metric:
         """What a module is measured by."""
@@ -110,31 +113,6 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How to share: the transform's name and its own settings, and the least rank of each shared part.
-
-    most_rank: greatest rank that a module may have, its shared parts counted; None for any.
-    storage: dtype in which local parts are handed over, one by one, so that they never stand in memory together in the
-    compute dtype; None keeps that. hollow: of a fit without shared parts only what it loses is wanted, no local parts.
-    """
-
-    transform: str = "ke"
-    shared_size: int | None = None
-    window: str = "center"
-    kernel: str = "r_1"
-    min_shared: int = 1
-    uniform: bool = False
-    most_rank: int | None = None
-    seed: int = 0
-    storage: torch.dtype | None = None
-    hollow: bool = False
-
-    def handed_over(self, local: Factors) -> Factors:
-        """A finished local part in the dtype of `storage`."""
-        return local if self.storage is None else local.to(self.storage)
-
-
-@dataclass(frozen=True, slots=True)
 class Fit:
     """A form and what it loses: Σ ‖ΔW − ΔŴ‖² in the metrics, in the fit's own precision; the objective after each sweep."""
 
@@ -149,18 +127,10 @@ def measure(
     kinds: Mapping[str, str] | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> Source:
-    """Gram matrices of every module, and SVDs in its metric."""
+    """Gram matrices and SVDs of every module, SVDs in its metric too."""
     grams = dict(zip(deltas, each(Grams.of_delta, deltas.values()), strict=True))
-    return Source(deltas, kinds or {}, grams, _svds(deltas, grams, metrics or {}), metrics or {})
-
-
-def _svds(
-    deltas: Mapping[str, Delta], grams: Mapping[str, Grams], metrics: Mapping[str, Metric]
-) -> dict[str, ProductSvd]:
-    def svd(name: str) -> ProductSvd:
-        return svd_in(metrics[name], deltas[name].factors()) if metrics else product_svd(grams[name])
-
-    return dict(zip(grams, each(svd, grams), strict=True))
+    svds = dict(zip(deltas, each(product_svd, grams.values()), strict=True))
+    return Source(deltas, kinds or {}, grams, svds, svds).measured_in(metrics or {})
 
 
 def check_magnitude(source: Source, where: object) -> None:
@@ -176,21 +146,16 @@ def check_magnitude(source: Source, where: object) -> None:
             )
 
 
-def quiet(_: str) -> None:
-    """Progress that nobody watches."""
-
-
 def leading(spectra: Mapping[str, Tensor], most: Mapping[str, int] | None) -> Mapping[str, Tensor]:
     """Of each module as many components as it may have."""
     return spectra if most is None else {name: values[: most[name]] for name, values in spectra.items()}
 
 
-def local_most(source: Source, options: Options, shared: int) -> dict[str, int] | None:
-    """Greatest local rank of each module beside shared parts of this rank in all; None for any.
+def local_most(source: Source, most: int | None, shared: int) -> dict[str, int] | None:
+    """Greatest local rank of each module beside shared parts of this rank in all; None for any. most: greatest rank in all.
 
     :raises RecipeError: where the shared parts alone exceed the greatest rank.
     """
-    most = options.most_rank
     if most is None:
         return None
     sharing = set(source.sharing) if shared else set()
@@ -202,16 +167,22 @@ def local_most(source: Source, options: Options, shared: int) -> dict[str, int] 
     return {name: most - shared if name in sharing else most for name in source.deltas}
 
 
-def within(source: Source, budget: int, equal: bool, most: Mapping[str, int] | None = None) -> Allocation:
-    """Local ranks that store at most `budget` numbers. most: greatest local rank of each module."""
+def within(source: Source, budget: int, structure: Structure, shared: int = 0) -> Allocation:
+    """Local ranks that store at most `budget` numbers, beside shared parts of rank `shared` in all."""
+    most = local_most(source, structure.most_rank, shared)
 
     def allocation(spectra: Mapping[str, Tensor]) -> Ranks:
         spectra = leading(spectra, most)
-        if equal:
+        if structure.is_uniform:
             return allocate.uniform({name: len(v) for name, v in spectra.items()}, source.costs, budget)
         return allocate.within_budget(spectra, source.costs, budget)
 
     return allocation
+
+
+def handed_over(local: Factors, storage: torch.dtype | None) -> Factors:
+    """A finished local part in its storage dtype; None keeps it."""
+    return local if storage is None else local.to(storage)
 
 
 def too_small(budget: int, source: Source, needed: int, transform: str) -> RecipeError:

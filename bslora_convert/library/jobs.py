@@ -96,12 +96,6 @@ def marker_of(out: Path, name: str) -> Path:
     return out / STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
 
-def options_key(recipe: Mapping[str, Any], training: Mapping[str, Any], html: bool, files: Mapping[str, str]) -> str:
-    """Hash of the options and of what the files that they name hold (`files`: their hashes)."""
-    text = json.dumps([{**recipe, "device": None}, dict(files), training, html], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def job_key(options: str, source: str) -> str:
     """Hash of the options and of the source's content."""
     return hashlib.sha256(f"{options} {source}".encode()).hexdigest()
@@ -126,9 +120,8 @@ def convert_one(job: Job, compress: Compress) -> Result:
                 job.destination,
                 Recipe.from_dict(dict(job.recipe)),
                 training=Training(**job.training) if job.training else None,
-                source_name=job.item.uri,
+                recorded_as=job.item.uri,
                 report_html=job.html,
-                timed=False,
                 overwrite=is_ours(job),
             )
         result = done(job, record)

@@ -16,9 +16,11 @@ from bslora_convert.files.travel import travelling
 from bslora_convert.library.fetch import at_revision
 from bslora_convert.library.items import Item
 from bslora_convert.library.jobs import Job, Result, failure, job_key, marked
+from bslora_convert.library.made_with import MadeWith
 from bslora_convert.library.options import BASE, own_options, prompts_hash, recipe_of
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.batching import BatchOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +38,10 @@ class Plan:
 
 
 def plan(
-    items: Sequence[Item],
-    out: Path,
-    recipe: Mapping[str, Any],
-    training: Mapping[str, Any],
-    options: str,
-    *,
-    html: bool = True,
-    resume: bool = True,
-    retry_failed: bool = False,
-    progress: Progress = silent,
+    items: Sequence[Item], out: Path, made_with: MadeWith, asked: BatchOptions, progress: Progress = silent
 ) -> Plan:
     """Looks at every item: its headers, and a hash of its files."""
+    recipe, options = made_with.recipe, made_with.key
     hash_of = cache(prompts_hash)  # many adapters may name one file
     jobs: list[Job] = []
     known: list[Result] = []
@@ -55,7 +49,8 @@ def plan(
     duplicates: dict[str, list[Job]] = {}
     for done, item in enumerate(items):
         progress("checking headers", done, len(items))
-        job = Job(item, str(out), recipe, training, job_key(options, f"unread {item.uri}"), options, html=html)
+        unread = job_key(options, f"unread {item.uri}")
+        job = Job(item, str(out), recipe, made_with.training, unread, options, html=made_with.report_html)
         try:
             own = recipe_of(item, recipe)
             source, size = _look(item, own, hash_of)
@@ -70,8 +65,8 @@ def plan(
             )
             continue
         job = replace(job, key=job_key(options, source), bytes=size)
-        before = marked(job) if resume else None
-        if before is not None and (before.status == "ok" or not retry_failed):
+        before = marked(job) if asked.resume else None
+        if before is not None and (before.status == "ok" or not asked.retry_failed):
             row = replace(before, prompts=item.prompts, base_model=item.base_model)
             known.append(replace(row, status="skipped") if row.status == "ok" else row)
         elif job.key in first:

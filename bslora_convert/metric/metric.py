@@ -19,7 +19,7 @@ E(gᵀNx)² = ν E‖x‖²‖g‖², and by the same token a part of it in some
 E[‖x‖² (Bᵀg)(Bᵀg)ᵀ] / d and counts inputs as they are, so that modules weigh as much as they are fed and felt together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +74,6 @@ def output_metric(factors: Factors, moments: Moments) -> Metric:
     return Metric(_completed(factors.b.T, moments.fed / width, moments.fed_power / width))
 
 
-def metric_of(factors: Factors, moments: Moments) -> Metric:
-    """The metric of moments that were taken of these factors."""
-    right = _completed(factors.a, moments.inputs, moments.input_power)
-    if moments.outputs is None:
-        return Metric(right=right)
-    return Metric(_completed(factors.b.T, moments.outputs, moments.output_power), right)
-
-
 def _completed(rows: Tensor, moment: Tensor, power: float) -> Weigh:
     """Σ̃^½ as a function. rows (q, d), moment (q, q), power tr Σ."""
     if not len(rows):
@@ -104,3 +96,24 @@ def _completed(rows: Tensor, moment: Tensor, power: float) -> Weigh:
         return found
 
     return weigh
+
+
+def metric_of(factors: Factors, moments: Moments) -> Metric:
+    """The metric of moments that were taken of these factors: of inputs, and of outputs' gradients where there were any."""
+    inputs = input_metric(factors, moments)
+    if moments.outputs is None:
+        return inputs
+    return Metric(_completed(factors.b.T, moments.outputs, moments.output_power), inputs.right)
+
+
+def input_metric(factors: Factors, moments: Moments) -> Metric:
+    """The metric of inputs alone."""
+    return Metric(right=_completed(factors.a, moments.inputs, moments.input_power))
+
+
+PLAIN_NAME = "plain"
+METRICS: Mapping[str, Callable[[Factors, Moments], Metric]] = {
+    "output": output_metric,
+    "input": input_metric,
+    "two-sided": metric_of,
+}

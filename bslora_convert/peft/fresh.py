@@ -24,7 +24,7 @@ from bslora_convert.layers.shapes import layer_shape
 from bslora_convert.lora.targets import target_fields
 from bslora_convert.modules.names import kind_of, layer_of, natural_order
 from bslora_convert.recipe.checks import check_choice, check_whole
-from bslora_convert.recipe.form import LARGEST_RANK, Form
+from bslora_convert.recipe.structure import LARGEST_RANK, Structure
 
 Ranks = tuple[int, int, int]  # local, intra, inter
 
@@ -67,7 +67,7 @@ class Fresh:
 
     def __post_init__(self) -> None:
         check_choice("transform", self.transform, TRANSFORM_NAMES)
-        Form(transform=self.transform, shared_size=self.shared_size, kernel=self.kernel, slice=self.slice)
+        Structure(transform=self.transform, shared_size=self.shared_size, kernel=self.kernel, slice=self.slice)
         object.__setattr__(self, "ranks", self._triple())
 
     def _triple(self) -> Ranks:

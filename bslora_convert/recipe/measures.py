@@ -5,6 +5,8 @@ missed    0 where the compact adapter behaves exactly as the original: 1 − ret
 
 from dataclasses import dataclass
 
+from bslora_convert.recipe.options import flag_of
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -20,9 +22,14 @@ class Measure:
         return self.option.startswith("min_")
 
     @property
+    def bound(self) -> str:
+        """How a limit binds a value, in words."""
+        return "at least" if self.more_is_better else "at most"
+
+    @property
     def flag(self) -> str:
         """The limit's name on the command line."""
-        return f"--{self.option.replace('_', '-')}"
+        return flag_of(self.option)
 
     def is_met(self, value: float, limit: float) -> bool:
         """Whether a value keeps to a limit."""
@@ -34,7 +41,7 @@ class Measure:
 
 
 RETENTION = Measure("retention", "min_retention", "share of the adapter's effect kept")
-KL = Measure("kl", "max_kl", "KL to the original in nats a token")
+KL = Measure("kl", "max_kl", "KL to the original")
 AGREEMENT = Measure("agreement", "min_agreement", "share of tokens with the same first choice")
 ACCURACY_DROP = Measure("accuracy_drop", "max_accuracy_drop", "largest drop of a task's score")
 

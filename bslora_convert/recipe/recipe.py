@@ -1,24 +1,25 @@
 """How to convert one adapter: a few parts that each check themselves, and the rules between them.
 
-    form      which transform, who shares, which ranks      aim        the behaviour, error or size that the result must reach
-    evidence  base model, prompts, metric, distillation     storage    dtype and codes
-    scaling   the source's, where it does not say
+    structure    which transform, who shares, which ranks     asked     the behaviour, error or size that the result must reach
+    calibration  base model, prompts, metric, distillation    storage   dtype and codes
+    scaling      the source's, where it does not say
 
 Options are given flat, under the names that the command line has, and stand flat in records and files.
 """
 
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.recipe.aim import AIMS, Aim
+from bslora_convert.recipe.calibration import Calibration
 from bslora_convert.recipe.checks import check_whole
-from bslora_convert.recipe.evidence import Evidence
-from bslora_convert.recipe.form import Form
+from bslora_convert.recipe.options import RUNNING, device_option, option
 from bslora_convert.recipe.scaling import Scaling
 from bslora_convert.recipe.storage import Storage
+from bslora_convert.recipe.structure import Structure
+from bslora_convert.recipe.target import TARGETS, Asked, Target, resolved
 
-PARTS = {"form": Form, "aim": Aim, "evidence": Evidence, "storage": Storage, "scaling": Scaling}
+PARTS = {"structure": Structure, "asked": Asked, "calibration": Calibration, "storage": Storage, "scaling": Scaling}
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -28,13 +29,13 @@ class Recipe:
     :raises RecipeError: naming the option, its value and what is allowed.
     """
 
-    form: Form
-    aim: Aim
-    evidence: Evidence
+    structure: Structure
+    asked: Asked
+    calibration: Calibration
     storage: Storage
     scaling: Scaling
-    device: str = field(default="auto")
-    seed: int = field(default=0)
+    device: str = device_option()
+    seed: int = option(0, "Draw random numbers from this; the same seed gives the same bytes.", RUNNING)
 
     def __init__(self, **options: Any) -> None:
         """options: by the names of the parts' fields, and device and seed."""
@@ -45,11 +46,10 @@ class Recipe:
             object.__setattr__(self, name, options.pop(name, default))
         if options:
             raise RecipeError(f"{sorted(options)[0]} is no option of a recipe")
-        by_hand = self.aim.ranks is not None
-        if self.form.local_ranks is None:
-            object.__setattr__(self, "form", replace(self.form, local_ranks="uniform" if by_hand else "adaptive"))
-        if self.form.max_rank is None:
-            object.__setattr__(self, "form", replace(self.form, max_rank="none" if by_hand else "slot"))
+        by_hand, given = self.asked.ranks is not None, self.structure
+        local_ranks = given.local_ranks or ("uniform" if by_hand else "adaptive")
+        max_rank = ("none" if by_hand else "slot") if given.max_rank is None else given.max_rank
+        object.__setattr__(self, "structure", replace(given, local_ranks=local_ranks, max_rank=max_rank))
         check_whole("seed", self.seed, 0, (1 << 63) - 1)
         self._check_device()
         self._check_together()
@@ -61,50 +61,53 @@ class Recipe:
 
     def _check_together(self) -> None:
         """What one part allows of another."""
-        form, aim = self.form, self.aim
-        if aim.ranks is not None and form.transform == "none" and any(aim.ranks[1:]):
+        structure, asked = self.structure, self.asked
+        if asked.ranks is not None and structure.transform == "none" and any(asked.ranks[1:]):
             raise RecipeError(
-                f"ranks is {aim.ranks!r}: with transform none only L,0,0 is allowed", "ranks", "transform"
+                f"ranks is {asked.ranks!r}: with transform none only L,0,0 is allowed", "ranks", "transform"
             )
-        if aim.chooses_precision and form.local_ranks == "uniform":
-            name = next(name for name in AIMS if getattr(aim, name) is not None)
+        if asked.chooses_precision and structure.is_uniform:
+            name = asked.option
             raise RecipeError(
                 f"local_ranks is 'uniform': with {name} every module's rank is chosen; adaptive is allowed",
                 "local_ranks",
                 name,
             )
 
-    def check_evidence(self) -> None:
-        """:raises RecipeError: when a behaviour is aimed at and there is nothing to measure it on."""
-        if self.aim.behaviour is not None and self.evidence.prompts is None:
-            name = self.aim.behaviour[0]
+    def check_prompts(self) -> None:
+        """:raises RecipeError: when a behaviour is asked for and there are no prompts to measure it on."""
+        if self.asked.measure is not None and self.calibration.prompts is None:
+            name = self.asked.option
             raise RecipeError(
                 f"{name} is measured on prompts that the fit has not seen: give base_model and prompts", name, "prompts"
             )
 
-    @property
-    def is_coded(self) -> bool:
-        """Whether numbers are stored in codes."""
-        return self.aim.chooses_precision or self.storage.bits is not None
+    def resolved(self, parameters: int, file_bytes: int, slot: int | None) -> tuple[Structure, Target]:
+        """Structure and target for one source.
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all modules get one local rank."""
-        return self.form.local_ranks == "uniform"
+        parameters: numbers of the LoRA. file_bytes: of its weight file. slot: rank of the server slot that it takes, None where
+        no slot holds it.
+        """
+        structure = self.structure.in_slot(slot)
+        target = replace(
+            resolved(self.asked, parameters, file_bytes),
+            width=self.storage.bits, unbiased=self.storage.is_unbiased, most_rank=structure.most_rank,
+        )  # fmt: skip
+        return structure, target
 
     def but(self, **changes: Any) -> Self:
         """The same recipe with other values of some options; what follows from them is decided anew."""
         return type(self)(**{**self.options(), **changes})
 
     def options(self) -> dict[str, Any]:
-        """Every option by name, as used; an aim that nobody asked for is none."""
+        """Every option by name, as used; a target that nobody asked for is none."""
         found = {
             one.name: getattr(getattr(self, name), one.name)
             for name, part in PARTS.items()
             for one in fields(part)
             if one.init
         }
-        unasked = {} if self.aim.asked else dict.fromkeys(AIMS)
+        unasked = {} if self.asked.is_given else dict.fromkeys(TARGETS)
         return found | unasked | {name: getattr(self, name) for name in OWN}
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,18 +124,10 @@ class Recipe:
 
     def given(self) -> dict[str, Any]:
         """The options that are not what they would be anyway."""
-        said, always = self.options(), ("transform", *AIMS)
+        said, always = self.options(), ("transform", *TARGETS)
         usual = type(self)(**{name: said[name] for name in always}).options()
         order = [*always, *(name for name in said if name not in always)]
         return {n: said[n] for n in order if said[n] is not None and (n in always or said[n] != usual[n])}
-
-    def arguments(self) -> list[str]:
-        """The command-line options that say the same, those at their default left out."""
-        words: list[str] = []
-        for name, value in self.given().items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
-        return words
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name}={value!r}" for name, value in self.given().items())

@@ -5,6 +5,7 @@ from typing import Any
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import is_number
+from bslora_convert.recipe.options import SOURCE, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +15,10 @@ class Scaling:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    lora_alpha: float | None = None
-    use_rslora: bool | None = None
+    lora_alpha: float | None = option(None, "Set the source's lora_alpha, where its configuration lacks it.", SOURCE)
+    use_rslora: bool | None = option(
+        None, "Scale the source by alpha / √r, where its configuration does not say so.", SOURCE
+    )
 
     def __post_init__(self) -> None:
         if self.lora_alpha is not None and not is_number(self.lora_alpha):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
+from bslora_convert.recipe.options import FORM, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GAINS = ("unbiased", "least-squares")
@@ -20,9 +21,15 @@ class Storage:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    dtype: str = "auto"
-    bits: int | None = None
-    gain: str = "unbiased"
+    dtype: str = option("auto", "Store numbers in this type; auto = the source's.", FORM, choices=DTYPES)
+    bits: int | None = option(
+        None, "Store every coded number in this many bits; with --budget or --ranks it codes what they give.", FORM,
+        choices=WIDTHS,
+    )  # fmt: skip
+    gain: str = option(
+        "unbiased", "Scale each module's update to the original's strength (unbiased), or leave it at the least error.", FORM,
+        choices=GAINS,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

@@ -1,22 +1,22 @@
 """Every option of a distillation, checked once."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, check_count
+from bslora_convert.recipe.options import RUNNING, option, options_of
+from bslora_convert.recipe.options import TRAINING as SECTION
 
-OPTIONS = (
-    "train", "max_steps", "epochs", "max_minutes", "learning_rate", "batch_size", "accumulate", "temperature",
-    "hidden_weight", "max_length", "evaluate_every", "patience",
-)  # fmt: skip
 TRAINED = ("local", "shared", "all")
+FILE: dict[str, Any] = {"verbs": ()}  # the recipe file alone
+BY_NAME: dict[str, Any] = {"verbs": ("finetune",)}  # the verb of that name, and the recipe file
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How to distil.
+    """How to distil, and how the rows of its prompt files are read.
 
     Whichever of `max_steps`, `epochs` and `max_minutes` comes first ends it; so do `patience` evaluations without a better
     state.
@@ -24,24 +24,32 @@ class Training:
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    train: str = "local"
-    max_steps: int | None = None
-    epochs: float = 1.0
-    max_minutes: float | None = None
-    learning_rate: float = 5e-4
-    warmup: float = 0.1
-    batch_size: int = 8
-    accumulate: int = 1
-    temperature: float = 1.0
-    hidden_weight: float = 0.0
-    clip: float = 1.0
-    max_length: int | None = None
-    heldout: float = 0.1
-    max_heldout: int = 32
-    evaluate_every: int = 20
-    patience: int = 8
-    chat_template: bool = True
-    seed: int = 0
+    train: str = option("local", "Choose which parts are trained.", SECTION, choices=TRAINED)
+    max_steps: int | None = option(None, "Stop after this many steps.", SECTION)
+    epochs: float = option(1.0, "Stop after this many passes over the rows.", SECTION, **BY_NAME)
+    max_minutes: float | None = option(None, "Stop after this many minutes, everything counted.", SECTION)
+    learning_rate: float = option(5e-4, "Set the highest learning rate.", SECTION)
+    warmup: float = option(0.1, "Raise the learning rate over this share of the run.", SECTION, **FILE)
+    batch_size: int = option(8, "Run this many rows at once.", SECTION, **FILE)
+    accumulate: int = option(1, "Add up the gradients of this many batches a step.", SECTION, **FILE)
+    temperature: float = option(1.0, "Divide both models' logits by this in the loss.", SECTION, **FILE)
+    hidden_weight: float = option(
+        0.0, "Add the error of the last hidden states to the loss with this weight.", SECTION, **FILE
+    )
+    clip: float = option(1.0, "Limit the norm of the gradient.", SECTION, **FILE)
+    limit: int | None = option(None, "Read the first rows of each prompt file only.", SECTION, usual="all", **FILE)
+    max_length: int | None = option(None, "Cut rows to this many tokens.", SECTION, usual="the model's context", **FILE)
+    max_new_tokens: int = option(128, "Limit completions that the original writes, in tokens.", SECTION, **FILE)
+    chat_template: bool = option(True, "Read prompts as a user's turn of the chat template.", SECTION, **FILE)
+    heldout: float = option(
+        0.1, "Hold this share of the rows out to choose the state that is kept.", SECTION, **BY_NAME
+    )
+    max_heldout: int = option(32, "Hold out at most this many rows.", SECTION, **FILE)
+    evaluate_every: int = option(20, "Measure the held-out rows after every so many steps.", SECTION, **FILE)
+    patience: int = option(8, "Stop after this many measurements without a better state.", SECTION, **FILE)
+    seed: int = option(
+        0, "Draw random numbers from this; the same seed gives the same result on a CPU.", RUNNING, **BY_NAME
+    )
 
     def __post_init__(self) -> None:
         check_choice("train", self.train, TRAINED)
@@ -52,7 +60,16 @@ class Training:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > bound):
                 raise RecipeError(f"{name} is {value}: a number above {bound} is allowed", name)
-        for name in ("batch_size", "accumulate", "max_length", "max_heldout", "evaluate_every", "patience"):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "limit",
+            "max_length",
+            "max_new_tokens",
+            "max_heldout",
+            "evaluate_every",
+            "patience",
+        ):
             check_count(name, getattr(self, name))
         for name in ("warmup", "heldout"):
             if not 0 <= getattr(self, name) < 1:
@@ -64,15 +81,19 @@ class Training:
         """Every option by name."""
         return asdict(self)
 
-    def arguments(self) -> list[str]:
-        """The command-line options that say the same, those at their default left out."""
-        plain = Training()
-        return [
-            word
-            for name, value in self.to_dict().items()
-            if name in OPTIONS and value != getattr(plain, name)
-            for word in (f"--{name.replace('_', '-')}", f"{value}")
-        ]
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How prompt files are read, as `Prompts.read` takes it."""
+        names = ("limit", "max_length", "max_new_tokens", "chat_template", "batch_size")
+        return {name: getattr(self, name) for name in names}
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not at their default; the seed is the recipe's."""
+        return {
+            one.name: value
+            for one in fields(self)
+            if (value := getattr(self, one.name)) != one.default and one.name != "seed"
+        }
 
     def rate_at(self, share: float) -> float:
         """Learning rate at a share of the run: linear warm-up, then half a cosine down to a hundredth."""
@@ -80,3 +101,8 @@ class Training:
             return self.learning_rate * share / self.warmup
         rest = (min(share, 1.0) - self.warmup) / (1 - self.warmup)
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * rest)))
+
+
+OPTIONS = tuple(
+    name for name in options_of(Training) if name != "seed"
+)  # in a recipe's file, whose seed is the training's too

@@ -5,19 +5,30 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from bslora_convert.recipe.files import call, to_toml
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.report import verdict
 from bslora_convert.report.metadata import front_matter, metadata, model_class
 from bslora_convert.report.page import environment
 
+FILE = "recipe.toml"  # of the invocation, where options have no flag
+
 
 def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The card of one conversion."""
-    words = ["bslora-convert", "compress", record["source"]["path"], "OUT_DIR"]
-    words += Recipe.from_dict(record["recipe"]).arguments()
+    options = Recipe.from_dict(record["recipe"]).given()
     if "training" in record:
-        words += Training(**record["training"]["options"]).arguments()
+        options |= Training(**record["training"]["options"]).given()
+    words, rest = call(options)
+    words = [
+        "bslora-convert",
+        "compress",
+        record["source"]["path"],
+        "OUT_DIR",
+        *words,
+        *(["--recipe", FILE] if rest else []),
+    ]
     base_model, task = config.get("base_model_name_or_path"), config.get("task_type")
     said = metadata(record["source"].get("card", {}), "peft", base_model, task, ("lora", "bslora"))
     urgent, notes = verdict.attention(record["notes"])
@@ -31,6 +42,8 @@ def render(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
             base_model=base_model,
             model_class=model_class(task),
             invocation=invocation,
+            recipe_file=FILE,
+            recipe=to_toml(rest),
             fence="`" * (1 + max(map(len, re.findall("`{2,}", invocation)), default=2)),  # longer than any within
             verdict=verdict.sentences(record),
             urgent=urgent,

@@ -32,7 +32,6 @@ def compare(record: Mapping[str, Any]) -> str:
 
 
 MADE = {  # how `compress` makes a form of the comparison; the rest it does not make
-    "svd_uniform": ("--transform", "none", "--local-ranks", "uniform", "--budget"),
     "svd_adaptive": ("--transform", "none", "--budget"),
     "svd_int8": ("--transform", "none", "--bits", "8", "--bytes"),
     "svd_int4": ("--transform", "none", "--bits", "4", "--bytes"),

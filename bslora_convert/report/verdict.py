@@ -7,6 +7,7 @@ from typing import Any
 from bslora_convert.behaviour.intervals import too_few
 from bslora_convert.files.record import named
 from bslora_convert.notes import Note
+from bslora_convert.recipe.measures import KL, MEASURES
 
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
@@ -22,12 +23,9 @@ def _share(value: float) -> str:
     return f"{100 * value:.5g}%"
 
 
-MEASURED: dict[str, tuple[str, Callable[[float], str]]] = {
-    "max_kl": ("KL to the reference", _nats),
-    "min_agreement": ("share of tokens with the same first choice", _share),
-    "min_retention": ("share of the adapter's effect that survived", _share),
-    "max_accuracy_drop": ("largest drop of a task's score", _share),
-}
+SHOWN: dict[str, Callable[[float], str]] = {
+    KL.option: _nats
+}  # how a measure's values are written, where they are no shares
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
@@ -184,9 +182,8 @@ def thresholds(functional: Mapping[str, Any]) -> list[tuple[str, str, str, str, 
     """Each threshold in words: what was measured, at most or at least, the limit, the value, whether it was met."""
     found = []
     for name, checked in functional["thresholds"].items():
-        measure, shown = MEASURED[name]
-        bound = "at least" if name.startswith("min") else "at most"
-        found.append((measure, bound, shown(checked["limit"]), shown(checked["value"]), checked["passed"]))
+        measure, shown = MEASURES[name], SHOWN.get(name, _share)
+        found.append((measure.text, measure.bound, shown(checked["limit"]), shown(checked["value"]), checked["passed"]))
     return found
 
 
@@ -247,14 +244,13 @@ def reached(record: Mapping[str, Any]) -> list[str]:
     name, limit = next(iter(aim["asked"].items()))
     met, size = [step for step in aim["path"] if step["met"]], record["compact"]["bytes"]
     best, proof = min(met, key=lambda step: abs(step["bytes"] - size)), aim["proofs"][-1]
-    measure = name.split("_")[1]
-    bound = "at most" if name.startswith("max") else "at least"
+    measure = MEASURES[name]
     failed = sum(not one["met"] for one in aim["proofs"])
     again = f" (after {failed} that failed there)" if failed else ""
     return [
-        f"--{name.replace('_', '-')} {limit:g} is reached in {best['byte_ratio']:.1%} of the bytes, the smallest of "
-        f"{len(aim['path'])} sizes that were tried: with 95 % certainty {bound} {best['bound']:.5g} on the rows that choose, and "
-        f"{proof[measure]:.5g} on {proof['rows']} rows that nothing before has seen{again}."
+        f"{measure.flag} {limit:g} is reached in {best['byte_ratio']:.1%} of the bytes, the smallest of {len(aim['path'])} sizes "
+        f"that were tried: with 95 % certainty {measure.bound} {best['bound']:.5g} on the rows that choose, and "
+        f"{proof[measure.name]:.5g} on {proof['rows']} rows that nothing before has seen{again}."
     ]
 
 

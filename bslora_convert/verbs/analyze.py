@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from bslora_convert.analysis import entropy, ranks, recommendation, sharing, subspaces
 from bslora_convert.analysis.clusters import clustered
+from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.conversion.sizes import sizes
-from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
@@ -19,82 +19,66 @@ from bslora_convert.fit.source import check_magnitude
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.modules.names import kind_of, natural_order
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.checks import check_on_base
+from bslora_convert.recipe.analyzing import AnalyzeOptions
+from bslora_convert.recipe.options import built
 from bslora_convert.results import Analysis
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
-LEAST_DRAWS = 2
 PARALLEL = 0.9  # cosine of two stored A from which they are taken for the same start
 
 
 def analyze(
     lora: str | Path,
     out: str | Path | None = None,
+    options: AnalyzeOptions | None = None,
     *,
-    beside: Sequence[str | Path] = (),
-    base_model: str | None = None,
-    prompts: str | Path | None = None,
-    limit: int | None = None,
-    draws: int = 8,
-    device: str = "auto",
-    seed: int = 0,
-    lora_alpha: float | None = None,
-    use_rslora: bool | None = None,
-    overwrite: bool = False,
     progress: Progress = silent,
+    **fields: Any,
 ) -> Analysis:
     """Measures what a LoRA's modules and layers have in common, and returns what `analysis.json` holds.
 
     out: a directory for `analysis.json`, `analysis.html` and the plots; nothing is written without it.
-    beside: further LoRAs whose A are compared with this one's. base_model, prompts: adds the entropy similarity of what the
-    modules put out on these prompts. draws: random adapters behind each z-score.
-    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
+    options, or fields of `AnalyzeOptions`: with base_model and prompts, the entropy similarity of what the modules put out on
+    these prompts too.
 
     :raises InputError: when something is missing or damaged. :raises Refused: when the adapter can't be read faithfully.
     :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
     """
-    if draws < LEAST_DRAWS:
-        raise RecipeError(f"draws is {draws}: a whole number of at least {LEAST_DRAWS} is allowed", "draws")
-    check_on_base(base_model, prompts)
+    asked = built(AnalyzeOptions, options, fields)
     need("analysis", "analyze")
     if out is not None:
-        check_output(Path(out), overwrite, resolve(lora))
-    rows = None
-    if prompts is not None:
-        from bslora_convert.behaviour.prompts import Prompts
-
-        rows = Prompts.read(prompts, limit)
+        check_output(Path(out), asked.overwrite, resolve(lora))
+    rows = Prompts.read(asked.prompts, asked.limit) if asked.prompts is not None else None
     progress("reading")
-    scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
-    adapter = load_lora(lora, **scaling)
+    adapter = load_lora(lora, **asked.given)
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
-    others = {str(path): load_lora(path) for path in beside}
+    others = {str(path): load_lora(path) for path in asked.beside}
     with modules_over_cores():
         source = measure(adapter.modules, adapter.kinds)
         check_magnitude(source, adapter.weights)
-        record = _measured(adapter, others, source, draws, seed, progress)
+        record = _measured(adapter, others, source, asked, progress)
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools
-        from bslora_convert.behaviour.workshop import open_workshop
+        from bslora_convert.behaviour.session import open_session
 
-        workshop = open_workshop(lora, str(base_model), device, "auto", progress, scaling=scaling)
-        pools = activation_pools(workshop, rows)
+        session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=asked.given)
+        pools = activation_pools(session, rows)
         record["activations"] = {"rows": len(rows.rows), **_rmi(source, pools)}
     record["sizes"] = sizes(source, adapter, Path(lora))
     record["recommendation"] = recommendation.sentences(record)
     if out is not None:
         from bslora_convert.report.analysis import write
 
-        with landing(Path(out), overwrite) as place:
+        with landing(Path(out), asked.overwrite) as place:
             write(place, record)
             record = seal(place, ANALYSIS_NAME, record)
     return cast(Analysis, record)
 
 
 def _measured(
-    adapter: LoraAdapter, others: Mapping[str, LoraAdapter], source: Source, draws: int, seed: int, progress: Progress
+    adapter: LoraAdapter, others: Mapping[str, LoraAdapter], source: Source, asked: AnalyzeOptions, progress: Progress
 ) -> dict[str, Any]:
     pools = {name: entropy.pool(delta, source.grams[name]) for name, delta in source.deltas.items()}
     progress("comparing subspaces")
@@ -120,8 +104,8 @@ def _measured(
         **_rmi(source, pools),
         "subspaces_within": within,
         "subspaces_across": across,
-        "shared_energy": sharing.shared_energy(source, draws, seed, progress) if sharable else {},
-        "draws": draws,
+        "shared_energy": sharing.shared_energy(source, asked.draws, asked.seed, progress) if sharable else {},
+        "draws": asked.draws,
         "shared_initialisation": _starts(adapter, others),
         "groups": _groups(source) if sharable else {},
     }  # fmt: skip

@@ -11,13 +11,13 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from bslora_convert.behaviour.prompts import read_prompts
-from bslora_convert.errors import InputError, OutputError, RecipeError
+from bslora_convert.errors import InputError, OutputError
 from bslora_convert.extras import need
 from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
@@ -33,13 +33,13 @@ from bslora_convert.library.jobs import (
     is_ours,
     mark,
     marker_of,
-    options_key,
 )
+from bslora_convert.library.made_with import MadeWith, read_made_with, settle
 from bslora_convert.library.plan import Plan, plan
-from bslora_convert.library.settings import Settings, read_settings, settle
 from bslora_convert.library.summary import summarise
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.checks import check_choice, check_count
+from bslora_convert.recipe.batching import BatchOptions
+from bslora_convert.recipe.options import built
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.results import Batch, BatchPlan
@@ -50,82 +50,77 @@ def batch(
     library: str | Path,
     out: str | Path,
     recipe: Recipe | None = None,
-    *,
     training: Training | None = None,
-    workers: int = 1,
-    engine: str = "local",
-    shard: tuple[int, int] = (1, 1),
-    resume: bool = True,
-    retry_failed: bool = False,
-    fail_fast: bool = False,
-    max_failures: int | None = None,
-    dry_run: bool = False,
-    report_html: bool = True,
-    overwrite: bool = False,
+    options: BatchOptions | None = None,
+    *,
     progress: Progress = silent,
+    **fields: Any,
 ) -> Batch | BatchPlan:
     """Converts every adapter of a library into `out/<id>` and returns what `summary.json` holds; a dry run, what would be done.
 
-    library: a directory, a manifest or an fsspec URL. workers: processes (0: in this one). shard: (I, N), from 1.
-    retry_failed: bad input of an earlier run is tried again. fail_fast, max_failures: when to give up; the rest stays undone.
-    dry_run: checks every header and says what would be done. overwrite: finished results of another recipe are
-    replaced.
+    library: a directory, a manifest or an fsspec URL. options, or fields of `BatchOptions`: where jobs run, what is done again,
+    when to give up.
 
     :raises InputError: when the library has no adapter. :raises RecipeError: for an option that is not allowed.
     :raises OutputError: when `out` can't be written, was not made by `batch`, or holds results of another recipe.
     """
-    recipe = recipe or Recipe()
-    _check(engine, workers, shard, max_failures)
-    _check_extras(recipe, engine)
-    out = Path(out).absolute()
-    for file in recipe.evidence.files.values():
+    recipe, asked, out = recipe or Recipe(), built(BatchOptions, options, fields), Path(out).absolute()
+    _check_extras(recipe, asked.engine)
+    for file in recipe.calibration.files.values():
         read_prompts(file)
     _check_library(str(library), out)
-    chosen = recipe.to_dict(), (training.to_dict() if training is not None else {})
-    settings = settle(out, Settings.of(str(library), *chosen, report_html), overwrite)
+    options_used = recipe.to_dict(), (training.to_dict() if training is not None else {})
+    made_with = MadeWith.of(str(library), *options_used, asked.report_html)
+    settle(out, made_with, asked.overwrite)
     items = discover(str(library))
     _check_place(items, out)
-    own = shard_of(items, shard)
-    options = options_key(*chosen, report_html, settings.files)
-    found = plan(
-        own, out, *chosen, options, html=report_html, resume=resume, retry_failed=retry_failed, progress=progress
-    )
-    if dry_run:
+    own = shard_of(items, asked.shard)
+    found = plan(own, out, made_with, asked, progress)
+    if asked.dry_run:
         return _dry(found, items, own)
     _make(out)
-    settings.keep(out)
+    made_with.keep(out)
     began = time.perf_counter()
-    limit = 1 if fail_fast else max_failures
-    rows = _run(found, out, engine, workers, limit, progress)
-    gave_up = len(rows) < len(own)
-    seconds = time.perf_counter() - began
-    return _finish(items, rows, out, options, shard, seconds, gave_up)
+    rows = _run(found, out, asked, progress)
+    run = _Run(rows, asked.shard, time.perf_counter() - began, gave_up=len(rows) < len(own))
+    return _finish(items, run, out, made_with.key)
 
 
-def resume(out: str | Path, **where: Any) -> Batch | BatchPlan:
-    """Goes on with an output of `batch` with what it was made with; where: options that change no result, as of `batch`.
+def resume(
+    out: str | Path, options: BatchOptions | None = None, *, progress: Progress = silent, **fields: Any
+) -> Batch | BatchPlan:
+    """Goes on with an output of `batch` with what it was made with; options: those that change no result, as of `batch`.
 
     :raises InputError: when it is no output of `batch`. Raises also what `batch` raises.
     """
-    known = read_settings(Path(out).absolute())
+    known = read_made_with(Path(out).absolute())
     if known is None:
         raise InputError(f"{out}: nothing to go on with: it was not made by `batch`")
-    return batch(
-        known.library,
-        out,
-        Recipe.from_dict(dict(known.recipe)),
-        training=Training(**known.training) if known.training else None,
-        report_html=known.report_html,
-        **where,
-    )
+    asked = built(BatchOptions, options, {**fields, "report_html": known.report_html})
+    training = Training(**known.training) if known.training else None
+    return batch(known.library, out, Recipe.from_dict(dict(known.recipe)), training, asked, progress=progress)
 
 
-def _run(
-    found: Plan, out: Path, engine: str, workers: int, max_failures: int | None, progress: Progress
-) -> list[Result]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one run did: its rows, how long it took, and whether it stopped before the end."""
+
+    rows: Sequence[Result]
+    shard: tuple[int, int]
+    seconds: float
+    gave_up: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """`run` of summary.json."""
+        bad = sum(row.status in ("failed", "refused") for row in self.rows)
+        index, count = self.shard
+        return {"shard": f"{index}/{count}", "items": len(self.rows), "bad": bad, "gave_up": self.gave_up}
+
+
+def _run(found: Plan, out: Path, asked: BatchOptions, progress: Progress) -> list[Result]:
     """Rows of every item of this run, each written to the manifest as it ends."""
     rows: list[Result] = []
-    failures = 0
+    failures, most = 0, asked.failures
     total = len(found.jobs) + len(found.known) + sum(map(len, found.duplicates.values()))
     with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
 
@@ -141,9 +136,11 @@ def _run(
                 failures += 1
             take(result)
         jobs = {job.item.id: job for job in found.jobs}
-        if max_failures is not None and failures >= max_failures:
+        if most is not None and failures >= most:
             return rows
-        with closing(ENGINES[engine](partial(convert_one, compress=compress), found.jobs, workers)) as results:
+        with closing(
+            ENGINES[asked.engine](partial(convert_one, compress=compress), found.jobs, asked.workers)
+        ) as results:
             for result in results:
                 if result.error == "WorkerDied":
                     mark(out, result)
@@ -151,7 +148,7 @@ def _run(
                 for job in found.duplicates.get(result.id, ()):
                     take(_copy(jobs[result.id], job, result))
                 failures += result.status == "failed"
-                if max_failures is not None and failures >= max_failures:
+                if most is not None and failures >= most:
                     break
     return rows
 
@@ -174,25 +171,16 @@ def _copy(first: Job, job: Job, result: Result) -> Result:
     return same
 
 
-def _finish(
-    items: Sequence[Item],
-    rows: Sequence[Result],
-    out: Path,
-    options: str,
-    shard: tuple[int, int],
-    seconds: float,
-    gave_up: bool,
-) -> Batch:
+def _finish(items: Sequence[Item], run: _Run, out: Path, options: str) -> Batch:
     """Manifest, summary and page of everything that is done, this run's and earlier ones' with the same options."""
     from bslora_convert.report import library as report
 
-    mine = {row.id: row for row in rows}
+    mine = {row.id: row for row in run.rows}
     everyone = [mine.get(item.id) or _known(out, item.id, options) for item in items]
     final = [row for row in everyone if row is not None]
     replace_file(out / MANIFEST, "".join(json.dumps(row.to_dict()) + "\n" for row in final))
-    summary = summarise(final, len(items), seconds if shard == (1, 1) else None)
-    bad = sum(row.status in ("failed", "refused") for row in rows)
-    summary["run"] = {"shard": f"{shard[0]}/{shard[1]}", "items": len(rows), "bad": bad, "gave_up": gave_up}
+    summary = summarise(final, len(items), run.seconds if run.shard == (1, 1) else None)
+    summary["run"] = run.to_dict()
     replace_file(out / SUMMARY, json.dumps(summary, indent=1) + "\n")
     replace_file(out / PAGE, report.render(summary, [row.to_dict() for row in final]))
     return cast(Batch, summary)
@@ -220,23 +208,13 @@ def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> BatchPlan:
     }
 
 
-def _check(engine: str, workers: int, shard: tuple[int, int], max_failures: int | None) -> None:
-    check_choice("engine", engine, ENGINES)
-    if workers < 0:
-        raise RecipeError(f"workers is {workers}: a whole number from 0 is allowed", "workers")
-    index, count = shard
-    if not 1 <= index <= count:
-        raise RecipeError(f"shard is {index}/{count}: I/N with I from 1 to N is allowed", "shard")
-    check_count("max_failures", max_failures)
-
-
 def _check_extras(recipe: Recipe, engine: str) -> None:
     """Once for the library, instead of once for each adapter."""
     if engine == "ray":
         need("ray", "engine ray", "engine")
-    if recipe.form.groups == "auto":
+    if recipe.structure.groups == "auto":
         need("analysis", "groups auto", "groups")
-    if recipe.evidence.base_model is not None:
+    if recipe.calibration.base_model is not None:
         need("base", "base_model", "base_model")
 
 

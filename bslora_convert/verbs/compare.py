@@ -10,7 +10,11 @@ from typing import Any, cast
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
+from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.divergence import Divergence, diverge_all
+from bslora_convert.behaviour.memory import free_bytes
 from bslora_convert.behaviour.prompts import Prompts
+from bslora_convert.behaviour.session import BaseModelSession, open_session
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
@@ -27,85 +31,56 @@ from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.lowrank import inner, residual_energy
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.checks import check_choice, check_on_base
-from bslora_convert.recipe.storage import DTYPES
+from bslora_convert.recipe.comparing import CompareOptions
+from bslora_convert.recipe.options import built
 from bslora_convert.results import Comparison
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
-BUDGETS = (0.5, 0.25, 0.125)
+Found = tuple[dict[str, Any], Fitted | None]  # a row, and the fit behind it
 ATTACHED_SHARE = 0.5  # of the free memory, for the forms that are on the model at the same time
 
 
 def compare(
     lora: str | Path,
     out: str | Path | None = None,
+    options: CompareOptions | None = None,
     *,
-    budgets: Sequence[float] = BUDGETS,
-    forms: Sequence[str] = (),
-    base_model: str | None = None,
-    prompts: str | Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    save: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    seed: int = 0,
-    lora_alpha: float | None = None,
-    use_rslora: bool | None = None,
-    overwrite: bool = False,
     progress: Progress = silent,
+    **fields: Any,
 ) -> Comparison:
     """Fits every form to a LoRA at each budget and returns what `comparison.json` holds.
 
     out: a directory for `comparison.json` and `comparison.html`, and with `save` for each form as an adapter that PEFT loads.
-    budgets: shares of the LoRA's parameters. forms: names from `comparison.forms.FORMS`; all without it.
-    base_model, prompts: adds each form's KL to the original, retention, agreement and likelihood on these prompts.
-    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
+    options, or fields of `CompareOptions`: with base_model and prompts, each form's KL to the original, retention, agreement and
+    likelihood on these prompts too.
 
     :raises InputError: when something is missing or damaged. :raises Refused: when the adapter can't be read faithfully.
     :raises RecipeError: for an option that is not allowed. :raises OutputError: when `out` can't be used.
     """
-    _check(budgets, forms, base_model, prompts, dtype, save, out)
-    if not forms or "vb_lora" in forms:
-        need("analysis", "the form vb_lora")
+    asked = built(CompareOptions, options, fields)
+    _check(asked, out)
     if out is not None:
-        check_output(Path(out), overwrite, resolve(lora))
-    rows = Prompts.read(prompts, limit, batch_size=batch_size) if prompts is not None else None
+        check_output(Path(out), asked.overwrite, resolve(lora))
+    rows = Prompts.read(asked.prompts, asked.limit, batch_size=asked.batch_size) if asked.prompts is not None else None
     progress("reading")
-    scaling: dict[str, Any] = {"alpha": lora_alpha, "rslora": use_rslora}
-    adapter = load_lora(lora, **scaling)
+    adapter = load_lora(lora, **asked.given)
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
-    storage = adapter.dtype if dtype == "auto" else getattr(torch, dtype)
-    chosen = [name for name in FORMS if not forms or name in forms]
-    tasks = [(name, budget) for budget in budgets for name in chosen if name not in OWN_SIZE]
-    tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
-    found: list[tuple[dict[str, Any], Fitted | None]] = []
-    fits: dict[tuple[str, float], Fitted | None] = {}
-    with modules_over_cores():
-        where = pick_device(device)
-        source = measure(adapter.to(where).modules, adapter.kinds)
-        check_magnitude(source, adapter.weights)
-        here = source if where.type == "cpu" or SEARCHED.isdisjoint(chosen) else measure(adapter.modules, adapter.kinds)
-        for done, (name, budget) in enumerate(tasks):
-            progress(f"fitting {name}", done, len(tasks))
-            plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled
-            row, fitted = _row(
-                name, budget, here if name in SEARCHED else source, storage, seed, plain if name in SCALED else None
-            )
-            found.append((row, fitted))
-            fits[name, budget] = fitted
+    storage = adapter.dtype if asked.dtype == "auto" else getattr(torch, asked.dtype)
+    found = _fitted(adapter, storage, asked, progress)
     if rows is not None:
-        _add_functional(found, lora, scaling, str(base_model), rows, device, progress)
+        scaling = asked.given
+        session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=scaling)
+        _add_functional(found, session, rows)
     record = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "source": {
             "path": str(adapter.path),
             "sha256": sha256(adapter.weights),
-            "parameters": source.parameters,
-            "modules": len(source.deltas),
+            "parameters": adapter.parameters,
+            "modules": len(adapter.modules),
         },
         "dtype": dtype_name(storage),
         "rows": [row for row, _ in found],
@@ -113,12 +88,34 @@ def compare(
     if out is not None:
         from bslora_convert.report import comparison as report
 
-        with landing(Path(out), overwrite) as place:
-            if save:
+        with landing(Path(out), asked.overwrite) as place:
+            if asked.save:
                 _save(found, place, adapter, storage)
             report.write(place, record)
             record = seal(place, COMPARISON_NAME, record)
     return cast(Comparison, record)
+
+
+def _fitted(adapter: LoraAdapter, storage: torch.dtype, asked: CompareOptions, progress: Progress) -> list[Found]:
+    """Every form at every size."""
+    chosen = [name for name in FORMS if not asked.forms or name in asked.forms]
+    tasks = [(name, budget) for budget in asked.budgets for name in chosen if name not in OWN_SIZE]
+    tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
+    found: list[Found] = []
+    fits: dict[tuple[str, float], Fitted | None] = {}
+    with modules_over_cores():
+        where = pick_device(asked.device)
+        source = measure(adapter.to(where).modules, adapter.kinds)
+        check_magnitude(source, adapter.weights)
+        here = source if where.type == "cpu" or SEARCHED.isdisjoint(chosen) else measure(adapter.modules, adapter.kinds)
+        for done, (name, budget) in enumerate(tasks):
+            progress(f"fitting {name}", done, len(tasks))
+            plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled
+            own = here if name in SEARCHED else source
+            row, fitted = _row(name, budget, own, storage, asked.seed, plain if name in SCALED else None)
+            found.append((row, fitted))
+            fits[name, budget] = fitted
+    return found
 
 
 def _row(
@@ -160,42 +157,26 @@ def _row(
     }, fitted
 
 
-def _add_functional(
-    found: Sequence[tuple[dict[str, Any], Fitted | None]],
-    lora: str | Path,
-    scaling: Mapping[str, Any],
-    base_model: str,
-    prompts: Prompts,
-    device: str,
-    progress: Progress,
-) -> None:
+def _add_functional(found: Sequence[Found], session: BaseModelSession, prompts: Prompts) -> None:
     """Puts behaviour on the prompts into the rows that were fitted."""
-    from bslora_convert.behaviour.attach import Attached
-    from bslora_convert.behaviour.divergence import Divergence, diverge_all
-    from bslora_convert.behaviour.memory import free_bytes
-    from bslora_convert.behaviour.workshop import open_workshop
-
-    workshop = open_workshop(lora, base_model, device, "auto", progress, scaling=scaling)
-    examples = workshop.encode(prompts).examples
-    carried = workshop.adapter.carried  # a saved head is every form's
+    examples = session.encode(prompts).examples
+    carried = session.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
-    most = ATTACHED_SHARE * free_bytes(workshop.base.device)
+    most = ATTACHED_SHARE * free_bytes(session.base.device)
     measured: dict[str, Divergence] = {}
 
     def tell(before: int, present: int, done: int) -> None:
-        progress("measuring behaviour", before * len(examples) + done * present, len(fits) * len(examples))
+        session.progress("measuring behaviour", before * len(examples) + done * present, len(fits) * len(examples))
 
     for names in handfuls({name: _floats(fitted) for name, fitted in fits.items()}, most / 4):
         attached = {
-            name: Attached(
-                workshop.base.model, _as_form(fits[name], workshop.adapter.form), carried, name, enabled=False
-            )
+            name: Attached(session.base.model, _as_form(fits[name], session.adapter.form), carried, name, enabled=False)
             for name in names
         }
         measured |= diverge_all(
-            workshop.base,
-            workshop.known,
-            workshop.bare,
+            session.base,
+            session.known,
+            session.bare,
             attached,
             examples,
             prompts.batch_size,
@@ -243,9 +224,7 @@ def _as_form(fitted: Fitted, like: BsloraForm) -> BsloraForm:
     return BsloraForm(None, modules)
 
 
-def _save(
-    found: Sequence[tuple[dict[str, Any], Fitted | None]], place: Path, adapter: LoraAdapter, storage: torch.dtype
-) -> None:
+def _save(found: Sequence[Found], place: Path, adapter: LoraAdapter, storage: torch.dtype) -> None:
     """Every fit as a directory of its own: in its own method where PEFT has it, as an expanded LoRA otherwise."""
     for row, fitted in found:
         if fitted is None:
@@ -258,26 +237,12 @@ def _save(
             save_lora(directory, fitted.deltas, adapter.kinds, adapter.carried, adapter.config.raw, storage)
 
 
-def _check(
-    budgets: Sequence[float],
-    forms: Sequence[str],
-    base_model: str | None,
-    prompts: str | Path | None,
-    dtype: str,
-    save: bool,
-    out: str | Path | None,
-) -> None:
-    for budget in budgets:
-        if not (math.isfinite(budget) and 0 < budget <= 1):
-            raise RecipeError(
-                f"budgets holds {budget!r}: shares of the LoRA's bytes, 0 < budget <= 1, are allowed", "budgets"
-            )
-    if not budgets:
-        raise RecipeError("budgets is empty: give at least one share of the parameters", "budgets")
-    unknown = sorted(set(forms) - set(FORMS))
+def _check(asked: CompareOptions, out: str | Path | None) -> None:
+    """:raises RecipeError: for a form that is not known, an extra that is missing, and `save` without a place."""
+    unknown = sorted(set(asked.forms) - set(FORMS))
     if unknown:
         raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}", "forms")
-    check_on_base(base_model, prompts)
-    check_choice("dtype", dtype, DTYPES)
-    if save and out is None:
+    if asked.save and out is None:
         raise RecipeError("save needs an output directory: give out", "save", "out")
+    if not asked.forms or "vb_lora" in asked.forms:
+        need("analysis", "the form vb_lora")

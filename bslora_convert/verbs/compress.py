@@ -7,44 +7,39 @@ For a behaviour, `behaviour.reaching` walks over fit, code and distil from outsi
 Where the source is in the authors' BSLoRA layout there is nothing to fit: see `conversion.found`.
 """
 
+import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-import torch
-
-from bslora_convert.behaviour.checkpoints import directory_of, forget_completions
+from bslora_convert.behaviour.checkpoints import forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
+from bslora_convert.behaviour.training_rows import TrainingRun
 from bslora_convert.bslora.official import is_official
-from bslora_convert.conversion.fitting import Stored, fit_stored, missed
+from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
-from bslora_convert.conversion.writing import Extras, write_result
+from bslora_convert.conversion.request import Converted, Request
+from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
-from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
-from bslora_convert.fit.source import check_magnitude
+from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.checks import is_whole
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.results import Fidelity
 
-if TYPE_CHECKING:
-    from bslora_convert.behaviour.distill import Distilled
-    from bslora_convert.behaviour.evidence import Evidence
-    from bslora_convert.behaviour.judge import Judge
-    from bslora_convert.behaviour.reaching import Distil
-    from bslora_convert.behaviour.workshop import Workshop
+FINEST_ERROR = 1e-4  # to which an error that could be reached is recorded
 
 
 def compress(
@@ -55,16 +50,15 @@ def compress(
     training: Training | None = None,
     overwrite: bool = False,
     report_html: bool = True,
-    source_name: str | None = None,
-    timed: bool = True,
+    recorded_as: str | None = None,
     progress: Progress = silent,
 ) -> Fidelity:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
 
     An adapter in the authors' BSLoRA layout is kept as it is, each tensor once; the recipe's fit is not made.
 
-    training: how to distil where the recipe says `finetune`. source_name: what the record calls the source, instead of its path.
-    timed: whether the record says how long it took; without that the same input gives the same bytes in every file.
+    training: how to distil where the recipe says `finetune`. recorded_as: what the record calls the source, instead of its path;
+    then it leaves times out as well, so that the same input gives the same bytes in every file, wherever it lies.
 
     :raises InputError: when the source, a prompt file or the base model is missing or damaged, or they don't belong together.
     :raises Refused: when the source is valid but can't be converted faithfully.
@@ -73,168 +67,112 @@ def compress(
     :raises OutputError: when the output place can't be used; nothing is left behind.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    recipe.check_evidence()
     training = training or Training(seed=recipe.seed)
-    if recipe.evidence.base_model is None and training != Training(seed=recipe.seed):
-        raise RecipeError(
-            "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
-        )
-    if recipe.form.groups == "auto":
-        need("analysis", "groups auto", "groups")
+    _check(recipe, training)
     check_output(out, overwrite, resolve(source))
     began = time.perf_counter()
     progress("reading")
-    prompts = _prompts(recipe, training)
+    files = {name: Prompts.read(path, **training.reading) for name, path in recipe.calibration.files.items()}
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
-    workshop = _open(source, recipe, progress)
-    with closing(workshop) if workshop is not None else nullcontext():
-        evidence = _evidence(workshop, recipe, prompts, training, out, began)
-        # Hashing runs beside the fit: both leave the interpreter lock.
-        with ThreadPoolExecutor(1) as pool, modules_over_cores():
-            digest = pool.submit(sha256, adapter.weights)
-            device = pick_device(recipe.device)
-            adapter = adapter.to("cpu" if recipe.is_coded else device)  # codes are searched on the CPU
-            read = time.perf_counter()
-            measured = measure(adapter.modules, adapter.kinds)
-            check_magnitude(measured, adapter.weights)
-            dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
-            if isinstance(adapter, OfficialSource):
-                found, used, extras = as_found(adapter, recipe)
-                fit = Stored.of(found, dtype, used)
-            else:
-                distil = _distillation(workshop, recipe, prompts, training, evidence, out, began)
-                fit, extras = _fitted(measured, recipe, dtype, adapter, workshop, evidence, distil, progress)
-            notes = (*adapter.notes, *fit.notes)
-    if recipe.evidence.finetune is not None and not is_writer():
+    measured = _measured(adapter, recipe)
+    read = time.perf_counter()
+    run = TrainingRun(training, out, began)
+    made, used, extras = _converted(resolve(source), adapter, measured, recipe, files, run, progress)
+    if recipe.calibration.finetune is not None and not is_writer():
         return cast(Fidelity, written_by_another(out))
+    origin = Origin(adapter, measured, sha256(adapter.weights), recorded_as or str(adapter.path))
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
+        seconds = {"read": read - began, "fit": fitted - read} if recorded_as is None else None
         record = write_result(
-            place, fit.form, adapter, measured, digest.result(), fit.recipe.to_dict(),
-            replace(extras, codes=fit.codes, notes=(*notes, *extras.notes)),
-            {"read": read - began, "fit": fitted - read} if timed else None, html=report_html, source_name=source_name,
-            progress=progress,
+            place, made, origin, used.to_dict(), extras, seconds, html=report_html, progress=progress
         )  # fmt: skip
-        error = record["weight"]["relative_error"]
-        allowed = recipe.aim.max_error if recipe.aim.asked else None
-        if allowed is not None and recipe.evidence.base_model is None and error > allowed:
-            raise ThresholdMissed(missed(recipe, error, fitted=not isinstance(adapter, OfficialSource)))
-    if recipe.evidence.base_model is not None:
+        _check_error(recipe, adapter, record["weight"]["relative_error"])
+    if recipe.calibration.base_model is not None:
         forget_completions(out)
-    if recipe.evidence.finetune is not None:
+    if recipe.calibration.finetune is not None:
         meet()
     return cast(Fidelity, record)
 
 
-def _prompts(recipe: Recipe, training: Training) -> dict[str, Prompts]:
-    """The rows of every prompt file that the recipe names, read before anything is computed."""
-    return {
-        name: Prompts.read(path, max_length=training.max_length, batch_size=training.batch_size)
-        for name, path in recipe.evidence.files.items()
-    }
+def _check(recipe: Recipe, training: Training) -> None:
+    """What can be refused before anything is read."""
+    recipe.check_prompts()
+    if recipe.calibration.base_model is None and training != Training(seed=recipe.seed):
+        raise RecipeError(
+            "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
+        )
+    if recipe.structure.groups == "auto":
+        need("analysis", "groups auto", "groups")
 
 
-def _open(source: str | Path, recipe: Recipe, progress: Progress) -> "Workshop | None":
-    """The base model with the source on it, before the fit: one that does not fit costs no more than looking at it."""
-    if recipe.evidence.base_model is None:
-        return None
-    from bslora_convert.behaviour.workshop import open_workshop
-
-    return open_workshop(
-        source, recipe.evidence.base_model, recipe.device, "auto", progress, scaling=recipe.scaling.given
-    )
-
-
-def _evidence(
-    workshop: "Workshop | None",
-    recipe: Recipe,
-    prompts: Mapping[str, Prompts],
-    training: Training,
-    out: Path,
-    began: float,
-) -> "Evidence | None":
-    """The rows of `prompts` in their three parts."""
-    if workshop is None or "prompts" not in prompts:
-        return None
-    from bslora_convert.behaviour.evidence import gather
-    from bslora_convert.behaviour.writing import Writing, deadline_of
-
-    writing = Writing(directory_of(out), deadline_of(began, training.max_minutes))
-    return gather(workshop, prompts["prompts"], recipe.seed, writing)
+def _measured(adapter: LoraAdapter, recipe: Recipe) -> Source:
+    """The adapter's deltas with their SVDs, on the device where they are fitted: codes are searched on the CPU."""
+    in_codes = recipe.asked.chooses_precision or recipe.storage.bits is not None
+    device = pick_device(recipe.device)
+    with modules_over_cores():
+        measured = measure(adapter.to("cpu" if in_codes else device).modules, adapter.kinds)
+    check_magnitude(measured, adapter.weights)
+    return measured
 
 
-def _distillation(
-    workshop: "Workshop | None",
-    recipe: Recipe,
-    prompts: Mapping[str, Prompts],
-    training: Training,
-    evidence: "Evidence | None",
-    out: Path,
-    began: float,
-) -> "Distil | None":
-    """What trains a fit, where the recipe asks for it."""
-    if workshop is None or recipe.evidence.finetune is None:
-        return None
-    from bslora_convert.behaviour.improvement import distilled
-
-    rows = evidence if recipe.evidence.finetune is True else None
-
-    def distil(stored: Stored) -> "Distilled":
-        return distilled(
-            workshop, stored.form, prompts.get("finetune"), training,
-            codes=stored.codes, evidence=rows, completions=directory_of(out), began=began,
-        )  # fmt: skip
-
-    return distil
-
-
-def _fitted(
-    measured: Source,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    adapter: LoraAdapter,
-    workshop: "Workshop | None",
-    evidence: "Evidence | None",
-    distil: "Distil | None",
+def _converted(
+    source: Path, adapter: LoraAdapter, measured: Source, recipe: Recipe, files: Mapping[str, Prompts], run: TrainingRun,
     progress: Progress,
-) -> tuple[Stored, Extras]:
-    """The fit: in the metric of the prompts that does best, of the behaviour asked for, distilled, as the recipe says."""
-    if workshop is None or evidence is None:
-        return _trained(fit_stored(measured, recipe, dtype, adapter, progress), Extras(), distil)
-    from bslora_convert.behaviour.judge import Judge
+) -> tuple[Converted, Recipe, Extras]:  # fmt: skip
+    """The conversion, the recipe that it is of, and the records of how it came about."""
+    if isinstance(adapter, OfficialSource):
+        return as_found(adapter, recipe)
+    request = Request.of(recipe, measured, adapter)
+    base_model = recipe.calibration.base_model
+    if base_model is None:
+        return *_nearest(convert(measured, request, progress), recipe), Extras()
+    from bslora_convert.behaviour.adapter import Adapter
+    from bslora_convert.behaviour.converting import convert_on_base
+    from bslora_convert.behaviour.session import open_session
 
-    judge = Judge(workshop, evidence, measured, dtype, adapter, progress)
-    if recipe.aim.behaviour is not None:
-        return _of_behaviour(judge, recipe, distil)
-    judged = judge.fit(recipe)
-    extras = Extras(evidence={"rows": evidence.rows, "metric": judged.metric}, notes=(*evidence.notes, *judged.notes))
-    fit, extras = _trained(judged.stored, extras, distil)
-    proof = evidence.proof(judge.rows(fit.form, evidence.prove), recipe.seed)
-    return fit, replace(extras, evidence={**(extras.evidence or {}), "proof": proof})
-
-
-def _trained(fit: Stored, extras: Extras, distil: "Distil | None") -> tuple[Stored, Extras]:
-    """The fit distilled, where that is asked for."""
-    if distil is None:
-        return fit, extras
-    done = distil(fit)
-    return replace(fit, form=done.form, codes=done.codes), _with_training(extras, done)
+    reference = Adapter.of_lora(adapter, source)
+    with open_session(reference, base_model, recipe.device, "auto", progress) as session:
+        made, extras = convert_on_base(session, measured, request, recipe.calibration, files, run)
+    return *_nearest(made, recipe), extras
 
 
-def _with_training(extras: Extras, done: "Distilled") -> Extras:
-    return replace(extras, training=done.record, log=done.log, notes=(*extras.notes, *done.notes))
+def _nearest(made: Converted, recipe: Recipe) -> tuple[Converted, Recipe]:
+    """The recipe as it is recorded: with the error that nobody asked for, or with the nearest one that was reached and a note."""
+    allowed, reached = recipe.asked.max_error, made.error
+    if recipe.asked.is_given or allowed is None or reached is None:
+        return made, recipe
+    if reached > allowed:
+        note = Note(f"{missed(recipe, reached)}; what comes nearest was written", "attention")
+        made = replace(made, notes=(*made.notes, str(note)))
+        allowed = min(math.ceil(reached / FINEST_ERROR) * FINEST_ERROR, 1 - FINEST_ERROR)
+    return made, recipe.but(max_error=allowed)
 
 
-def _of_behaviour(judge: "Judge", recipe: Recipe, distil: "Distil | None") -> tuple[Stored, Extras]:
-    """The smallest fit of the behaviour that is asked for."""
-    from bslora_convert.behaviour.distill import Distilled
-    from bslora_convert.behaviour.reaching import fit_to_behaviour
+def _check_error(recipe: Recipe, adapter: LoraAdapter, error: float) -> None:
+    """:raises ThresholdMissed: when the error that was asked for is not reached by what was written."""
+    allowed = recipe.asked.max_error if recipe.asked.is_given else None
+    if allowed is not None and recipe.calibration.base_model is None and error > allowed:
+        raise ThresholdMissed(missed(recipe, error, fitted=not isinstance(adapter, OfficialSource)))
 
-    found = fit_to_behaviour(judge, recipe, distil)
-    evidence = {"rows": judge.evidence.rows, "metric": found.fit.metric, "proof": found.record["proofs"][-1]}
-    notes = (*judge.evidence.notes, *found.fit.notes, *found.notes)
-    extras = Extras(evidence=evidence, aim=found.record, notes=notes)
-    if isinstance(found.made, Distilled):
-        extras = _with_training(extras, found.made)
-    return Stored(found.made.form, found.made.codes, recipe, found.fit.stored.notes), extras
+
+def missed(recipe: Recipe, error: float, fitted: bool = True) -> str:
+    """Why an error was not reached, and what to do. fitted: whether the form was sought, not found in the source."""
+    structure, wanted = recipe.structure, f"--max-error {recipe.asked.max_error:g}"
+    if recipe.storage.bits is not None:
+        return f"{wanted} can't be reached with --bits {recipe.storage.bits} (reached {error:.4g}); raise one of them"
+    if fitted and structure.transform in ("ke", "ss", "gt") and structure.max_rank != "none":
+        return (
+            f"{wanted} can't be reached with --transform {structure.transform} and --max-rank {structure.max_rank} "
+            f"(reached {error:.4g}): shared parts take rank from what modules hold for themselves; give --transform auto or "
+            "--max-rank none"
+        )
+    if fitted and is_whole(structure.max_rank):
+        return (
+            f"{wanted} can't be reached with --max-rank {structure.max_rank} (reached {error:.4g}); raise one of them"
+        )
+    return (
+        f"{wanted} is finer than codes can hold, whose widest are bfloat16 (reached {error:.4g}); for floats give "
+        "--budget 1 --dtype float32"
+    )

@@ -29,7 +29,8 @@ from bslora_convert.lora import load_lora
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
-from bslora_convert.recipe.expansion import UNIFORM, Expansion
+from bslora_convert.recipe.expanding import UNIFORM, ExpandOptions
+from bslora_convert.recipe.options import built
 from bslora_convert.results import Expanded
 from bslora_convert.serving import mlx
 from bslora_convert.serving.engines import ENGINES, Engine
@@ -45,31 +46,25 @@ Modules = Mapping[str, Factors]
 def expand(
     compact: str | Path,
     out: str | Path,
+    options: ExpandOptions | None = None,
     *,
-    rank: int | str | None = None,
-    base_model: str | None = None,
-    dtype: str = "auto",
-    format: str | None = None,
-    engine: str | None = None,
-    overwrite: bool = False,
-    accept_changed: bool = False,
     source_name: str | None = None,
+    **fields: Any,
 ) -> Expanded:
     """Writes a compact directory, or one in the authors' layout, as others read it and returns what was written.
 
-    compact: a directory, a URL, or `LIBRARY::ID` for an adapter of a library. rank, base_model, dtype, format, engine: of
-    `Expansion`; without any a PEFT LoRA. accept_changed: as for `load_compact`. source_name: what the record calls the source,
-    instead of `compact`.
+    compact: a directory, a URL, or `LIBRARY::ID` for an adapter of a library. options, or fields of `ExpandOptions`; without any
+    a PEFT LoRA. source_name: what the record calls the source, instead of `compact`.
 
     :raises InputError: when the source directory is missing or damaged.
     :raises Refused: when the format can't hold the adapter or the engine can't serve it, or the source can't be read faithfully.
     :raises RecipeError: for an option that is not allowed, or an extra that is missing.
     :raises OutputError: when the output place can't be used.
     """
-    plan = planned(rank=rank, base_model=base_model, dtype=dtype, format=format, engine=engine)
+    plan = planned(options, fields)
     out, source = Path(out), resolve(compact)
-    check_output(out, overwrite, source)
-    adapter, weights = _load(source, accept_changed)
+    check_output(out, plan.overwrite, source)
+    adapter, weights = _load(source, plan.accept_changed)
     own = recorded(adapter.path)
     config = dict(adapter.config)
     if plan.base_model is not None and plan.layout != "gguf":
@@ -77,7 +72,7 @@ def expand(
     stored = plan.stored(dtype_name(adapter.dtype))
     if plan.layout != "official":
         modules = _modules(adapter, plan)
-    with landing(out, overwrite) as place:
+    with landing(out, plan.overwrite) as place:
         if plan.layout == "official":
             result = _write_official(adapter, place, config, stored)
         else:
@@ -104,12 +99,12 @@ def expand(
         return cast(Expanded, seal(place, EXPANSION_NAME, record))
 
 
-def planned(**options: Any) -> Expansion:
+def planned(options: ExpandOptions | None, fields: Mapping[str, Any]) -> ExpandOptions:
     """The options of `expand`, checked before anything is read.
 
     :raises RecipeError: for one that is not allowed, or an extra that is missing.
     """
-    plan = Expansion(**options)
+    plan = built(ExpandOptions, options, fields)
     if plan.layout == "gguf":
         need("gguf", "format gguf", "format")
     return plan
@@ -124,7 +119,7 @@ def _load(path: Path, accept_changed: bool) -> tuple[CompactAdapter, Path]:
     return found, official.weights
 
 
-def _modules(adapter: CompactAdapter, plan: Expansion) -> Modules:
+def _modules(adapter: CompactAdapter, plan: ExpandOptions) -> Modules:
     """The modules' factors as they are to be written.
 
     :raises Refused: when the engine can't serve them.
@@ -145,7 +140,7 @@ def _modules(adapter: CompactAdapter, plan: Expansion) -> Modules:
 
 
 def _write_lora(
-    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: Expansion
+    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: ExpandOptions
 ) -> dict[str, Any]:
     known = adapter.form.modules
     kinds = {name: known[name].kind if name in known else "linear" for name in modules}
@@ -160,9 +155,9 @@ def _write_lora(
 
 
 def _write_gguf(
-    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: Expansion
+    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: ExpandOptions
 ) -> dict[str, Any]:
-    assert plan.base_model is not None  # `Expansion` asks for it
+    assert plan.base_model is not None  # `ExpandOptions` asks for it
     base: Base = read_base(plan.base_model)
     path = place / GGUF_NAME
     write_gguf(path, {name: factors.padded(1) for name, factors in modules.items()}, base, dtype)
@@ -176,7 +171,7 @@ def _write_gguf(
 
 
 def _write_mlx(
-    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: Expansion
+    adapter: CompactAdapter, modules: Modules, place: Path, config: Mapping[str, Any], dtype: str, plan: ExpandOptions
 ) -> dict[str, Any]:
     mlx.write_mlx(place, modules, config.get("base_model_name_or_path"), getattr(torch, dtype))
     written = mlx.read_mlx(place, modules)

@@ -10,29 +10,35 @@ from bslora_convert.files.store import as_written, is_url
 from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.expanding import ExpandOptions
 from bslora_convert.results import LibraryExpansion
 from bslora_convert.verbs.expand import expand, planned
 
 
 def expand_library(
-    library: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = silent, **options: Any
+    library: str | Path,
+    out: str | Path,
+    options: ExpandOptions | None = None,
+    *,
+    progress: Progress = silent,
+    **fields: Any,
 ) -> LibraryExpansion:
     """Writes every adapter of a library to `out/<id>` and returns a row for each, with what `expand` says of it.
 
-    library: a directory, or a URL, which is fetched whole. options: as of `expand`. overwrite: replaces adapters that `expand`
-    wrote to `out` before; what else is there stays.
+    library: a directory, or a URL, which is fetched whole. options, or fields of `ExpandOptions`: as of `expand`; overwrite
+    replaces adapters that `expand` wrote to `out` before, and what else is there stays.
 
     :raises InputError: when the library holds no adapter. :raises RecipeError: for an option that is not allowed.
     :raises OutputError: when the output place can't be used. What is wrong with one adapter is said in its row.
     """
     place, out, address = resolve(library), Path(out), as_written(library)
-    planned(**{name: value for name, value in options.items() if name != "accept_changed"})
-    check_place(place, out, overwrite)
+    asked = planned(options, fields)
+    check_place(place, out, asked.overwrite)
     there, gone = held(place)
 
     def one(row: Any, _: Progress) -> dict[str, Any]:
         name = f"{address}{MARK}{row['id']}" if is_url(address) else None
-        return {**expand(place / row["id"], out / row["id"], overwrite=overwrite, source_name=name, **options)}
+        return {**expand(place / row["id"], out / row["id"], asked, source_name=name)}
 
     rows = for_each(there, "expanding", one, progress)
     good = [row for row in rows if row["status"] == OK]

@@ -4,24 +4,31 @@ read both -> base model -> distil -> write beside -> read back -> measure agains
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
+from bslora_convert.behaviour.distill import distill
+from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts, Row
-from bslora_convert.bslora.storage import load_compact
-from bslora_convert.conversion.writing import Extras, write_result
+from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
+from bslora_convert.bslora.storage import CompactAdapter, load_compact
+from bslora_convert.conversion.request import Converted
+from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import recorded
-from bslora_convert.fit.convert import measure
+from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
-from bslora_convert.lora import load_lora
+from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.checks import check_count
+from bslora_convert.recipe.finetuning import FinetuneOptions
+from bslora_convert.recipe.options import built
 from bslora_convert.recipe.training import Training
 from bslora_convert.results import Fidelity
 
@@ -33,23 +40,15 @@ def finetune(
     base_model: str,
     prompts: str | Path,
     training: Training | None = None,
+    options: FinetuneOptions | None = None,
     *,
-    heldout: str | Path | None = None,
-    limit: int | None = None,
-    max_new_tokens: int = 128,
-    resume: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    overwrite: bool = False,
-    accept_changed: bool = False,
-    report_html: bool = True,
     progress: Progress = silent,
+    **fields: Any,
 ) -> Fidelity:
     """Distils a compact adapter on one base model and returns what the new directory's `fidelity.json` holds.
 
-    prompts: JSONL rows; the reference writes missing completions, greedily, at most `max_new_tokens` each, once for all runs.
-    heldout: a file of rows for choosing the state that is kept, instead of a share of `prompts`.
-    accept_changed: as for `load_compact`.
+    prompts: JSONL rows; the reference writes missing completions, greedily, once for all runs.
+    options, or fields of `FinetuneOptions`: heldout is a file of rows that choose the state that is kept, or another share.
     While it runs, completions and the state after every evaluation lie in `.OUT.training` beside `out`; `resume` goes on from
     there. Completions are used again without it, too.
 
@@ -57,77 +56,75 @@ def finetune(
     :raises RecipeError: for an option that is not allowed.
     :raises OutputError: when the output place can't be used; nothing is left behind but the checkpoints.
     """
-    from bslora_convert.behaviour.adapter import read_adapter
-    from bslora_convert.behaviour.improvement import distilled
-    from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
-    from bslora_convert.behaviour.workshop import open_workshop
-
-    training, out, compact = training or Training(), Path(out), resolve(compact)
-    check_output(out, overwrite, compact, resolve(reference))
-    if resume and not (has_state(out) or has_completions(out)):
+    asked, training = built(FinetuneOptions, options, fields), training or Training()
+    if isinstance(asked.heldout, float):
+        training, asked = replace(training, heldout=asked.heldout), replace(asked, heldout=None)
+    out, compact = Path(out), resolve(compact)
+    check_output(out, asked.overwrite, compact, resolve(reference))
+    if asked.resume and not (has_state(out) or has_completions(out)):
         raise RecipeError(
             f"resume: there is nothing to go on from, as no run towards {out} was interrupted; leave it out", "resume"
         )
-    check_count("max_new_tokens", max_new_tokens)
     began = time.perf_counter()
     progress("reading")
-    settings: dict[str, Any] = {
-        "max_length": training.max_length,
-        "max_new_tokens": max_new_tokens,
-        "chat_template": training.chat_template,
-        "batch_size": training.batch_size,
-    }
-    rows = Prompts.read(prompts, limit, **settings)
-    held = Prompts.read(heldout, training.max_heldout, **settings) if heldout is not None else None
+    rows, held = _rows(prompts, asked, training)
     shared = _shared(rows, held)
-    student = load_compact(compact, accept_changed=accept_changed)
-    source = load_lora(reference)
-    if set(student.form.modules) != set(source.modules):
-        raise InputError(f"{compact} and {reference} don't change the same modules; give the LoRA that it came from")
-    with modules_over_cores():
-        measured = measure(source.modules, source.kinds)
-        check_magnitude(measured, source.weights)
+    pair = _Pair.read(compact, reference, asked.accept_changed)
     read = time.perf_counter()
-    workshop = open_workshop(
-        reference, base_model, device, dtype, progress, read_adapter(compact, accept_changed=accept_changed)
-    )
-    done = distilled(
-        workshop,
-        student.form,
-        rows,
-        training,
-        codes=student.codes,
-        heldout=held,
-        completions=directory_of(out),
-        checkpoints=directory_of(out) / STATE,
-        resume=resume,
-        began=began,
-    )
+    beside = read_adapter(compact, accept_changed=asked.accept_changed)
+    run, checkpoints = TrainingRun(training, out, began), directory_of(out) / STATE
+    with open_session(reference, base_model, asked.device, asked.base_dtype, progress, beside) as session:
+        split = TrainingRows.of_files(session, rows, held, run, closed=asked.resume and checkpoints.is_dir())
+        start = Converted(pair.student.form, pair.student.codes)
+        done = distill(session, start, split, run, checkpoints=checkpoints, resume=asked.resume)
     if not is_writer():
         return cast(Fidelity, written_by_another(out))
     known = recorded(compact)
-    extras = Extras(
-        known.get("evidence"),
-        done.record,
-        done.log,
-        (*student.notes, *known.get("notes", ()), *shared, *done.notes),
-        codes=done.codes,
-    )
-    record_of = {
-        **known.get("recipe", {}),
-        "finetune": str(prompts),
-        "base_model": str(base_model),
-    }
-    with modules_over_cores(), landing(out, overwrite) as place:
+    notes = (*pair.student.notes, *known.get("notes", ()), *shared, *done.notes)
+    extras = Extras(known.get("evidence"), done.record, done.log, notes)
+    recipe = {**known.get("recipe", {}), "finetune": str(prompts), "base_model": str(base_model)}
+    source = replace(pair.source, carried=pair.student.carried)
+    origin = Origin(source, pair.measured, session.adapter.sha256, str(source.path))
+    with modules_over_cores(), landing(out, asked.overwrite) as place:
         trained = time.perf_counter()
         record = write_result(
-            place, done.form, replace(source, carried=student.carried), measured, workshop.adapter.sha256, record_of, extras,
-            {"read": read - began, "fit": trained - read}, html=report_html,
-            progress=progress,
+            place, Converted(done.form, done.codes), origin, recipe, extras, {"read": read - began, "fit": trained - read},
+            html=asked.report_html, progress=progress,
         )  # fmt: skip
     forget(out)
     meet()
     return cast(Fidelity, record)
+
+
+def _rows(prompts: str | Path, asked: FinetuneOptions, training: Training) -> tuple[Prompts, Prompts | None]:
+    """The rows of the prompt file, and those of a held-out file."""
+    rows = Prompts.read(prompts, **training.reading)
+    if asked.heldout is None:
+        return rows, None
+    return rows, Prompts.read(str(asked.heldout), **{**training.reading, "limit": training.max_heldout})
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The compact adapter that is trained, the LoRA that it came from, and that one's deltas measured."""
+
+    student: CompactAdapter
+    source: LoraAdapter
+    measured: Source
+
+    @classmethod
+    def read(cls, compact: Path, reference: str | Path, accept_changed: bool) -> "_Pair":
+        """:raises InputError: when one is missing or damaged, or they don't belong together."""
+        student = load_compact(compact, accept_changed=accept_changed)
+        source = load_lora(reference)
+        if set(student.form.modules) != set(source.modules):
+            raise InputError(
+                f"{compact} and {reference} don't change the same modules; give the LoRA that it came from"
+            )
+        with modules_over_cores():
+            measured = measure(source.modules, source.kinds)
+            check_magnitude(measured, source.weights)
+        return cls(student, source, measured)
 
 
 def _shared(rows: Prompts, held: Prompts | None) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """`verify`: does the compact adapter behave like the LoRA that it came from, on these prompts and this base model?"""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +15,8 @@ from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import MEASURES, Saving
-from bslora_convert.behaviour.thresholds import Thresholds
-from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.behaviour.session import BaseModelSession
+from bslora_convert.behaviour.thresholds import checked_limits
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -24,7 +24,8 @@ from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
 from bslora_convert.files.store import as_written, is_url
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.checks import check_count
+from bslora_convert.recipe.options import built
+from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.results import Verification
 
 SCHEMA_VERSION = 1
@@ -38,34 +39,14 @@ def verify(
     reference: str | Path | None = None,
     base_model: str | Path | None = None,
     *,
-    prompts: str | Path | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int = 64,
-    max_length: int | None = None,
-    chat_template: bool = True,
-    include_path: str | Path | None = None,
-    task_data: str | Path | None = None,
-    max_kl: float | None = None,
-    min_agreement: float | None = None,
-    min_retention: float | None = None,
-    max_accuracy_drop: float | None = None,
-    any_reference: bool = False,
-    accept_changed: bool = False,
-    out: str | Path | None = None,
-    save: bool = False,
-    overwrite: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
+    options: VerifyOptions | None = None,
     progress: Progress = silent,
+    **fields: Any,
 ) -> Verification:
     """Compares two adapters of one base model and returns what `verify.json` holds.
 
     compact: a compact directory, or a plain LoRA. reference: a LoRA, or a compact directory; base_model: both default to what the
-    compact directory records. prompts: a JSONL file, see `behaviour/prompts.py`. tasks: names of lm-evaluation-harness.
-    any_reference: allows one that the compact adapter was not made from. accept_changed: as for `load_compact`.
+    compact directory records. options, or fields of `VerifyOptions`: what to measure (prompts, tasks), limits, where to write.
     save: writes `verify.json` into the compact directory, whose fidelity.json and report.html gain the result too.
     out: a file for the result instead. overwrite: lets it replace one of more rows; see `behaviour/saving.py`.
 
@@ -73,51 +54,85 @@ def verify(
     :raises RecipeError: for an option that is not allowed. A missed threshold is no error: see `passed`.
     :raises OutputError: when the result could not be kept, before it is measured; `Unsaved` with the result after that.
     """
-    if prompts is None and not tasks:
-        raise RecipeError("nothing to measure: give prompts, tasks or both", "prompts", "tasks")
-    check_counts({"limit": limit, "batch_size": batch_size, "max_length": max_length}, max_new_tokens)
-    thresholds = Thresholds(max_kl, min_agreement, min_retention, max_accuracy_drop)
-    thresholds.check_measured(prompts is not None, bool(tasks))
-    if tasks:
+    given = {"reference": reference, "base_model": base_model}
+    asked = built(
+        VerifyOptions, options, {**fields, **{name: value for name, value in given.items() if value is not None}}
+    )
+    asked.check_measured(asked.prompts is not None)
+    if asked.tasks:
         need("eval", "tasks", "tasks")
-    if save:
+    if asked.save:
         check_saved(compact)
     progress("reading")
-    rows = None
-    if prompts is not None:
-        rows = Prompts.read(
-            prompts, limit, max_length=max_length, max_new_tokens=max_new_tokens, chat_template=chat_template,
-            batch_size=batch_size,
-        )  # fmt: skip
-    first = read_adapter(compact, accept_changed=accept_changed)
-    known = recorded(first.path) if first.kind == "bslora" else {}
-    reference = reference or _source_of(known, compact)
-    name = str(base_model or first.base_model or "")
-    if not name:
-        raise InputError(f"{compact}: its configuration names no base model; give base_model (--base-model)")
-    second = read_adapter(reference)
-    check_pair(first, second)
-    source = known.get("source", {}).get("sha256")
-    another = source is not None and source != second.sha256
-    if another and not any_reference:
-        raise InputError(
-            f"{reference} is not what {compact} was made from (its weights have another SHA-256); give that LoRA, or "
-            "any_reference (--any-reference) to compare them all the same"
-        )
-    saving = Saving.plan(first, Path(out) if out is not None else None, save, overwrite, another)
+    rows = _rows(asked)
+    pair = _Pair.read(compact, asked)
+    saving = Saving.plan(pair.compact, asked, pair.is_another)
     if saving is not None:
-        saving.check(second, name, len(rows.rows) if rows is not None else None, tasks, limit)
+        saving.check(pair.reference, pair.base_model, len(rows.rows) if rows is not None else None, asked)
+    record = _measured(pair, rows, asked, progress)
+    record["thresholds"] = checked_limits(record, asked.limits)
+    record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
+    if saving is not None:
+        saving.keep(record)
+    return cast(Verification, record)
+
+
+def _rows(asked: VerifyOptions) -> Prompts | None:
+    """The rows of the prompt file, read before anything is computed."""
+    if asked.prompts is None:
+        return None
+    return Prompts.read(
+        asked.prompts, asked.limit, max_length=asked.max_length, max_new_tokens=asked.max_new_tokens,
+        chat_template=asked.chat_template, batch_size=asked.batch_size,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The two adapters and the name of their base model. is_another: whether the reference is not what the compact one is of."""
+
+    name: str | Path
+    compact: Adapter
+    reference_name: str | Path
+    reference: Adapter
+    base_model: str
+    is_another: bool
+
+    @classmethod
+    def read(cls, compact: str | Path, asked: VerifyOptions) -> "_Pair":
+        """:raises InputError: when one is missing or damaged, or they don't belong together."""
+        first = read_adapter(compact, accept_changed=asked.accept_changed)
+        known = recorded(first.path) if first.kind == "bslora" else {}
+        reference = asked.reference or _source_of(known, compact)
+        base_model = str(asked.base_model or first.base_model or "")
+        if not base_model:
+            raise InputError(f"{compact}: its configuration names no base model; give base_model (--base-model)")
+        second = read_adapter(reference)
+        check_pair(first, second)
+        source = known.get("source", {}).get("sha256")
+        another = source is not None and source != second.sha256
+        if another and not asked.any_reference:
+            raise InputError(
+                f"{reference} is not what {compact} was made from (its weights have another SHA-256); give that LoRA, or "
+                "any_reference (--any-reference) to compare them all the same"
+            )
+        return cls(compact, first, reference, second, base_model, another)
+
+
+def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress: Progress) -> dict[str, Any]:
+    """Every measure, on the base model."""
+    first, second = pair.compact, pair.reference
     with ExitStack() as stack:  # whoever takes the base next finds nothing on it
-        workshop = Workshop(second, name, device, dtype, progress)
-        stack.callback(workshop.close)
-        base = workshop.base
+        session = BaseModelSession(second, pair.base_model, asked.device, asked.dtype, progress)
+        stack.callback(session.close)
+        base = session.base
         attached = Attached(base.model, first.form, first.carried, first.path, enabled=False)
         stack.callback(attached.remove)
         record: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "base_model": name,
-            "compact": {"path": as_written(compact), "kind": first.kind, "sha256": first.sha256},
-            "reference": {"path": str(reference), "kind": second.kind, "sha256": second.sha256},
+            "base_model": pair.base_model,
+            "compact": {"path": as_written(pair.name), "kind": first.kind, "sha256": first.sha256},
+            "reference": {"path": str(pair.reference_name), "kind": second.kind, "sha256": second.sha256},
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "device": base.device.type,
             **dict.fromkeys(MEASURES),
@@ -125,38 +140,25 @@ def verify(
             "tasks": {},
             "notes": [*first.notes, *_notes(base, first, second)],
         }
-        if another:
+        if pair.is_another:
             record["notes"].append("the reference is not what the adapter was made from")
         if rows is not None:
-            measured, notes = _on_prompts(workshop, attached, rows, seed)
+            measured, notes = _on_prompts(session, attached, rows, asked.seed)
             record |= measured
             record["notes"] += notes
-        if tasks:
+        if asked.tasks:
             from bslora_convert.behaviour.harness import evaluate
 
-            scores = evaluate(
-                base,
-                {"base": nullcontext(), "reference": workshop.reference, "compact": attached},
-                tuple(tasks),
-                limit=limit,
-                batch_size=batch_size,
-                include_path=Path(include_path) if include_path else None,
-                task_data=Path(task_data) if task_data else None,
-                chat_template=chat_template,
-                seed=seed,
-                progress=progress,
-            )
-            record["tasks"] = {task: found.compared(seed) for task, found in scores.items()}
-            record["notes"] += [
-                few_words(task, found["items"], "items")
-                for task, found in record["tasks"].items()
-                if too_few(found["items"])
-            ]
-    record["thresholds"] = thresholds.check(record)
-    record["passed"] = all(checked["passed"] for checked in record["thresholds"].values())
-    if saving is not None:
-        saving.keep(record)
-    return cast(Verification, record)
+            states: dict[str, AbstractContextManager[Any]] = {
+                "base": nullcontext(),
+                "reference": session.reference,
+                "compact": attached,
+            }
+            scores = evaluate(base, states, asked, progress)
+            record["tasks"] = {task: found.compared(asked.seed) for task, found in scores.items()}
+            few = {task: found["items"] for task, found in record["tasks"].items() if too_few(found["items"])}
+            record["notes"] += [few_words(task, items, "items") for task, items in few.items()]
+    return record
 
 
 def _source_of(known: Mapping[str, Any], compact: str | Path) -> str:
@@ -183,16 +185,6 @@ def check_saved(compact: str | Path) -> None:
         raise RecipeError(f"save: {as_written(compact)} is elsewhere, and what was fetched of it is not kept", "save")
 
 
-def check_counts(counts: Mapping[str, int | None], max_new_tokens: int) -> None:
-    """:raises RecipeError: for a count that means nothing."""
-    for name, value in counts.items():
-        check_count(name, value)
-    if max_new_tokens < 0:
-        raise RecipeError(
-            f"max_new_tokens is {max_new_tokens}: zero (no generations) or more is allowed", "max_new_tokens"
-        )
-
-
 def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
     notes = []
     if set(compact.form.modules) != set(reference.form.modules):
@@ -205,13 +197,13 @@ def _notes(base: BaseModel, compact: Adapter, reference: Adapter) -> list[str]:
 
 
 def _on_prompts(
-    workshop: Workshop, compact: Attached, prompts: Prompts, seed: int
+    session: BaseModelSession, compact: Attached, prompts: Prompts, seed: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Every measure that needs prompts, and notes."""
-    rows = workshop.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
+    rows = session.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
     found = diverge(
-        workshop.base, *_once(workshop), compact, rows.examples, prompts.batch_size,
-        _counted(workshop.progress, "measuring", len(rows.examples)),
+        session.base, *_once(session), compact, rows.examples, prompts.batch_size,
+        _counted(session.progress, "measuring", len(rows.examples)),
     )  # fmt: skip
     count = len(found.rows)
     few = (few_words(prompts.path.name, count, "rows"),) if too_few(count) else ()
@@ -224,16 +216,16 @@ def _on_prompts(
             "completions_written": rows.written,
         },
         **found.to_dict(seed),
-        **_generations(workshop, compact, found, replace(prompts, rows=rows.rows)),
+        **_generations(session, compact, found, replace(prompts, rows=rows.rows)),
     }, (*rows.notes, *few)
 
 
-def _once(workshop: Workshop) -> tuple[Known, Known]:
+def _once(session: BaseModelSession) -> tuple[Known, Known]:
     """The original and the bare base on rows that are run once only, so that nothing is kept of them."""
-    return Known(workshop.base, workshop.reference, keep=False), Known(workshop.base, nullcontext(), keep=False)
+    return Known(session.base, session.reference, keep=False), Known(session.base, nullcontext(), keep=False)
 
 
-def _generations(workshop: Workshop, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
+def _generations(session: BaseModelSession, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
     """Generations of an even sample compared, and the worst rows with both texts."""
     measured = sorted(found.rows, key=lambda row: (-row.mean_kl, row.example.row.line))[:WORST]
     prompted = [row for row in prompts.rows if row.messages] if prompts.max_new_tokens else []
@@ -242,11 +234,11 @@ def _generations(workshop: Workshop, compact: Attached, found: Divergence, promp
     if prompts.max_new_tokens:
         shown |= {worst.example.row.line: worst.example.row for worst in measured if worst.example.row.messages}
     texts: dict[str, dict[int, str]] = {}
-    for name, state in (("reference", workshop.reference), ("compact", compact)):
-        said = _counted(workshop.progress, f"generating with {name}", len(shown))
+    for name, state in (("reference", session.reference), ("compact", compact)):
+        said = _counted(session.progress, f"generating with {name}", len(shown))
         with state:
             written = generate(
-                workshop.base,
+                session.base,
                 list(shown.values()),
                 prompts.max_new_tokens,
                 prompts.batch_size,

@@ -1,13 +1,13 @@
 """`verify` of a library: every adapter of an output of `batch` against what it came from, each base model read once."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bslora_convert.behaviour.loaded import base_kept
-from bslora_convert.behaviour.thresholds import Thresholds
 from bslora_convert.bslora.storage import CONFIG_NAME
 from bslora_convert.errors import InputError, RecipeError, Unsaved
 from bslora_convert.files.address import resolve
@@ -16,50 +16,45 @@ from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import held
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.options import built
+from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.results import LibraryVerification
-from bslora_convert.verbs.verify import check_counts, check_saved, verify
+from bslora_convert.verbs.verify import check_saved, verify
 
 SCHEMA_VERSION = 1
 SINGLE = ("reference", "any_reference", "out")  # options that speak of one adapter
 TEXTS = ("schema_version", "worst")  # of a record, left out of its row: long, and with --save beside the adapter
-LIMITS = ("max_kl", "min_agreement", "min_retention", "max_accuracy_drop")
 
 
 def verify_library(
-    library: str | Path,
-    *,
-    base_model: str | Path | None = None,
-    prompts: str | Path | None = None,
-    tasks: Sequence[str] = (),
-    progress: Progress = silent,
-    **options: Any,
+    library: str | Path, options: VerifyOptions | None = None, *, progress: Progress = silent, **fields: Any
 ) -> LibraryVerification:
     """Measures every adapter of a library and returns a row for each, worst retention first, and what they say together.
 
-    library: a directory, or a URL, which is fetched whole. base_model, prompts: of all adapters; without them each has those of
-    its row of the manifest, and the base model that it names itself. options: as of `verify`; thresholds hold for each, `save`
-    keeps each result in its adapter's directory.
+    library: a directory, or a URL, which is fetched whole. options, or fields of `VerifyOptions`: as of `verify`, for each
+    adapter. Without base_model and prompts each has those of its row of the manifest, and the base model that it names itself.
 
     :raises InputError: when the library holds no adapter. :raises RecipeError: for an option that is not allowed.
     What is wrong with one adapter is said in its row; a missed threshold is no error: see `passed`.
     """
+    asked = built(VerifyOptions, options, fields)
     address, library = as_written(library), resolve(library)
-    if options.get("save"):
+    for name in SINGLE:
+        if getattr(asked, name):
+            raise RecipeError(f"{name} is of one adapter, and this is a library: leave it out", name)
+    if asked.save:
         check_saved(address)
     there, gone = held(library)
-    _check(options, prompts is not None or any(row.get("prompts") for row in there), bool(tasks))
+    prompts = asked.prompts is not None or any(row.get("prompts") for row in there)
+    asked.check_measured(prompts, also="; the library's manifest names no prompts")
 
     def base_of(row: Mapping[str, Any]) -> str | None:
-        return str(base_model or row.get("base_model") or "") or None
+        return str(asked.base_model or row.get("base_model") or "") or None
 
     def one(row: Mapping[str, Any], tell: Progress) -> dict[str, Any]:
-        rows = prompts or row.get("prompts")
+        own = replace(asked, base_model=base_of(row), prompts=asked.prompts or row.get("prompts"))
         try:
-            return _told(
-                verify(
-                    library / row["id"], base_model=base_of(row), prompts=rows, tasks=tasks, progress=tell, **options
-                )
-            )
+            return _told(verify(library / row["id"], options=own, progress=tell))
         except Unsaved as error:  # what was measured is told all the same
             return _told(error.record) | {"status": FAILED, "error": "Unsaved", "message": str(error)}
 
@@ -81,26 +76,6 @@ def verify_library(
         "passed": not bad and not missed,
         "notes": gone,
     }
-
-
-def _check(options: Mapping[str, Any], prompts: bool, tasks: bool) -> None:
-    """What `verify` would refuse of every adapter alike.
-
-    :raises RecipeError: naming the option.
-    """
-    for name in SINGLE:
-        if options.get(name):
-            raise RecipeError(f"{name} is of one adapter, and this is a library: leave it out", name)
-    if not prompts and not tasks:
-        raise RecipeError(
-            "nothing to measure: give prompts, tasks or both; the library's manifest names no prompts",
-            "prompts",
-            "tasks",
-        )
-    check_counts(
-        {name: options.get(name) for name in ("limit", "batch_size", "max_length")}, options.get("max_new_tokens", 0)
-    )
-    Thresholds(**{name: options.get(name) for name in LIMITS}).check_measured(prompts, tasks)
 
 
 def _named_base(directory: Path) -> str:

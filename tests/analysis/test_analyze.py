@@ -74,20 +74,20 @@ def test_activations_and_other_adapters(tmp_path: Path) -> None:
 def test_activation_sums_are_those_of_the_outputs() -> None:
     from bslora_convert.behaviour.activations import activation_pools
     from bslora_convert.behaviour.prompts import Prompts
-    from bslora_convert.behaviour.workshop import open_workshop
+    from bslora_convert.behaviour.session import open_session
 
-    workshop = open_workshop(TINY / "gsm8k", str(TINY / "base"))
+    session = open_session(TINY / "gsm8k", str(TINY / "base"))
     prompts = Prompts.read(TINY / "gsm8k-heldout.jsonl", 3)
-    pools = activation_pools(workshop, prompts)
+    pools = activation_pools(session, prompts)
     name = "model.layers.0.self_attn.q_proj"
     module = load_lora(TINY / "gsm8k").modules[name]
     seen: list[torch.Tensor] = []
-    handle = workshop.base.model.get_submodule(name).register_forward_hook(
+    handle = session.base.model.get_submodule(name).register_forward_hook(
         lambda _, inputs, __: seen.append(inputs[0][0])
     )
-    with workshop.reference, torch.no_grad():
-        for example in workshop.encode(prompts).examples:
-            workshop.base.model(input_ids=torch.tensor([example.ids]))
+    with session.reference, torch.no_grad():
+        for example in session.encode(prompts).examples:
+            session.base.model(input_ids=torch.tensor([example.ids]))
     handle.remove()
     factors = module.factors()
     outputs = torch.cat(seen).double() @ (factors.b.double() @ factors.a.double()).T

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bslora_convert.behaviour.workshop import Workshop, open_workshop
+from bslora_convert.behaviour.session import BaseModelSession, open_session
 from tests.conftest import FIXTURES
 
 TINY = FIXTURES / "tiny"
@@ -10,5 +10,5 @@ BASE, LORA, PROMPTS = TINY / "base", TINY / "banking77", TINY / "banking77-heldo
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Workshop:
-    return open_workshop(LORA, str(BASE))
+def session() -> BaseModelSession:
+    return open_session(LORA, str(BASE))

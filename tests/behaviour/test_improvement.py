@@ -23,10 +23,10 @@ from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.distill import distill, split_heldout
 from bslora_convert.behaviour.divergence import kl_sums
-from bslora_convert.behaviour.evidence import split
 from bslora_convert.behaviour.prompts import Example, Prompts, read_prompts
+from bslora_convert.behaviour.session import BaseModelSession, open_session
+from bslora_convert.behaviour.split import split
 from bslora_convert.behaviour.student import Student
-from bslora_convert.behaviour.workshop import Workshop, open_workshop
 from bslora_convert.behaviour.writing import Writing
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.codes.widths import WIDTHS
@@ -36,13 +36,14 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.metric.metric import Metric
 from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
 from tests.conftest import FIXTURES
+from tests.recipes import by_file
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def examples(workshop: Workshop) -> list[Example]:
-    return list(workshop.encode(Prompts.read(PROMPTS)).examples)
+def examples(session: BaseModelSession) -> list[Example]:
+    return list(session.encode(Prompts.read(PROMPTS)).examples)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,12 @@ def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("metric", ["input", "two-sided"])
 def test_moments_are_those_of_the_modules_inputs_and_gradients(
-    workshop: Workshop, examples: list[Example], metric: str
+    session: BaseModelSession, examples: list[Example], metric: str
 ) -> None:
     some, name = examples[:5], "model.layers.1.mlp.up_proj"
-    factors = {name: workshop.adapter.form.modules[name].local}
-    found = collect(workshop.base, workshop.reference, factors, some, 3, metric == "two-sided")[name]
-    layer = workshop.base.model.get_submodule(name)
+    factors = {name: session.adapter.form.modules[name].local}
+    found = collect(session.base, session.reference, factors, some, 3, metric == "two-sided")[name]
+    layer = session.base.model.get_submodule(name)
     inputs: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     for example in some:  # one by one, without padding
@@ -73,8 +74,8 @@ def test_moments_are_those_of_the_modules_inputs_and_gradients(
             output.register_hook(lambda g: gradients.append(g[0].double()))
 
         handle = layer.register_forward_hook(watch)
-        with workshop.reference:
-            logits = workshop.base.model(input_ids=torch.tensor([example.ids])).logits[0]
+        with session.reference:
+            logits = session.base.model(input_ids=torch.tensor([example.ids])).logits[0]
         handle.remove()
         wanted = torch.tensor(example.ids[example.start :])
         torch.nn.functional.cross_entropy(logits[example.start - 1 : -1], wanted, reduction="sum").backward()
@@ -91,7 +92,7 @@ def test_moments_are_those_of_the_modules_inputs_and_gradients(
         assert found.fed is not None
         torch.testing.assert_close(found.fed, (w * power[:, None]).T @ w / len(w), rtol=1e-3, atol=1e-6)
         assert found.fed_power == pytest.approx(float(power @ g.square().sum(1)) / len(w), rel=1e-3)
-    assert all(parameter.grad is None for parameter in workshop.base.model.parameters())
+    assert all(parameter.grad is None for parameter in session.base.model.parameters())
 
 
 def test_gradients_reach_an_adapted_embedding(tmp_path: Path) -> None:
@@ -182,18 +183,18 @@ def test_distillation_on_the_rows_of_the_evidence(tmp_path: Path) -> None:
 
 
 def test_distillation_lowers_the_heldout_kl_threefold(
-    workshop: Workshop, examples: list[Example], tmp_path: Path
+    session: BaseModelSession, examples: list[Example], tmp_path: Path
 ) -> None:
     compress(LORA, tmp_path / "ke", Recipe(transform="ke", budget=0.6, shared_size=32))
     form = load_compact(tmp_path / "ke").form
     before = {name: tensor.clone() for name, tensor in named_tensors(form).items()}
     training = Training(train="local", epochs=20, learning_rate=3e-3, evaluate_every=20)
     part, held = split_heldout(examples, training)
-    done = distill(workshop.base, workshop.reference, form, part, held, training)
+    done = distill(session.base, session.reference, form, part, held, training)
     assert done.record["heldout_kl_after"] * 3 <= done.record["heldout_kl_before"]
     # What the record says is what the stored form does.
-    attached = Attached(workshop.base.model, done.form, {}, "distilled", enabled=False)
-    total, tokens = kl_sums(workshop.base, workshop.known, attached, held, 8)
+    attached = Attached(session.base.model, done.form, {}, "distilled", enabled=False)
+    total, tokens = kl_sums(session.base, session.known, attached, held, 8)
     assert total / tokens == pytest.approx(done.record["heldout_kl_after"], rel=1e-6)
     attached.remove()
     after = named_tensors(done.form)
@@ -203,7 +204,7 @@ def test_distillation_lowers_the_heldout_kl_threefold(
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
 
 
-def test_distillation_stays_in_the_codes(workshop: Workshop, examples: list[Example], tmp_path: Path) -> None:
+def test_distillation_stays_in_the_codes(session: BaseModelSession, examples: list[Example], tmp_path: Path) -> None:
     recipe = Recipe(transform="ke", bytes=0.1, shared_size=32, finetune=str(PROMPTS), base_model=str(BASE))
     training = Training(epochs=4, learning_rate=3e-3, evaluate_every=5, max_length=96)
     compress(LORA, tmp_path / "plain", recipe.but(finetune=None, base_model=None))
@@ -225,22 +226,22 @@ def test_distillation_stays_in_the_codes(workshop: Workshop, examples: list[Exam
 
 @pytest.mark.parametrize(("train", "moved"), [("shared", False), ("all", True)])
 def test_what_is_trained_is_what_was_asked_for(
-    workshop: Workshop, examples: list[Example], compact: Path, train: str, moved: bool
+    session: BaseModelSession, examples: list[Example], compact: Path, train: str, moved: bool
 ) -> None:
     form = load_compact(compact).form
     before = named_tensors(form)
     training = Training(train=train, max_steps=4, learning_rate=5e-3, evaluate_every=1)
-    after = named_tensors(distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], training).form)
+    after = named_tensors(distill(session.base, session.reference, form, examples[8:], examples[:8], training).form)
     for name, tensor in before.items():
         changed = not torch.equal(after[name], tensor)
         few = tensor.numel() <= 2  # two numbers may round to what they were
         assert few or changed == ("bslora_local" not in name or moved), name
 
 
-def test_it_never_ends_worse_than_it_began(workshop: Workshop, examples: list[Example], compact: Path) -> None:
+def test_it_never_ends_worse_than_it_began(session: BaseModelSession, examples: list[Example], compact: Path) -> None:
     form = load_compact(compact).form
     wild = Training(max_steps=6, learning_rate=3.0, clip=1e9, evaluate_every=2, warmup=0.0)
-    done = distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], wild)
+    done = distill(session.base, session.reference, form, examples[8:], examples[:8], wild)
     assert done.record["kept_step"] == 0
     assert done.record["heldout_kl_after"] == done.record["heldout_kl_before"]
     assert any("the starting one, which is kept" in note for note in done.notes)
@@ -249,7 +250,7 @@ def test_it_never_ends_worse_than_it_began(workshop: Workshop, examples: list[Ex
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_best_state(
-    workshop: Workshop, examples: list[Example], compact: Path, monkeypatch: pytest.MonkeyPatch
+    session: BaseModelSession, examples: list[Example], compact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, calls = Student.forward, []
 
@@ -259,26 +260,26 @@ def test_a_loss_that_is_not_finite_stops_with_the_best_state(
 
     monkeypatch.setattr(Student, "forward", breaks)
     training = Training(max_steps=20, learning_rate=5e-3, evaluate_every=2)
-    done = distill(workshop.base, workshop.reference, load_compact(compact).form, examples[8:], examples[:8], training)
+    done = distill(session.base, session.reference, load_compact(compact).form, examples[8:], examples[:8], training)
     assert done.record["steps"] == 4
     assert done.record["kept_step"] == 4
     assert any("not finite at step 5" in note for note in done.notes)
     assert all(tensor.isfinite().all() for tensor in done.form.tensors())
 
 
-def test_the_objective_and_accumulation(workshop: Workshop, examples: list[Example], compact: Path) -> None:
+def test_the_objective_and_accumulation(session: BaseModelSession, examples: list[Example], compact: Path) -> None:
     """A batch of eight is two of four accumulated; temperature and hidden term enter as the docstring says."""
     form = load_compact(compact).form
     losses = []
     for size, accumulate in ((8, 1), (4, 2)):
         training = Training(max_steps=2, batch_size=size, accumulate=accumulate, evaluate_every=2, temperature=2.0)
-        done = distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], training)
+        done = distill(session.base, session.reference, form, examples[8:], examples[:8], training)
         losses.append([row["loss"] for row in done.log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     base = Training(max_steps=1, evaluate_every=1)
     plain, hidden = (
         distill(
-            workshop.base, workshop.reference, form, examples[8:], examples[:8], replace(base, hidden_weight=weight)
+            session.base, session.reference, form, examples[8:], examples[:8], replace(base, hidden_weight=weight)
         ).log[0]["loss"]
         for weight in (0.0, 10.0)
     )
@@ -299,7 +300,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_the_same_seed_gives_the_same_bytes(compact: Path, tmp_path: Path) -> None:
     training = Training(max_steps=4, epochs=2, learning_rate=5e-3, evaluate_every=2, seed=3)
     for name in ("first", "second"):
-        finetune(compact, tmp_path / name, LORA, str(BASE), PROMPTS, training, limit=24)
+        finetune(compact, tmp_path / name, LORA, str(BASE), PROMPTS, replace(training, limit=24))
     assert (tmp_path / "first" / WEIGHTS).read_bytes() == (tmp_path / "second" / WEIGHTS).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "first" / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -322,10 +323,12 @@ def step_of(state: Path) -> int:
 
 
 def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_path: Path) -> None:
+    often = by_file(tmp_path / "often.toml", evaluate_every=2)
+
     def command(name: str, *more: str) -> list[str]:
         return [
             sys.executable, "-m", "bslora_convert", "finetune", str(compact), str(tmp_path / name), "--reference", str(LORA),
-            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "12", "--epochs", "9", "--evaluate-every", "2",
+            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "12", "--epochs", "9", *often,
             "--learning-rate", "0.005", "--train", "all", "-q", *more,
         ]  # fmt: skip
 
@@ -345,7 +348,8 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
         assert not (tmp_path / "killed").exists()
         assert reached < step_of(state) < 12
         reached = step_of(state)
-    other = CliRunner().invoke(main, [*command("killed", "--resume")[3:], "--temperature", "2"])
+    warmer = by_file(tmp_path / "warmer.toml", evaluate_every=2, temperature=2.0)
+    other = CliRunner().invoke(main, [*command("killed", "--resume")[3:], *warmer])
     assert other.exit_code == 2
     assert "trained with temperature 1.0, now 2.0" in other.stderr
     subprocess.run(command("killed", "--resume"), check=True, env=environment)
@@ -364,7 +368,8 @@ def test_two_processes_train_as_one(compact: Path, tmp_path: Path) -> None:
     """The rows of a batch are shared out; losses and the end agree up to the order of sums, and one process speaks."""
     arguments = [
         "finetune", str(compact), "OUT", "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(PROMPTS),
-        "--max-steps", "4", "--evaluate-every", "2", "--learning-rate", "0.005", "--batch-size", "5", "--json", "--device", "cpu",
+        "--max-steps", "4", "--learning-rate", "0.005", "--json", "--device", "cpu",
+        *by_file(tmp_path / "recipe.toml", evaluate_every=2, batch_size=5),
     ]  # fmt: skip
     launch = {
         "one": ["-m", "bslora_convert"],
@@ -388,13 +393,13 @@ def test_two_processes_train_as_one(compact: Path, tmp_path: Path) -> None:
 
 
 def test_the_reference_writes_missing_completions_once(
-    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: BaseModelSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": json.loads(line)["prompt"]} for line in PROMPTS.read_text().splitlines()[:3]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = Writing(tmp_path / "kept")
-    rows = workshop.encode(Prompts.read(path, max_new_tokens=5), kept)
+    rows = session.encode(Prompts.read(path, max_new_tokens=5), kept)
     first = rows.examples
     assert any("3 rows of prompts.jsonl had no completion" in note for note in rows.notes)
     (cache,) = (tmp_path / "kept").iterdir()
@@ -402,23 +407,23 @@ def test_the_reference_writes_missing_completions_once(
     assert set(known["completions"]) == {"1", "2", "3"}
     known["completions"]["2"] = " from the cache"
     cache.write_text(json.dumps(known))
-    second = workshop.encode(Prompts.read(path, max_new_tokens=5), kept).examples
+    second = session.encode(Prompts.read(path, max_new_tokens=5), kept).examples
     assert (second[0].ids, second[2].ids) == (first[0].ids, first[2].ids)
-    assert "from the cache" in workshop.base.tokenizer.decode(second[1].ids)
-    third = workshop.encode(Prompts.read(path, max_new_tokens=6), kept).examples  # another question, another answer
-    assert "from the cache" not in workshop.base.tokenizer.decode(third[1].ids)
+    assert "from the cache" in session.base.tokenizer.decode(second[1].ids)
+    third = session.encode(Prompts.read(path, max_new_tokens=6), kept).examples  # another question, another answer
+    assert "from the cache" not in session.base.tokenizer.decode(third[1].ids)
 
 
-def test_time_and_patience_end_it(workshop: Workshop, examples: list[Example], compact: Path) -> None:
+def test_time_and_patience_end_it(session: BaseModelSession, examples: list[Example], compact: Path) -> None:
     form = load_compact(compact).form
     rows = (examples[8:], examples[:8])
-    short = distill(workshop.base, workshop.reference, form, *rows, Training(max_minutes=1e-9, epochs=50))
+    short = distill(session.base, session.reference, form, *rows, Training(max_minutes=1e-9, epochs=50))
     assert short.record["steps"] == 0
     began = time.perf_counter() - 3600  # the hour that the rest of the command took counts
-    late = distill(workshop.base, workshop.reference, form, *rows, Training(max_minutes=59, epochs=50), began=began)
+    late = distill(session.base, session.reference, form, *rows, Training(max_minutes=59, epochs=50), began=began)
     assert late.record["steps"] == 0
     stuck = Training(learning_rate=1e-12, evaluate_every=1, patience=2, epochs=50)
-    assert distill(workshop.base, workshop.reference, form, *rows, stuck).record["steps"] <= 4
+    assert distill(session.base, session.reference, form, *rows, stuck).record["steps"] <= 4
 
 
 def test_recomputing_activations_changes_nothing(
@@ -431,7 +436,7 @@ def test_recomputing_activations_changes_nothing(
     found = []
     for free in (1 << 40, 0):
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
-        fresh = open_workshop(LORA, str(BASE))
+        fresh = open_session(LORA, str(BASE))
         found.append(distill(fresh.base, fresh.reference, form, examples[8:], examples[:8], training))
     assert not any("recomputed" in note for note in found[0].notes)
     assert any("recomputed" in note for note in found[1].notes)
@@ -476,8 +481,8 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
             finetune(compact, out, lora, str(BASE), PROMPTS, overwrite=True)
 
 
-def test_shared_needs_something_shared(workshop: Workshop, examples: list[Example], tmp_path: Path) -> None:
+def test_shared_needs_something_shared(session: BaseModelSession, examples: list[Example], tmp_path: Path) -> None:
     compress(LORA, tmp_path / "none", Recipe(transform="none", budget=0.3))
     form = load_compact(tmp_path / "none").form
     with pytest.raises(RecipeError, match="has no such part"):
-        distill(workshop.base, workshop.reference, form, examples[8:], examples[:8], Training(train="shared"))
+        distill(session.base, session.reference, form, examples[8:], examples[:8], Training(train="shared"))

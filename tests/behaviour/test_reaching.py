@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts, batches
-from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
@@ -117,28 +117,28 @@ def test_a_library_whose_manifest_names_the_prompts(tmp_path: Path, rows: Path) 
 # ------------------------------------------------------------------------------------------ what is known of rows
 
 
-def test_logits_are_formed_anew_from_hidden_states(workshop: Workshop) -> None:
-    examples = workshop.encode(Prompts.read(PROMPTS, 12)).examples
-    known = Known(workshop.base, workshop.reference)
-    for batch_ in batches(examples, 4, workshop.base.pad):
+def test_logits_are_formed_anew_from_hidden_states(session: BaseModelSession) -> None:
+    examples = session.encode(Prompts.read(PROMPTS, 12)).examples
+    known = Known(session.base, session.reference)
+    for batch_ in batches(examples, 4, session.base.pad):
         first, second = known.predictions(batch_), known.predictions(batch_)
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    shuffled = next(batches(examples, 12, workshop.base.pad))
-    with workshop.reference:
-        exact = workshop.base.predictions(shuffled)
+    shuffled = next(batches(examples, 12, session.base.pad))
+    with session.reference:
+        exact = session.base.predictions(shuffled)
     for ours, theirs in zip(known.predictions(shuffled), exact, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_what_a_model_does_behind_its_head_is_done(workshop: Workshop) -> None:
+def test_what_a_model_does_behind_its_head_is_done(session: BaseModelSession) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=len(workshop.base.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=len(session.base.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
-    base = BaseModel("gemma", model, workshop.base.tokenizer, torch.device("cpu"))
-    examples = workshop.encode(Prompts.read(PROMPTS, 4)).examples
+    base = BaseModel("gemma", model, session.base.tokenizer, torch.device("cpu"))
+    examples = session.encode(Prompts.read(PROMPTS, 4)).examples
     known = Known(base, nullcontext())
     taken = next(batches(examples, 4, base.pad))
     assert torch.equal(known.predictions(taken)[1], known.predictions(taken)[1])

@@ -2,10 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from bslora_convert.behaviour.rows import RowSums
 from bslora_convert.behaviour.smallest import (
     ATTEMPTS,
     CLOSE,
@@ -17,6 +13,10 @@ from bslora_convert.behaviour.smallest import (
     missed_of,
     smallest,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bslora_convert.behaviour.rows import RowSums
 from tests.behaviour.test_intervals import example, some_rows
 
 

@@ -12,11 +12,12 @@ from bslora_convert import Recipe, Training, compress, finetune
 from bslora_convert.behaviour import writing
 from bslora_convert.behaviour.distill import split_heldout
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.workshop import Workshop
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.writing import ENOUGH, SHARE, Writing, deadline_of, order_of_need
 from bslora_convert.cli import main
 from bslora_convert.errors import RecipeError
 from tests.behaviour.conftest import BASE, LORA, PROMPTS
+from tests.recipes import by_file
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -73,12 +74,12 @@ def test_writing_takes_its_share_of_the_time_that_is_left() -> None:
 
 
 def test_a_slow_reference_writes_what_is_needed_first_and_the_rest_is_left_out(
-    workshop: Workshop, unanswered: Path
+    session: BaseModelSession, unanswered: Path
 ) -> None:
     rows = Prompts.read(unanswered, max_new_tokens=4)
     _, _, order = split(rows)
     clock = Clock(1.0)  # a second with each look, of which there is one a token
-    found = workshop.encode(rows, Writing(deadline=13.0, order=order, clock=clock))
+    found = session.encode(rows, Writing(deadline=13.0, order=order, clock=clock))
     assert 6 < len(found.rows) < 40
     assert {row.line for row in found.rows} == set(order[: len(found.rows)])
     assert (found.written, found.left_out) == (len(found.rows), 40 - len(found.rows))
@@ -86,14 +87,16 @@ def test_a_slow_reference_writes_what_is_needed_first_and_the_rest_is_left_out(
         f"for {found.written} of them in the time there was; the other {found.left_out} are left out" in found.notes[0]
     )
     assert clock.now <= 13 + 4  # no row is begun, none goes on, after the deadline
-    late = workshop.encode(rows, Writing(deadline=-1.0, order=order, clock=clock))
+    late = session.encode(rows, Writing(deadline=-1.0, order=order, clock=clock))
     assert {row.line for row in late.rows} == set(order[:2])  # one to train on, one held out
 
 
-def test_a_text_that_had_no_time_to_end_is_not_taken_for_a_whole_one(workshop: Workshop, unanswered: Path) -> None:
+def test_a_text_that_had_no_time_to_end_is_not_taken_for_a_whole_one(
+    session: BaseModelSession, unanswered: Path
+) -> None:
     rows = Prompts.read(unanswered, limit=8, max_new_tokens=12)
-    whole = {row.line: row.completion for row in workshop.encode(rows).rows}
-    cut = workshop.encode(rows, Writing(deadline=4.0, clock=Clock(1.0))).rows
+    whole = {row.line: row.completion for row in session.encode(rows).rows}
+    cut = session.encode(rows, Writing(deadline=4.0, clock=Clock(1.0))).rows
     assert 2 <= len(cut) < 8
     assert all(row.completion == whole[row.line] for row in cut)
 
@@ -115,7 +118,7 @@ def interrupted_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> Callable
 def finetuning(compact: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     return [
         "finetune", str(compact), str(out), "--reference", str(LORA), "--base-model", str(BASE), "--prompts", str(prompts),
-        "--max-steps", "2", "--batch-size", "4", "--max-new-tokens", "4", "--json", *more,
+        "--max-steps", "2", *by_file(out.parent / "recipe.toml", batch_size=4, max_new_tokens=4), "--json", *more,
     ]  # fmt: skip
 
 
@@ -149,8 +152,8 @@ def test_an_interrupt_keeps_what_was_written_and_the_same_command_uses_it(
 def test_time_ends_the_writing_and_the_record_says_of_how_many_rows(
     compact: Path, unanswered: Path, tmp_path: Path
 ) -> None:
-    training = Training(max_minutes=1e-6, batch_size=4)
-    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training, max_new_tokens=4)
+    training = Training(max_minutes=1e-6, batch_size=4, max_new_tokens=4)
+    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training)
     assert record["training"]["completions"] == {"written": 2, "left_out": 38}
     assert (record["training"]["training_rows"], record["training"]["heldout_rows"]) == (1, 1)
     assert any("2 of them in the time there was; the other 38 are left out" in note for note in record["notes"])
@@ -165,8 +168,8 @@ def replace_rows(training: Training) -> Training:
 
 
 def test_time_enough_gives_every_row(compact: Path, unanswered: Path, tmp_path: Path) -> None:
-    training = Training(max_steps=2, max_minutes=60, batch_size=4)
-    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training, max_new_tokens=4)
+    training = Training(max_steps=2, max_minutes=60, batch_size=4, max_new_tokens=4)
+    record = finetune(compact, tmp_path / "out", LORA, str(BASE), unanswered, training)
     assert record["training"]["completions"] == {"written": 40, "left_out": 0}
 
 
@@ -174,7 +177,7 @@ def test_compress_keeps_completions_too(unanswered: Path, tmp_path: Path, monkey
     interrupted_after(1, monkeypatch)
     words = [
         "compress", str(LORA), str(tmp_path / "out"), "--transform", "none", "--budget", "0.2", "--base-model", str(BASE),
-        "--finetune", str(unanswered), "--batch-size", "2",
+        "--finetune", str(unanswered), *by_file(tmp_path / "recipe.toml", batch_size=2),
     ]  # fmt: skip
     stopped = CliRunner().invoke(main, words)
     assert stopped.exit_code == 130

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from safetensors.torch import load_file
 
 from bslora_convert.bslora.codes import decode
-from bslora_convert.bslora.codes.coded import GROUP, Coded, bits_of, groups_of, to_vectors
+from bslora_convert.bslora.codes.coded import GROUP, Coded, bits_of, groups_of, to_vectors, vectors_of
 from bslora_convert.bslora.codes.file import (
     FLOATS_NAME,
     SCALES_NAME,
@@ -63,7 +63,7 @@ def test_files_give_back_what_was_coded(
         tensors[key] = encode(torch.randn(count, length, generator=generator), [width] * count).coded
         shapes.append((key, (count, length) if index % 2 == 0 else (length, count)))
     file = to_file(tensors)
-    promised = sizes(tensors)
+    promised = sizes(vectors_of(tensors.values()))
     assert [*promised] == [*file]
     assert all(promised[name].dtype == t.dtype and promised[name].shape == t.shape for name, t in file.items())
     with pytest.MonkeyPatch.context() as patch:

@@ -183,7 +183,7 @@ def test_damaged_directories_are_refused(tmp_path: Path) -> None:
 def test_auto_takes_what_its_transforms_take(tmp_path: Path, fields: dict[str, Any]) -> None:
     recipe = Recipe(**{"transform": "auto", "bytes": 0.25, **fields})
     record = compress(TINY, tmp_path / "out", recipe, report_html=False)
-    assert record["compact"]["byte_ratio"] <= recipe.aim.bytes  # type: ignore[operator]
+    assert record["compact"]["byte_ratio"] <= recipe.asked.bytes  # type: ignore[operator]
 
 
 def test_auto_is_as_small_as_the_best_transform_for_an_error(tmp_path: Path) -> None:

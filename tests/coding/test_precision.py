@@ -1,6 +1,7 @@
 """Widths within a number of bits, the refit, and the bound that nothing can pass."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding import rate
 from bslora_convert.coding.allocation import Items, within_bits, within_loss
 from bslora_convert.coding.encode import code_pair
-from bslora_convert.coding.form import Aim, code_form
-from bslora_convert.fit.convert import Options, fit_to_budget, measure
+from bslora_convert.coding.form import code_form
+from bslora_convert.fit.convert import fit_to_budget, measure
 from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.structure import Structure
+from bslora_convert.recipe.target import Target
 from tests.planting import random_products
+
+IN_CODES = Target(bytes=0, unbiased=False)  # the bits are given beside it
 
 
 def random_items(seed: int) -> Items:
@@ -61,8 +66,8 @@ def test_the_refit_never_rises_and_equals_dense() -> None:
 def test_a_form_in_codes_keeps_its_bits_and_beats_sixteen_of_them(transform: str, share: float) -> None:
     source = measure(random_products(rank=8, layers=2, decay=0.7))
     budget = int(share * 16 * source.parameters)
-    form = fit_to_budget(source, Options(transform), min(source.parameters, int(4 * share * source.parameters))).form
-    coded = code_form(source, form, Aim(bits=budget), torch.float32)
+    form = fit_to_budget(source, Structure(transform), min(source.parameters, int(4 * share * source.parameters))).form
+    coded = code_form(source, form, IN_CODES, torch.float32, bits=budget)
     assert coded.bits <= budget
     assert coded.form.transform == form.transform
     dense = sum(
@@ -74,18 +79,18 @@ def test_a_form_in_codes_keeps_its_bits_and_beats_sixteen_of_them(transform: str
         for n, d in source.deltas.items()
     )
     assert coded.lost == pytest.approx(dense, rel=1e-4)
-    sixteen = fit_to_budget(source, Options("none"), budget // 16)
+    sixteen = fit_to_budget(source, Structure("none"), budget // 16)
     assert coded.lost < sixteen.lost
     assert coded.lost > rate.bound(source.spectra, source.costs, budget)
 
 
 def test_one_width_and_given_ranks() -> None:
     source = measure(random_products(rank=8, layers=2))
-    form = fit_to_budget(source, Options("none"), source.parameters // 2).form
+    form = fit_to_budget(source, Structure("none"), source.parameters // 2).form
     ranks = {name: module.local.rank for name, module in form.modules.items()}
     last = None
     for width in WIDTHS:
-        coded = code_form(source, form, Aim(width=width, ranks=ranks), torch.float32)
+        coded = code_form(source, form, replace(IN_CODES, bytes=None, numbers=0, width=width), torch.float32)
         assert {name: module.local.rank for name, module in coded.form.modules.items()} == ranks
         assert {int(w) for tensor in coded.tensors.values() for w in tensor.widths} == {width}
         assert last is None or coded.lost < last
@@ -94,11 +99,11 @@ def test_one_width_and_given_ranks() -> None:
 
 def test_an_error_is_reached_in_few_bits() -> None:
     source = measure(random_products(rank=8, layers=2))
-    form = fit_to_budget(source, Options("none"), source.parameters).form
+    form = fit_to_budget(source, Structure("none"), source.parameters).form
     allowed = 0.1 * source.energy
-    coded = code_form(source, form, Aim(lost=allowed), torch.float32)
+    coded = code_form(source, form, IN_CODES, torch.float32, lost=allowed)
     assert coded.lost <= allowed * 1.02
-    fewer = code_form(source, form, Aim(bits=int(0.9 * coded.bits)), torch.float32)
+    fewer = code_form(source, form, IN_CODES, torch.float32, bits=int(0.9 * coded.bits))
     assert fewer.lost > allowed
 
 

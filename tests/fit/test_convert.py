@@ -1,7 +1,5 @@
 """The whole fit: planted forms come back, the objective never rises, budgets hold, GT is truncated SVD."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -11,13 +9,13 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.fit import allocate
 from bslora_convert.fit.convert import (
     Fit,
-    Options,
     Source,
     fit_by_hand,
     fit_to_budget,
     measure,
 )
 from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.structure import Structure
 from tests.planting import KINDS, Product, deltas_of, plant, random_products
 
 
@@ -36,8 +34,8 @@ PLANTED = [
     pytest.param(Kronecker(16), {"shared_size": 16}, (1, 1), id="ke"),
     pytest.param(Kronecker(20), {"shared_size": 20}, (1, 1), id="ke-cut-edges"),
     pytest.param(Slice(128, 128), {}, (1, 1), id="ss"),
-    pytest.param(Slice(128, 128, "top-left"), {"window": "top-left"}, (1, 1), id="ss-top-left"),
-    pytest.param(Slice(128, 128, "bottom-right"), {"window": "bottom-right"}, (1, 1), id="ss-bottom-right"),
+    pytest.param(Slice(128, 128, "top-left"), {"slice": "top-left"}, (1, 1), id="ss-top-left"),
+    pytest.param(Slice(128, 128, "bottom-right"), {"slice": "bottom-right"}, (1, 1), id="ss-bottom-right"),
     pytest.param(Gate(32), {"shared_size": 32}, (1, 1), id="gt"),
 ]
 
@@ -49,7 +47,7 @@ def test_planted_forms_come_back_at_their_own_ranks(
 ) -> None:
     form = plant(transform, (2, 4, 8), layers=4, seed=seed, kernel_ranks=kernel_ranks)
     source = measure(deltas_of(form))
-    fit = fit_by_hand(source, Options(transform.name, uniform=True, **options), (2, 4, 8))
+    fit = fit_by_hand(source, Structure(transform.name, local_ranks="uniform", **options), (2, 4, 8))
     assert dense_error(source, fit.form) < 1e-4
     assert fit.form.parameters == form.parameters
 
@@ -59,13 +57,13 @@ def test_planted_kernel_variants_come_back(kernel: str) -> None:
     pair_rank = {"1_r": 1, "2_r": 2}[kernel]
     form = plant(Kronecker(8), (2, pair_rank, pair_rank), layers=4, seed=2, kernel_ranks=(2, 3))
     source = measure(deltas_of(form))
-    fit = fit_by_hand(source, Options("ke", shared_size=8, kernel=kernel, uniform=True), (2, 2, 3))
+    fit = fit_by_hand(source, Structure("ke", shared_size=8, kernel=kernel, local_ranks="uniform"), (2, 2, 3))
     assert dense_error(source, fit.form) < 1e-4
 
 
 def test_planted_in_float64_comes_back_to_rounding() -> None:
     form = plant(Kronecker(16), (2, 4, 8), layers=6, dtype=torch.float64)
-    fit = fit_by_hand(measure(deltas_of(form)), Options("ke", shared_size=16, uniform=True), (2, 4, 8))
+    fit = fit_by_hand(measure(deltas_of(form)), Structure("ke", shared_size=16, local_ranks="uniform"), (2, 4, 8))
     assert fit.lost <= 1e-12 * sum(p.held.b.norm() ** 2 * p.held.a.norm() ** 2 for p in deltas_of(form).values())
 
 
@@ -75,7 +73,7 @@ def test_the_objective_never_rises(transform: str, planted: bool) -> None:
     shape = Kronecker(16) if transform == "ke" else Slice(128, 128)
     products = deltas_of(plant(shape, layers=3)) if planted else random_products(layers=3)
     source = measure(products)
-    options = Options(transform, shared_size=16 if transform == "ke" else None, uniform=True)
+    options = Structure(transform, shared_size=16 if transform == "ke" else None, local_ranks="uniform")
     fit = fit_by_hand(source, options, (2, 2, 3))
     assert len(fit.history) > 1
     floor = 1e-10 * source.energy
@@ -88,8 +86,8 @@ def test_the_objective_never_rises(transform: str, planted: bool) -> None:
 @pytest.mark.parametrize("local", [0, 1, 3, 6])
 def test_gate_equals_truncated_svd_of_rank_plus_two(local: int) -> None:
     source = measure(random_products(rank=8))
-    gated = fit_by_hand(source, Options("gt", shared_size=16, uniform=True), (local, 1, 1))
-    svd = fit_by_hand(source, Options("none", uniform=True), (local + 2, 0, 0))
+    gated = fit_by_hand(source, Structure("gt", shared_size=16, local_ranks="uniform"), (local, 1, 1))
+    svd = fit_by_hand(source, Structure("none", local_ranks="uniform"), (local + 2, 0, 0))
     assert dense_error(source, gated.form) == pytest.approx(dense_error(source, svd.form), abs=1e-6)
     exact = sum(
         float(torch.linalg.svdvals(p.held.b.double() @ p.held.a.double())[local + 2 :].square().sum())
@@ -105,8 +103,7 @@ def test_never_above_the_budget(transform: str, share: float, uniform: bool) -> 
     kinds = {name: (4 * out, 4 * width) for name, (out, width) in KINDS.items()}
     source = measure(random_products(rank=16, kinds=kinds))
     budget = int(share * source.parameters)
-    min_shared = 0 if transform == "auto" else 1
-    fit = fit_to_budget(source, Options(transform, uniform=uniform, min_shared=min_shared), budget)
+    fit = fit_to_budget(source, Structure(transform, local_ranks="uniform" if uniform else "adaptive"), budget)
     assert 0 < fit.form.parameters <= budget
     assert (fit.lost / source.energy) ** 0.5 == pytest.approx(dense_error(source, fit.form), abs=1e-5)
 
@@ -126,10 +123,7 @@ def test_none_ke_and_auto_beat_uniform_svd_of_the_same_size(share: float) -> Non
     }
     source = measure(products)
     budget = int(share * source.parameters)
-    fits = {
-        name: fit_to_budget(source, Options(name, min_shared=0 if name == "auto" else 1), budget)
-        for name in ("none", "ke", "auto")
-    }
+    fits = {name: fit_to_budget(source, Structure(name), budget) for name in ("none", "ke", "auto")}
     for fit in fits.values():
         assert dense_error(source, fit.form) <= baseline(source, fit.form.parameters) + 1e-6
     assert fits["auto"].lost <= fits["none"].lost
@@ -140,7 +134,7 @@ def test_the_search_finds_planted_ranks_at_the_planted_size(name: str, size: int
     kinds = {name: (4 * out, 4 * width) for name, (out, width) in KINDS.items()}
     form = plant(Kronecker(size), (2, 4, 8), layers=4, kinds=kinds)
     source = measure(deltas_of(form))
-    options = Options(name, shared_size=size, min_shared=0 if name == "auto" else 1)
+    options = Structure(name, shared_size=size)
     fit = fit_to_budget(source, options, form.parameters)
     assert fit.form.transform is not None
     assert fit.form.transform.name == "ke"
@@ -152,8 +146,8 @@ def test_the_search_finds_planted_ranks_at_the_planted_size(name: str, size: int
 def test_auto_falls_back_to_none_where_nothing_is_shared() -> None:
     source = measure(random_products(rank=8))
     budget = int(0.5 * source.parameters)
-    none = fit_to_budget(source, Options("none"), budget)
-    auto = fit_to_budget(source, Options("auto", min_shared=0), budget)
+    none = fit_to_budget(source, Structure("none"), budget)
+    auto = fit_to_budget(source, Structure("auto"), budget)
     assert auto.lost <= none.lost
     assert any("auto compared" in note for note in auto.notes)
 
@@ -162,18 +156,18 @@ def test_minimum_ranks_are_kept_by_name_and_dropped_by_choice() -> None:
     source = measure(random_products(rank=8))
     budget = int(0.5 * source.parameters)
     for name in ("ke", "ss", "gt"):
-        form = fit_to_budget(source, Options(name, min_shared=1), budget).form
+        form = fit_to_budget(source, Structure(name, min_shared=1), budget).form
         assert form.shared_rank("intra") >= 1
         assert form.shared_rank("inter") >= 1
-        dropped = fit_to_budget(source, Options(name, min_shared=0), budget)
-        assert dropped.lost <= fit_to_budget(source, Options("none"), budget).lost * (1 + 1e-12)
+        dropped = fit_to_budget(source, Structure(name, min_shared=0), budget)
+        assert dropped.lost <= fit_to_budget(source, Structure("none"), budget).lost * (1 + 1e-12)
 
 
 def test_a_budget_below_the_least_form_says_what_is_needed() -> None:
     source = measure(random_products(rank=4))
     for name in ("ke", "ss", "gt"):
         with pytest.raises(RecipeError, match="raise --budget"):
-            fit_to_budget(source, Options(name), 100)
+            fit_to_budget(source, Structure(name), 100)
 
 
 def test_modules_outside_of_layers_stay_local() -> None:
@@ -184,7 +178,7 @@ def test_modules_outside_of_layers_stay_local() -> None:
     )
     source = measure(products)
     for name in ("ke", "ss", "gt"):
-        form = fit_by_hand(source, Options(name, uniform=True), (2, 1, 1)).form
+        form = fit_by_hand(source, Structure(name, local_ranks="uniform"), (2, 1, 1)).form
         assert form.modules["lm_head"].paths == {}
         assert form.modules["lm_head"].local.rank == 2
         assert set(form.modules["model.layers.0.mlp.up_proj"].paths) == {"intra", "inter"}
@@ -196,7 +190,7 @@ def test_encoder_and_decoder_layers_are_different_layers() -> None:
         for stack in ("encoder.block", "decoder.block")
         for name, product in random_products(rank=4).items()
     }
-    form = fit_by_hand(measure(products), Options("ke", uniform=True), (1, 1, 1)).form
+    form = fit_by_hand(measure(products), Structure("ke", local_ranks="uniform"), (1, 1, 1)).form
     assert set(form.shared["intra"]) == {f"{s}.block.{i}" for s in ("encoder", "decoder") for i in (0, 1)}
     assert len(form.shared["inter"]) == 1
 
@@ -204,7 +198,7 @@ def test_encoder_and_decoder_layers_are_different_layers() -> None:
 def test_adapters_without_layers_are_fitted_plainly() -> None:
     products = {"lm_head": Product(Factors(torch.randn(30, 4), torch.randn(4, 20)))}
     for name in ("ke", "ss", "gt", "auto"):
-        fit = fit_to_budget(measure(products), Options(name), 100)
+        fit = fit_to_budget(measure(products), Structure(name), 100)
         assert fit.form.transform is None
         assert fit.form.parameters == 100
 
@@ -215,11 +209,11 @@ def same(first: Fit, second: Fit) -> bool:
 
 @pytest.mark.parametrize("transform", ["ke", "ss", "gt", "none"])
 def test_the_same_seed_gives_the_same_numbers(transform: str) -> None:
-    options = Options(transform, seed=3)
+    options = Structure(transform)
     source = measure(random_products())
     budget = int(0.6 * source.parameters)
     assert same(fit_to_budget(source, options, budget), fit_to_budget(measure(random_products()), options, budget))
-    assert fit_to_budget(source, replace(options, seed=4), budget).form.parameters <= budget
+    assert fit_to_budget(source, options, budget, seed=4).form.parameters <= budget
 
 
 @pytest.mark.parametrize("transform", ["ke", "ss", "none"])
@@ -230,7 +224,7 @@ def test_gauge_changes_nothing(transform: str) -> None:
     for name, product in random_products(rank=6).items():
         g = torch.eye(6) + 0.3 * torch.randn(6, 6, generator=generator)
         moved[name] = Product(Factors(product.held.b @ torch.linalg.inv(g), g @ product.held.a))
-    options = Options(transform, uniform=True)
+    options = Structure(transform, local_ranks="uniform")
     ranks = (2, 1, 1) if transform != "none" else (2, 0, 0)
     first = fit_by_hand(measure(random_products(rank=6)), options, ranks)
     second = fit_by_hand(measure(moved), options, ranks)

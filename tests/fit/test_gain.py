@@ -14,9 +14,10 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
 from bslora_convert.cli import main
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.convert import Options, fit_by_hand, measure
+from bslora_convert.fit.convert import fit_by_hand, measure
 from bslora_convert.fit.gain import LARGEST, Strength, unbiased
 from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.structure import Structure
 from tests.conftest import FIXTURES
 from tests.fit.test_in_metric import metrics_of, samples, widths
 from tests.planting import plant, random_products
@@ -38,7 +39,7 @@ def test_every_module_is_as_strong_as_the_original(transform: str, two_sided: bo
         metrics = metrics_of(deltas, inputs, gradients if two_sided else None)
     source = measure(deltas, metrics=metrics)
     ranks = (2, 0, 0) if transform == "none" else (2, 1, 2)
-    before = fit_by_hand(source, Options(transform, uniform=True), ranks).form
+    before = fit_by_hand(source, Structure(transform, local_ranks="uniform"), ranks).form
     after = unbiased(source, before)
     for name, delta in deltas.items():
         metric = source.metric(name)

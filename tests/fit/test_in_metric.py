@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.form import BsloraForm
-from bslora_convert.fit.convert import Options, fit_by_hand, fit_to_budget, measure
+from bslora_convert.fit.convert import fit_by_hand, fit_to_budget, measure
 from bslora_convert.metric.metric import Metric, Moments, metric_of
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Delta
+from bslora_convert.recipe.structure import Structure
 from tests.planting import Product, random_products
 
 
@@ -61,7 +62,7 @@ def widths(deltas: dict[str, Product], side: int) -> dict[str, int]:
 def test_no_local_part_of_its_rank_is_better(transform: str, two_sided: bool) -> None:
     deltas = random_products(layers=2, rank=6)
     ranks = (2, 0, 0) if transform == "none" else (2, 1, 2)
-    options = Options(transform=transform, uniform=True, shared_size=None if transform == "none" else 32)
+    options = Structure(transform=transform, local_ranks="uniform", shared_size=None if transform == "none" else 32)
     gradients = samples(widths(deltas, 0), 2) if two_sided else None
     metrics = metrics_of(deltas, samples(widths(deltas, 1), 1), gradients)
     plain = fit_by_hand(measure(deltas), options, ranks).form
@@ -87,7 +88,7 @@ def test_no_local_part_of_its_rank_is_better(transform: str, two_sided: bool) ->
 
 def test_white_inputs_change_nothing() -> None:
     deltas = random_products(layers=1, rank=5)
-    options = Options(transform="none", uniform=True)
+    options = Structure(transform="none", local_ranks="uniform")
     white = {name: torch.eye(width, dtype=torch.float64) * width**0.5 for name, width in widths(deltas, 1).items()}
     plain = fit_by_hand(measure(deltas), options, (2, 0, 0)).form
     found = fit_by_hand(measure(deltas, metrics=metrics_of(deltas, white)), options, (2, 0, 0)).form
@@ -104,7 +105,7 @@ def test_the_gauge_of_the_source_changes_nothing() -> None:
             name: Product(Factors(d.held.b @ torch.linalg.inv(change), change @ d.held.a)) for name, d in deltas.items()
         }
         source = measure(turned, metrics=metrics_of(turned, inputs))
-        found.append(fit_by_hand(source, Options(transform="none", uniform=True), (2, 0, 0)).form)
+        found.append(fit_by_hand(source, Structure(transform="none", local_ranks="uniform"), (2, 0, 0)).form)
     for name in deltas:
         torch.testing.assert_close(dense(found[0].delta(name)), dense(found[1].delta(name)), rtol=1e-3, atol=1e-3)
 
@@ -114,7 +115,7 @@ def test_ranks_go_where_the_inputs_are() -> None:
     first, second = deltas
     inputs = {first: torch.eye(32, dtype=torch.float64) * 10, second: torch.eye(32, dtype=torch.float64) * 0.1}
     source = measure(deltas, metrics=metrics_of(deltas, inputs))
-    form = fit_to_budget(source, Options(transform="none"), 6 * 64).form
+    form = fit_to_budget(source, Structure(transform="none"), 6 * 64).form
     assert (form.modules[first].local.rank, form.modules[second].local.rank) == (6, 0)
 
 
@@ -122,6 +123,6 @@ def test_ranks_go_where_the_inputs_are() -> None:
 def test_a_module_that_is_never_fed_keeps_finite_factors(transform: str) -> None:
     deltas: dict[str, Delta] = dict(random_products(layers=1, rank=4))
     nothing = {name: metric_of(d.factors(), Moments(torch.zeros(4, 4).double(), 0.0)) for name, d in deltas.items()}
-    options = Options(transform=transform, uniform=True, shared_size=32 if transform == "ke" else None)
+    options = Structure(transform=transform, local_ranks="uniform", shared_size=32 if transform == "ke" else None)
     fit = fit_by_hand(measure(deltas, metrics=nothing), options, (2, 1, 1) if transform == "ke" else (2, 0, 0))
     assert all(tensor.isfinite().all() for tensor in fit.form.tensors())

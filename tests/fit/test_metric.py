@@ -10,11 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bslora_convert.coding.form import Aim, code_form
-from bslora_convert.fit.convert import Options, Source, fit_by_hand, measure
+from bslora_convert.coding.form import code_form
+from bslora_convert.fit.convert import Source, fit_by_hand, measure
 from bslora_convert.metric.metric import Moments, metric_of, output_metric
 from bslora_convert.modules.factors import Factors, add
+from bslora_convert.recipe.structure import Structure
+from bslora_convert.recipe.target import Target
 from tests.planting import random_products
+
+IN_CODES = Target(bytes=0, unbiased=False)  # the bits are given beside it
 
 
 def moments_of(factors: Factors, x: Tensor, g: Tensor | None = None) -> Moments:
@@ -66,17 +70,17 @@ def in_metric(deltas: Any, x: Mapping[str, Tensor], g: Mapping[str, Tensor] | No
 
 @pytest.mark.parametrize("transform", ["none", "ke"])
 @pytest.mark.parametrize("two_sided", [False, True])
-@pytest.mark.parametrize("aim", [Aim(), Aim(width=4)])
-def test_codes_of_as_many_bits_lose_less_in_the_metric(transform: str, two_sided: bool, aim: Aim) -> None:
+@pytest.mark.parametrize("width", [None, 4])
+def test_codes_of_as_many_bits_lose_less_in_the_metric(transform: str, two_sided: bool, width: int | None) -> None:
     deltas = random_products(layers=2, rank=8)
     source = measure(deltas)
-    options = Options(transform=transform, uniform=True, shared_size=32)
+    options = Structure(transform=transform, local_ranks="uniform", shared_size=32 if transform == "ke" else None)
     floats = fit_by_hand(source, options, (8, 1, 1) if transform == "ke" else (8, 0, 0)).form
     bits = 3 * floats.parameters
-    plain = code_form(source, floats, replace(aim, bits=bits), torch.float32)
+    plain = code_form(source, floats, replace(IN_CODES, width=width), torch.float32, bits=bits)
     x = {name: samples(delta.shape[1], 1) for name, delta in deltas.items()}
     g = {name: samples(delta.shape[0], 2) for name, delta in deltas.items()} if two_sided else {}
-    coded = code_form(in_metric(deltas, x, g), floats, replace(aim, bits=bits), torch.float32)
+    coded = code_form(in_metric(deltas, x, g), floats, replace(IN_CODES, width=width), torch.float32, bits=bits)
     assert coded.bits <= bits
     assert set(coded.tensors) == set(plain.tensors)
 
@@ -98,20 +102,20 @@ def test_codes_of_as_many_bits_lose_less_in_the_metric(transform: str, two_sided
 
 def test_ranks_that_are_given_stay() -> None:
     deltas = random_products(layers=1, rank=8)
-    floats = fit_by_hand(measure(deltas), Options(transform="none", uniform=True), (3, 0, 0)).form
+    floats = fit_by_hand(measure(deltas), Structure(transform="none", local_ranks="uniform"), (3, 0, 0)).form
     ranks = dict.fromkeys(deltas, 3)
     source = in_metric(deltas, {name: samples(delta.shape[1], 1) for name, delta in deltas.items()})
-    coded = code_form(source, floats, Aim(width=4, ranks=ranks), torch.float32)
+    coded = code_form(source, floats, replace(IN_CODES, bytes=None, numbers=0, width=4), torch.float32)
     assert {name: module.local.rank for name, module in coded.form.modules.items()} == ranks
 
 
 def test_white_inputs_change_nothing_but_the_components_that_are_equally_good() -> None:
     deltas = random_products(layers=1, rank=6)
     source = measure(deltas)
-    floats = fit_by_hand(source, Options(transform="none", uniform=True), (6, 0, 0)).form
-    plain = code_form(source, floats, Aim(bits=3 * floats.parameters), torch.float32)
+    floats = fit_by_hand(source, Structure(transform="none", local_ranks="uniform"), (6, 0, 0)).form
+    plain = code_form(source, floats, IN_CODES, torch.float32, bits=3 * floats.parameters)
     white = {n: torch.eye(delta.shape[1], dtype=torch.float64) * delta.shape[1] ** 0.5 for n, delta in deltas.items()}
-    coded = code_form(in_metric(deltas, white), floats, Aim(bits=plain.bits), torch.float32)
+    coded = code_form(in_metric(deltas, white), floats, IN_CODES, torch.float32, bits=plain.bits)
     assert coded.lost == pytest.approx(plain.lost, rel=0.01)
 
 
@@ -120,8 +124,8 @@ def test_modules_that_are_never_fed_take_no_bits() -> None:
     silent, *fed = deltas
     x = {name: samples(delta.shape[1], 1) for name, delta in deltas.items()}
     x[silent] = torch.zeros_like(x[silent])
-    floats = fit_by_hand(measure(deltas), Options(transform="none", uniform=True), (6, 0, 0)).form
-    coded = code_form(in_metric(deltas, x), floats, Aim(bits=3 * floats.parameters), torch.float32)
+    floats = fit_by_hand(measure(deltas), Structure(transform="none", local_ranks="uniform"), (6, 0, 0)).form
+    coded = code_form(in_metric(deltas, x), floats, IN_CODES, torch.float32, bits=3 * floats.parameters)
     assert coded.form.modules[silent].local.rank == 0
     assert all(coded.form.modules[name].local.rank for name in fed)
     assert all(tensor.isfinite().all() for tensor in coded.form.tensors())

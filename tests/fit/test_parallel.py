@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bslora_convert.fit.convert import Options, fit_to_budget, measure
+from bslora_convert.fit.convert import fit_to_budget, measure
 from bslora_convert.fit.parallel import AHEAD, each, modules_over_cores
+from bslora_convert.recipe.structure import Structure
 from tests.planting import random_products
 
 
@@ -65,7 +66,7 @@ def test_fits_are_the_same_bytes_on_any_number_of_cores(transform: str) -> None:
         try:
             with modules_over_cores():
                 source = measure(random_products(layers=3))
-                return list(fit_to_budget(source, Options(transform), source.parameters // 2).form.tensors())
+                return list(fit_to_budget(source, Structure(transform), source.parameters // 2).form.tensors())
         finally:
             torch.set_num_threads(1)
 

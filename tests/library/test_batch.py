@@ -33,6 +33,7 @@ from bslora_convert.verbs.capacity import capacity
 from tests.conftest import FIXTURES
 from tests.library.making import make_library, tree
 from tests.planting import random_products, write_lora
+from tests.recipes import by_file
 
 RECIPE = Recipe(transform="none", budget=0.5)
 OPTIONS = ("--transform", "none", "--budget", "0.5", "--no-report-html")
@@ -91,7 +92,7 @@ def test_one_of_them_is_what_compress_writes(
     library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
 ) -> None:
     name = "tenant-0/good-000"
-    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, timed=False)
+    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, recorded_as="source")
     for path in (tmp_path / "alone").iterdir():
         assert path.read_bytes() == (whole / name / path.name).read_bytes(), path.name
 
@@ -463,7 +464,9 @@ def test_what_a_library_costs_by_slot() -> None:
 def test_summary_print_and_page_say_what_the_slots_cost(tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "good", random_products(layers=1, rank=8), dtype=torch.bfloat16)
     words = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "0", "--no-report-html"]
-    done = CliRunner().invoke(main, [*words, "--transform", "ke", "--ranks", "2,4,16", "--shared-size", "16"])
+    done = CliRunner().invoke(
+        main, [*words, "--transform", "ke", "--ranks", "2,4,16", *by_file(tmp_path / "recipe.toml", shared_size=16)]
+    )
     assert done.exit_code == 0, done.output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["serving"]
     assert (summary["lora"]["slot_rank"], summary["compact"]["slot_rank"]) == (8, 32)

@@ -13,7 +13,7 @@ from torch import nn
 from bslora_convert import Recipe, batch, compress
 from bslora_convert.behaviour import loaded
 from bslora_convert.behaviour.model import BaseModel
-from bslora_convert.behaviour.workshop import open_workshop
+from bslora_convert.behaviour.session import open_session
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import local
@@ -102,7 +102,7 @@ def test_each_is_converted_with_its_own_on_a_base_that_is_read_once(
     for name in NAMES:
         recipe = Recipe(transform="none", budget=0.5, prompts=str(tmp_path / f"{name}.jsonl"), base_model=str(BASE))
         alone = tmp_path / "alone" / name
-        compress(TINY / name, alone, recipe, report_html=False, timed=False)
+        compress(TINY / name, alone, recipe, report_html=False, recorded_as="source")
         for path in alone.iterdir():
             assert path.read_bytes() == (tmp_path / "out" / name / path.name).read_bytes(), path
     rows = {row["id"]: row for row in read_manifest(tmp_path / "out")}
@@ -116,7 +116,7 @@ def test_distillation_leaves_the_base_as_it_was(manifest: Path, tmp_path: Path, 
     batch(manifest, tmp_path / "out", recipe, workers=0, report_html=False)
     assert loads == ["base"]
     (tmp_path / "banking77.jsonl").write_text(text)
-    alone = compress(TINY / "banking77", tmp_path / "alone", recipe, timed=False)
+    alone = compress(TINY / "banking77", tmp_path / "alone", recipe, recorded_as="source")
     before = tree(tmp_path / "out")["gsm8k/adapter_model.safetensors"]
     again = batch(manifest, tmp_path / "out", recipe, workers=0, report_html=False)
     assert (again["ok"], again["skipped"]) == (1, 1)  # whose prompts changed is done again
@@ -163,11 +163,11 @@ def test_nothing_is_kept_unless_it_is_asked_for(loads: list[str]) -> None:
 
 
 def test_a_workshop_that_is_closed_leaves_nothing_on_the_base() -> None:
-    workshop = open_workshop(TINY / "gsm8k", str(BASE), "cpu")
-    model = workshop.base.model
+    session = open_session(TINY / "gsm8k", str(BASE), "cpu")
+    model = session.base.model
     assert any(module._forward_hooks for module in model.modules())
     next(model.modules()).train()
-    workshop.close()
+    session.close()
     assert not any(module._forward_hooks or module._forward_pre_hooks or module.training for module in model.modules())
 
 

@@ -301,7 +301,7 @@ def test_every_verb_takes_what_was_trained(name: str, tmp_path: Path) -> None:
         close(logits(plain), expected)
     finetune(
         tmp_path / "compact", tmp_path / "tuned", tmp_path / "lora", str(BASE), prompts,
-        Training("all", max_steps=1, heldout=0.5, chat_template=False), max_new_tokens=4, report_html=False,
+        Training("all", max_steps=1, heldout=0.5, chat_template=False, max_new_tokens=4), report_html=False,
     )  # fmt: skip
     assert load_compact(tmp_path / "tuned").form.parameters == model.get_nb_trainable_parameters()[0]
 

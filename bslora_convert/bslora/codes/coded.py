@@ -8,7 +8,7 @@ Vectors run along what a component has: the columns of B, the rows of A. A kerne
 in bfloat16, as scales are, and has none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -49,18 +49,6 @@ class Coded:
                 values[chosen] = found * spread(self.scales[chosen], length)
         return values
 
-    @classmethod
-    def hollow(cls, widths: Sequence[int], length: int) -> "Coded":
-        """Codes of nothing, for the room that they take."""
-        n = len(widths)
-        number, code = (
-            torch.zeros((), dtype=SCALES),
-            torch.zeros((), dtype=torch.uint8),
-        )  # expanded, they take no memory
-        exact = number.expand(n, length) if 16 in widths else None
-        scales = number.expand(n, groups_of(length))
-        return cls(torch.tensor(widths, dtype=torch.uint8), code.expand(n, length), scales, exact)
-
     def scaled(self, by: float | Tensor) -> "Coded":
         """The same codes under scales times `by`, numbers of 16 bits times it; rounded as they are stored. A tensor: (n, 1)."""
         exact = None if self.exact is None else (by * self.exact.float()).to(SCALES)
@@ -68,6 +56,7 @@ class Coded:
 
 
 Length = TypeVar("Length", int, Tensor)
+Vector = tuple[int, int]  # width, length
 
 
 def groups_of(length: Length) -> Length:
@@ -78,6 +67,16 @@ def groups_of(length: Length) -> Length:
 def bits_of(length: int, width: int) -> int:
     """Bits that one vector takes: its numbers, its scales, and the byte that names its width."""
     return 8 + width * length + (0 if width == 16 else 16 * groups_of(length))
+
+
+def vectors_of(tensors: Iterable[Coded]) -> list[Vector]:
+    """Width and length of every vector."""
+    return [(width, coded.codes.shape[1]) for coded in tensors for width in coded.widths.tolist()]
+
+
+def bits_in(vectors: Iterable[Vector]) -> int:
+    """Bits that vectors take together."""
+    return sum(bits_of(length, width) for width, length in vectors)
 
 
 def spread(scales: Tensor, length: int) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bslora_convert.bslora.codes.coded import SCALES, Coded, groups_of, vectors_shape
+from bslora_convert.bslora.codes.coded import SCALES, Coded, Vector, groups_of, vectors_shape
 from bslora_convert.bslora.codes.decode import in_order, is_walked, merged, numbers_of, walked
 from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
@@ -58,16 +58,13 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
     return found
 
 
-def sizes(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
-    """What `to_file` would make of them, without their numbers: tensors on the meta device."""
-    numbers, vectors, scales = Counter[int](), 0, 0
-    for coded in tensors.values():
-        length = coded.codes.shape[1]
-        for width, several in Counter(coded.widths.tolist()).items():
-            numbers[width] += several * length
-            vectors += several
-            scales += 0 if width == 16 else several * groups_of(length)
-    found = {WIDTHS_NAME: torch.empty(vectors, dtype=torch.uint8, device="meta")}
+def sizes(vectors: Sequence[Vector]) -> dict[str, Tensor]:
+    """What `to_file` would make of vectors of these widths and lengths, without their numbers: tensors on the meta device."""
+    numbers, scales = Counter[int](), 0
+    for width, length in vectors:
+        numbers[width] += length
+        scales += 0 if width == 16 else groups_of(length)
+    found = {WIDTHS_NAME: torch.empty(len(vectors), dtype=torch.uint8, device="meta")}
     if scales:
         found[SCALES_NAME] = torch.empty(scales, dtype=SCALES, device="meta")
     for width in WIDTHS:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, is_whole
+from bslora_convert.recipe.options import FORM, OUTPUT, accept_changed_option, option
 from bslora_convert.recipe.storage import DTYPES as FLOATS
 from bslora_convert.serving.engines import ENGINES, Engine
 
@@ -14,21 +15,36 @@ UNIFORM = "uniform"
 
 
 @dataclass(frozen=True, slots=True)
-class Expansion:
-    """rank: a number re-truncates every module that has more; "uniform" fills every module up to the largest rank.
+class ExpandOptions:
+    """Which file to write, and how.
+
+    rank: a number re-truncates every module that has more; "uniform" fills every module up to the largest rank.
 
     base_model: replaces `base_model_name_or_path`; for gguf the directory of the base's `config.json`, which is read.
     dtype: storage, auto = the compact adapter's; q8_0 in gguf only. format: of `FORMATS`; None is the engine's, else lora.
-    engine: of `ENGINES`, who is to load it.
+    engine: of `ENGINES`, who is to load it. accept_changed: as for `load_compact`.
 
     :raises RecipeError: naming the field, its value and what is allowed, or two that exclude each other.
     """
 
-    rank: int | str | None = None
-    base_model: str | None = None
-    dtype: str = "auto"
-    format: str | None = None
-    engine: str | None = None
+    engine: str | None = option(
+        None, "Write what this engine loads correctly: format, ranks, missing layers, names; or say why there is no such file.",
+        FORM, choices=tuple(ENGINES), flag="--for",
+    )  # fmt: skip
+    format: str | None = option(
+        None, "Write this format: gguf for llama.cpp, mlx for MLX-LM, official for the BSLoRA authors' code.", FORM,
+        choices=FORMATS, usual="lora",
+    )  # fmt: skip
+    rank: int | str | None = option(
+        None, "Re-truncate to at most N, or fill every module up to the largest rank.", FORM, metavar="N|uniform"
+    )
+    base_model: str | None = option(
+        None, "Name this base model in the file, as some servers compare it letter by letter; for gguf, its directory.", FORM,
+        metavar="NAME_OR_DIR",
+    )  # fmt: skip
+    dtype: str = option("auto", "Store numbers in this type; auto = the compact adapter's.", FORM, choices=DTYPES)
+    accept_changed: bool = accept_changed_option()
+    overwrite: bool = option(False, "Replace an earlier result in OUT_DIR.", OUTPUT)
 
     def __post_init__(self) -> None:
         if self.rank not in (None, UNIFORM) and not (is_whole(self.rank) and self.rank > 0):

@@ -1,30 +1,43 @@
-"""What the base model is asked: on which prompts a fit is measured, chosen and proved, and on which it is distilled."""
+"""The base model, and the rows that it is run on: for calibration, validation and test, and for distillation."""
 
 from dataclasses import dataclass
 
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice
+from bslora_convert.recipe.options import MODEL, TRAINING, option
 
-METRICS = ("auto", "output", "input", "two-sided")
+METRIC_NAMES = ("auto", "output", "input", "two-sided")
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """The base model, and the rows that it is asked on.
+class Calibration:
+    """The base model, and the rows that it is run on.
 
-    base_model: directory or hub name. prompts: a file of rows to fit, choose and prove on. metric: of these prompts; auto = the
-    one that does better on the rows that choose. finetune: a file to distil on, or True for the rows of `prompts`.
+    base_model: directory or hub name. prompts: a file of rows, split into calibration, validation and test rows. metric: of these
+    prompts; auto = the best one on the validation rows. finetune: a file to distil on, or True for the rows of `prompts`.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
-    base_model: str | None = None
-    prompts: str | None = None
-    metric: str = "auto"
-    finetune: str | bool | None = None
+    base_model: str | None = option(
+        None, "Name the base model, a directory or a hub name, for --prompts and --finetune.", MODEL, metavar="MODEL"
+    )
+    prompts: str | None = option(
+        None, "Fit for the base model's behaviour on these JSONL rows, and measure it on rows held out of them.", MODEL,
+        metavar="FILE",
+    )  # fmt: skip
+    metric: str = option(
+        "auto",
+        "Weight the fit's error by output gradients, by input activations or by both; auto = the best on validation rows.",
+        MODEL, choices=METRIC_NAMES,
+    )  # fmt: skip
+    finetune: str | bool | None = option(
+        None, "Distil against the original after the fit, on a JSONL file or without one on the rows of --prompts.", TRAINING,
+        metavar="[FILE]", alone="",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_choice("metric", self.metric, METRICS)
+        check_choice("metric", self.metric, METRIC_NAMES)
         if not self.finetune:
             object.__setattr__(self, "finetune", None)
         if self.metric != "auto" and self.prompts is None:

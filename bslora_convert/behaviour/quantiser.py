@@ -13,7 +13,7 @@ from bslora_convert.fit.parallel import each, modules_over_cores
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Quantiser:
     """The dtype that readers get, and the codes that the adapter began with, by key; empty where it holds floats."""
 
     dtype: torch.dtype

@@ -1,20 +1,23 @@
 """The base model with the original adapter on it, and the rows that are read for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from torch import nn
 
 from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
 from bslora_convert.behaviour.attach import Attached
+from bslora_convert.behaviour.divergence import Divergence, diverge_all
 from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.loaded import take_base
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Example, Prompts, Row, encode, with_completion
 from bslora_convert.behaviour.writing import Writing, complete
+from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.files.hashing import sha256
 from bslora_convert.layers.shapes import check_fits
@@ -22,7 +25,7 @@ from bslora_convert.process.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class EncodedRows:
     """Rows as tokens.
 
     rows: with a completion each, of which `written` are the reference's own. left_out: how many it had no time for.
@@ -37,8 +40,8 @@ class Rows:
     notes: tuple[str, ...]
 
 
-class Workshop:
-    """The base model with the original adapter on it, and the rows that were read for it.
+class BaseModelSession:
+    """The base model with the original adapter on it; as a context, it leaves the base model as it was.
 
     known, bare: what the original and the base alone predict, each row run once.
     """
@@ -59,12 +62,20 @@ class Workshop:
         self.reference = Attached(self.base.model, reference.form, reference.carried, reference.path, enabled=False)
         self.known, self.bare = Known(self.base, self.reference), Known(self.base, nullcontext())
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Leaves the base model as it was, for whoever comes next."""
         self.reference.remove()
         self.base.model.eval()  # where activations were recomputed, its layers were in training mode
 
-    def encode(self, prompts: Prompts, writing: Writing | None = None) -> Rows:
+    def encode(self, prompts: Prompts, writing: Writing | None = None) -> EncodedRows:
         """Rows as tokens; the reference writes missing completions, greedily, each once where they are kept.
 
         :raises InputError: when nothing is left of a row.
@@ -87,23 +98,44 @@ class Workshop:
         cut = sum(example.cut for example in examples)
         if cut:
             notes.append(f"{cut} of {len(examples)} rows of {name} were cut to {context} tokens")
-        return Rows(examples, rows, missing - left_out, left_out, cut, tuple(notes))
+        return EncodedRows(examples, rows, missing - left_out, left_out, cut, tuple(notes))
+
+    def measure(
+        self, forms: Mapping[str, BsloraForm], examples: Sequence[Example], batch_size: int, phase: str, before: int = 0,
+        total: int | None = None,
+    ) -> dict[str, Divergence]:  # fmt: skip
+        """How forms, attached side by side, predict on some rows against the original, by the forms' names.
+
+        phase: what progress says. before, total: rows that were measured before this call, and those of all calls.
+        """
+        model, carried = self.base.model, self.adapter.carried
+        attached = {name: Attached(model, form, carried, name, enabled=False) for name, form in forms.items()}
+        whole = len(forms) * len(examples) if total is None else total
+
+        def tell(done: int) -> None:
+            self.progress(phase, before + len(forms) * done, whole)
+
+        try:
+            return diverge_all(self.base, self.known, self.bare, attached, examples, batch_size, tell)
+        finally:
+            for one in attached.values():
+                one.remove()
 
 
-def open_workshop(
-    source: str | Path,
+def open_session(
+    source: str | Path | Adapter,
     base_model: str,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
     beside: Adapter | None = None,
     scaling: Mapping[str, Any] | None = None,
-) -> Workshop:
-    """The base model with the adapter at `source` on it; beside: an adapter that must be of the same base.
+) -> BaseModelSession:
+    """The base model with an adapter on it; beside: an adapter that must be of the same base.
 
     scaling: what `load_lora` is told of a configuration that lacks it.
     """
-    reference = read_adapter(source, **(scaling or {}))
+    reference = source if isinstance(source, Adapter) else read_adapter(source, **(scaling or {}))
     if beside is not None:
         check_pair(beside, reference)
-    return Workshop(reference, base_model, device, dtype, progress)
+    return BaseModelSession(reference, base_model, device, dtype, progress)

@@ -4,6 +4,7 @@ A run with another recipe would replace finished results by others, so it has to
 goes on. Where and on how many workers a run computes is not part of it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
+from bslora_convert.recipe.options import flag_of
 
 NAME = "recipe.json"
 SCHEMA_VERSION = 1
@@ -23,7 +25,7 @@ FREE = ("device",)  # options that change where, not what
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class MadeWith:
     """library: as given, absolute where it is a path. recipe, training: options by name. files: hashes of what they name."""
 
     library: str
@@ -32,28 +34,36 @@ class Settings:
     report_html: bool = True
     files: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """Hash of the options, of what the files that they name hold, and of nothing else that a result depends on."""
+        text = json.dumps(
+            [{**self.recipe, **dict.fromkeys(FREE)}, self.files, self.training, self.report_html], sort_keys=True
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
     @classmethod
-    def of(cls, library: str, recipe: Mapping[str, Any], training: Mapping[str, Any], report_html: bool) -> "Settings":
-        """Settings of a run, with the hashes of the files that its options name."""
+    def of(cls, library: str, recipe: Mapping[str, Any], training: Mapping[str, Any], report_html: bool) -> "MadeWith":
+        """What a run makes its results with, with the hashes of the files that its options name."""
         place = library if "://" in library else str(Path(library).absolute())
         named = {name: Path(str(recipe[name])) for name in FILES if recipe.get(name) is not None}
         files = {name: sha256(path) for name, path in named.items() if path.is_file()}
         return cls(place, recipe, training, report_html, files)
 
-    def differences(self, now: "Settings") -> list[str]:
+    def differences(self, now: "MadeWith") -> list[str]:
         """What another run would do differently, as options with both values."""
-        pairs: list[tuple[str, Any, Any]] = [("--report-html", self.report_html, now.report_html)]
+        pairs: list[tuple[str, Any, Any]] = [("report_html", self.report_html, now.report_html)]
         for old, new in ((self.recipe, now.recipe), (self.training, now.training)):
             names = sorted({*old, *new} - set(FREE))
-            pairs += [(f"--{name.replace('_', '-')}", old.get(name), new.get(name)) for name in names]
+            pairs += [(name, old.get(name), new.get(name)) for name in names]
         found = [
-            f"{option} (there {_word(before)}, now {_word(after)})"
-            for option, before, after in pairs
+            f"{flag_of(name)} (there {_word(before)}, now {_word(after)})"
+            for name, before, after in pairs
             if before != after
         ]
         for name in sorted({*self.files, *now.files}):
             if self.recipe.get(name) == now.recipe.get(name) and self.files.get(name) != now.files.get(name):
-                found.append(f"the content of --{name} {now.recipe.get(name)}")
+                found.append(f"the content of {flag_of(name)} {now.recipe.get(name)}")
         return found
 
     def keep(self, out: Path) -> None:
@@ -66,7 +76,7 @@ class Settings:
         )
 
 
-def read_settings(out: Path) -> Settings | None:
+def read_made_with(out: Path) -> MadeWith | None:
     """What an output was made with; None where it is no output of `batch`.
 
     :raises InputError: when the file is damaged.
@@ -76,7 +86,7 @@ def read_settings(out: Path) -> Settings | None:
         return None
     value = read_json(path)
     try:
-        found = Settings(**{name: value[name] for name in Settings.__dataclass_fields__})
+        found = MadeWith(**{name: value[name] for name in MadeWith.__dataclass_fields__})
         if not all(isinstance(part, dict) for part in (found.recipe, found.training, found.files)):
             raise TypeError
     except (KeyError, TypeError):
@@ -84,12 +94,12 @@ def read_settings(out: Path) -> Settings | None:
     return found
 
 
-def settle(out: Path, now: Settings, overwrite: bool) -> Settings:
+def settle(out: Path, now: MadeWith, overwrite: bool) -> MadeWith:
     """The settings of this run in an output that is empty, new or `batch`'s own.
 
     :raises OutputError: when it is something else, or holds results of another recipe and `overwrite` isn't given.
     """
-    before = read_settings(out)
+    before = read_made_with(out)
     if before is None:
         if out.exists() and not _is_empty(out):
             raise OutputError(

@@ -1,0 +1,172 @@
+"""What of a form is coded, piece by piece, with the bits and the loss of every width that each piece may have.
+
+shared   vectors of the shared pairs, kernels and gates             a width each
+local    components of every module's T = ΔW − shared parts (SVD)   left out, or a width for each of the two sides
+
+Where bits are spent. Within bits, and where updates are to be unbiased, behaviour counts and not the error of the weights. Noise
+of variance ν in every entry of a module (out, in) changes the loss by ν E‖x‖²‖g‖², and that power differs little from module to
+module (by about two in the mean of each kind of SmolLM2-135M's), whatever their sizes. So an error counts by
+1 / (out · in), damped by the power SIZE_POWER, as what is truncated is no noise; docs/precision.md has what that is worth. In a
+metric of prompts, and where an error is asked for, errors count as they are.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+import numpy as np
+from torch import Tensor
+
+from bslora_convert.bslora.codes.coded import bits_of
+from bslora_convert.bslora.codes.widths import WIDTHS
+from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.coding.allocation import Items
+from bslora_convert.coding.encode import distortions, lost_shares
+from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
+from bslora_convert.fit.parallel import each
+from bslora_convert.fit.source import Source
+from bslora_convert.metric.metric import PLAIN, Metric
+from bslora_convert.modules.factors import Factors, Shape, add
+from bslora_convert.modules.lowrank import Grams, ProductSvd
+from bslora_convert.recipe.target import Target
+
+SIZE_POWER = 0.4
+PAIRS = tuple(
+    product(WIDTHS, repeat=2)
+)  # widths of a component's two sides: option 1 + k is PAIRS[k], option 0 leaves it out
+
+Counted = Callable[[Iterable["Local"]], Iterable["Local"]]  # passes modules on and says how many there have been
+Vectors = Mapping[tuple[str, int], tuple[Tensor, float]]  # (key, row) -> (vector, energy that it stands for)
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A module's components as its SVD gives them, and their options' bits and losses.
+
+    Vectors are made when they are coded, and forgotten: written out, those of all modules take several times the source's bytes.
+    """
+
+    shape: Shape
+    svd: ProductSvd
+    items: Items
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """Everything of one form that is coded. shared is empty once the shared parts are."""
+
+    shared: Vectors
+    locals: Mapping[str, Local]
+    items: Items
+
+    @classmethod
+    def of(
+        cls, source: Source, form: BsloraForm, target: Target, counted: Counted, *, shared: bool = True
+    ) -> "Components":
+        """Those of a form towards a target; the form's local parts are not looked at, but for given ranks.
+
+        shared: whether the shared parts are still to be coded.
+        """
+        weights = _weights(source, target)
+        locals_ = dict(
+            zip(form.modules, counted(each(_local(source, form, target, weights), form.modules)), strict=True)
+        )
+        vectors = _vectors(form, weights) if shared else {}
+        items = [_vector_items(vectors, target.width)] if vectors else []
+        return cls(vectors, locals_, _joined([*items, *(local.items for local in locals_.values())]))
+
+
+def _local(source: Source, form: BsloraForm, target: Target, weights: Mapping[str, float]) -> Callable[[str], Local]:
+    """What a module's local part has to hold, measured in its metric. weights: what an error in each module counts for."""
+
+    def local(name: str) -> Local:
+        metric, module = source.metric(name), form.modules[name]
+        wanted = cache(
+            lambda: add(*residual_terms(source.deltas[name], form, name))
+        )  # not needed plainly, nothing shared
+        svd = svd_in(metric, wanted()) if module.paths else source.svds[name]
+        most = min(module.shape)
+        if target.most_rank is not None:
+            most = min(most, max(target.most_rank - shared_rank(form, name), 0))
+        given = None if target.chooses_ranks else module.local.rank
+        count = min(int((svd.energies > 0).sum()), most) if given is None else min(given, len(svd.energies))
+        left, right = _lost_shares(metric, module.shape, lambda: svd.truncate([wanted()], count))
+        energies = weights[name] * svd.energies[:count].double().cpu().numpy()
+        return Local(module.shape, svd, _component_items(energies, module.shape, left, right, target))
+
+    return local
+
+
+def _weights(source: Source, target: Target) -> dict[str, float]:
+    """What an error in each module counts for."""
+    by_size = target.unbiased and target.error is None and not source.metrics
+    return {name: (out * width) ** -SIZE_POWER if by_size else 1.0 for name, (out, width) in source.shapes.items()}
+
+
+def _lost_shares(metric: Metric, shape: Shape, start: Callable[[], Factors]) -> tuple[np.ndarray, np.ndarray]:
+    """D of the vectors of each side at every width, (count, widths), or one row for all of them. start: makes the vectors."""
+    if metric is PLAIN:
+        out, width = (distortions(side).numpy()[None] for side in shape)
+        return out, width
+    made = start()
+    return lost_shares(made.b.T, metric.left).numpy(), lost_shares(made.a, metric.right).numpy()
+
+
+def _component_items(energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, target: Target) -> Items:
+    """Options of a module's components, left out first. left, right: D of each side."""
+    dropped = 0.0 if target.chooses_ranks else math.inf
+    kept = energies[:, None, None] * (1 - (1 - left[:, :, None]) * (1 - right[:, None, :]))
+    if target.width is not None:
+        other = np.array(WIDTHS) != target.width
+        kept[:, other[:, None] | other] = np.inf
+    taken = np.add.outer(*([float(bits_of(length, width)) for width in WIDTHS] for length in shape)).reshape(1, -1)
+    bits = np.pad(np.broadcast_to(taken, (len(energies), len(PAIRS))), ((0, 0), (1, 0)))
+    return Items(bits, np.column_stack([np.maximum(energies, dropped), kept.reshape(-1, len(PAIRS))]))
+
+
+def _vectors(form: BsloraForm, weights: Mapping[str, float]) -> Vectors:
+    """Vectors of the shared tensors, each with the energy that it stands for, weighed by module."""
+    found: dict[tuple[str, int], tuple[Tensor, float]] = {}
+    for (level, group), owner in Layout.of(form).owners.items():
+        pair = form.pair(level, group)
+        members = [
+            n for n, module in form.modules.items() if level in module.paths and module.paths[level].group == group
+        ]
+
+        def energy(shared: BsloraForm, name: str, level: str = level) -> float:
+            part = shared.part(name, level)
+            return 0.0 if part is None else weights[name] * Grams.of(part).energy
+
+        for j in range(pair.rank):
+            one = replace(form, shared={level: {group: Factors(pair.b[:, j : j + 1], pair.a[j : j + 1])}})
+            total = sum(energy(one, name) for name in members)
+            for side, tensor in (("A", pair.a), ("B", pair.b.T)):
+                found[f"{owner}.bslora_{level}_{side}", j] = (tensor[j], total)
+        for name in members:
+            whole = energy(form, name)
+            for own, tensor in form.modules[name].paths[level].own.items():
+                found[f"{name}.bslora_{level}_own_{own}", 0] = (tensor.reshape(-1), whole)
+    return found
+
+
+def _vector_items(vectors: Vectors, only: int | None) -> Items:
+    """Options of the shared vectors: a width each. only: the one width that is allowed."""
+    bits = np.array([[float(bits_of(v.numel(), width)) for width in WIDTHS] for v, _ in vectors.values()])
+    lost = np.stack([energy * lost_shares(vector.float()[None])[0].numpy() for vector, energy in vectors.values()])
+    if only is not None:
+        lost[:, [width != only for width in WIDTHS]] = np.inf
+    return Items(bits, lost)
+
+
+def _joined(parts: Sequence[Items]) -> Items:
+    """All of them as one, options that some don't have at infinity."""
+    columns = max(part.bits.shape[1] for part in parts)
+
+    def filled(arrays: list[np.ndarray]) -> np.ndarray:
+        wide = [np.pad(a, ((0, 0), (0, columns - a.shape[1])), constant_values=np.inf) for a in arrays]
+        return np.concatenate(wide)
+
+    return Items(filled([part.bits for part in parts]), filled([part.lost for part in parts]))

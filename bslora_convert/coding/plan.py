@@ -1,0 +1,67 @@
+"""Which width everything that is coded gets, chosen with one Lagrange multiplier (`allocation`); nothing is coded here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bslora_convert.bslora.codes.coded import Vector
+from bslora_convert.bslora.codes.widths import WIDTHS
+from bslora_convert.coding.allocation import within_bits, within_loss
+from bslora_convert.coding.components import PAIRS, Components
+from bslora_convert.errors import RecipeError
+
+Pair = tuple[int, int]  # widths of the column of B and of the row of A of one component
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The widths chosen.
+
+    shared: by tensor key, each vector's width. locals: by module, each component's widths, None where it is left out.
+    lost: the energy that they promise to lose, in the metric, weighed as it was allocated by. vectors: width and length of
+    everything that is kept.
+    """
+
+    shared: Mapping[str, Sequence[int]]
+    locals: Mapping[str, Sequence[Pair | None]]
+    lost: float
+    vectors: Sequence[Vector]
+
+
+def plan(components: Components, *, bits: int | None = None, lost: float | None = None) -> Plan:
+    """The widths of least loss within `bits`, or of the fewest bits that lose at most the energy `lost`.
+
+    With neither the most precise widths that the target allows, for ranks or one width by hand.
+
+    :raises RecipeError: when not even the least codes fit in the bits.
+    """
+    items = components.items
+    if lost is not None:
+        chosen = within_loss(items, lost)
+    elif bits is None:
+        chosen = items.at(0.0)
+    else:
+        found = within_bits(items, bits)
+        if found is None:
+            raise RecipeError(
+                f"bytes: {max(bits, 0) // 8} bytes can't hold the least codes of the shared parts; "
+                "raise --bytes or use --transform none",
+                "bytes",
+            )
+        chosen = found
+    shared: dict[str, list[int]] = {}
+    vectors: list[Vector] = []
+    for ((key, _), (vector, _)), option in zip(components.shared.items(), chosen, strict=False):
+        shared.setdefault(key, []).append(WIDTHS[option])
+        vectors.append((WIDTHS[option], vector.numel()))
+    counts = [len(components.shared), *(len(local.items.bits) for local in components.locals.values())]
+    _, *parts = np.split(chosen, np.cumsum(counts)[:-1])
+    locals_ = {
+        name: [PAIRS[option - 1] if option else None for option in part]
+        for name, part in zip(components.locals, parts, strict=True)
+    }
+    for name, pairs in locals_.items():
+        for pair in pairs:
+            vectors += zip(pair, components.locals[name].shape, strict=True) if pair else ()
+    return Plan(shared, locals_, items.lost_at(chosen), vectors)

@@ -1,0 +1,209 @@
+"""A fit in codes: shared parts are sought in floats, then everything is coded, to a size or to an error (`solve`)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from bslora_convert.bslora.codes.coded import Vector, bits_in, vectors_of
+from bslora_convert.bslora.codes.file import EMPTY_CODES, sizes, to_file
+from bslora_convert.bslora.storage import coded_bytes
+from bslora_convert.coding.components import Components
+from bslora_convert.coding.forecast import Forecast
+from bslora_convert.coding.form import CodedForm, Counter, code_form
+from bslora_convert.coding.plan import plan
+from bslora_convert.conversion import fidelity
+from bslora_convert.conversion.floats import fit_grouped
+from bslora_convert.conversion.request import Converted, Request, cast
+from bslora_convert.conversion.solve import BYTES, ERROR, Search, Trial, solve_size
+from bslora_convert.errors import RecipeError
+from bslora_convert.fit.convert import outline, shares
+from bslora_convert.fit.source import Fit, Source
+from bslora_convert.process.progress import Progress
+from bslora_convert.recipe.structure import Structure
+
+Made = TypeVar("Made")
+
+HEAD_START = 0.985  # of the energy that may be lost: where the first attempt is aimed at, as codes lose what their widths promise
+TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
+LEAST_NUMBERS = 0.02  # of the LoRA's, for a float fit that only seeks shared parts
+WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
+SLACK = 4  # bytes that are left free when codes are made smaller: names of widths in the header come and go
+FINEST = 1e-12  # of the energy: what the most precise codes are asked to lose
+NEAREST = 1.02  # times the least error that a form can have: what will do where the error was not asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A coded form, what it loses in plain energy (0 where nobody asks), and notes on how it was fitted."""
+
+    coded: CodedForm
+    lost: float
+    notes: tuple[str, ...]
+
+
+def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
+    """The best form over the transforms that the structure allows: smallest at an error, of least loss at a size.
+
+    :raises RecipeError: when no transform meets the size asked for.
+    """
+    target = request.target
+    numbers = _numbers(source, request)
+    found: list[Candidate] = []
+    refused: RecipeError | None = None
+    plain: Fit | None = None
+    for structure in request.structure.each():
+        try:
+            fit = _float_fit(source, structure, request, numbers, progress)
+            if plain is not None and (not fit.form.shared or fit.lost > (1 - WORTH_CODING) * plain.lost):
+                continue
+            plain = fit if structure.transform == "none" else plain
+            coded, lost = _Coder(source, fit, request, structure.transform, progress).towards_target()
+            found.append(Candidate(coded, lost, fit.notes))
+        except RecipeError as error:
+            refused = error  # of several transforms another may fit
+    if not found:
+        assert refused is not None  # there is a transform
+        raise refused
+    allowed = target.error**2 * source.energy if target.error is not None else -1.0
+
+    def rank(one: Candidate) -> tuple[bool, float, float]:
+        if one.lost <= allowed:
+            return False, one.coded.bits, one.coded.lost
+        return True, one.coded.lost, one.coded.bits
+
+    best = min(found, key=rank)
+    reached = math.sqrt(best.lost / source.energy) if source.energy else 0.0
+    codes = to_file(best.coded.tensors)
+    form = cast(best.coded.form, request.dtype)
+    return Converted(form, codes, best.notes, reached if target.error is not None else None)
+
+
+def _numbers(source: Source, request: Request) -> int:
+    """Numbers of a float fit whose shared parts suit codes: as many as the size holds at few bits each."""
+    target = request.target
+    if target.error is not None:
+        expected = Forecast.of(source.plain.spectra, source.shapes).bits_for(target.error**2 * source.energy)
+        wanted = expected / TYPICAL_WIDTH
+    elif target.bytes is not None:
+        wanted = 8 * target.bytes / TYPICAL_WIDTH
+    else:
+        return target.numbers or 0
+    return math.floor(min(max(wanted, LEAST_NUMBERS * source.parameters), source.parameters))
+
+
+def _float_fit(source: Source, structure: Structure, request: Request, numbers: int, progress: Progress) -> Fit:
+    """A fit in float32 whose shared parts are to be coded; local parts only where their ranks are given."""
+    target = request.target
+    if target.chooses_ranks and not shares(source, structure):
+        return outline(source, structure, numbers)
+    size = numbers if target.ranks is None else target.ranks
+    try:
+        return fit_grouped(source, structure, size, request.seed, torch.float32, progress)
+    except RecipeError as error:  # the shared parts alone are more than that; an error has no size to keep to
+        if target.error is None or "budget" not in error.fields:
+            raise
+        return fit_grouped(source, structure, source.parameters, request.seed, torch.float32, progress)
+
+
+class _Coder:
+    """Codes one fit towards a target, again and again under other limits: what it is made of is looked at once."""
+
+    def __init__(self, source: Source, fit: Fit, request: Request, transform: str, progress: Progress) -> None:
+        self.source, self.form, self.request = source, fit.form, request
+        self.transform, self.progress, self.attempts = transform, progress, 0
+        counted = Counter(self._said, len(fit.form.modules))
+        self.components = Components.of(source, fit.form, request.target, counted)
+
+    def _said(self, _: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
+        attempt = f"attempt {self.attempts}" if self.attempts > 1 else ""
+        self.progress(f"{'coding' if self.attempts else 'measuring'} {self.transform}", done, total, attempt)
+
+    def code(self, bits: int | None = None, lost: float | None = None) -> CodedForm:
+        """The codes within so many bits, or of so much energy lost."""
+        self.attempts += 1
+        return code_form(
+            self.source, self.form, self.request.target, self.request.dtype,
+            bits=bits, lost=lost, components=self.components, progress=self._said,
+        )  # fmt: skip
+
+    def towards_target(self) -> tuple[CodedForm, float]:
+        """The codes that the target asks for, and what they lose in plain energy; 0 where it is no error.
+
+        :raises RecipeError: when none fit in the target's bytes.
+        """
+        target = self.request.target
+        if target.error is not None:
+            return self._to_error(target.error)
+        return (self.code() if target.bytes is None else self._to_bytes(target.bytes)), 0.0
+
+    def _to_bytes(self, allowed: int) -> CodedForm:
+        """The codes of least loss whose file takes at most `allowed` bytes.
+
+        How long the header is follows from the widths: they are planned until the file fits, and only then is anything coded.
+        """
+        carried = self.request.carried
+        room = allowed - coded_bytes(EMPTY_CODES, carried)
+        if room <= 0:
+            beside = " and the tensors carried along" if carried else ""
+            raise RecipeError(f"bytes: {allowed:,} bytes leave no room for codes beside the header{beside}", "bytes")
+
+        def trial(setting: float, lost: float, made: Made, vectors: Sequence[Vector]) -> Trial[Made]:
+            return Trial(setting, coded_bytes(sizes(vectors), carried), lost, made)
+
+        def planned(setting: float) -> Trial[int]:
+            found = plan(self.components, bits=8 * round(1 / setting))
+            return trial(setting, found.lost, bits_in(found.vectors), found.vectors)
+
+        def coded(setting: float) -> Trial[CodedForm]:
+            found = self.code(bits=8 * round(1 / setting))
+            return trial(setting, found.lost, found, vectors_of(found.tensors.values()))
+
+        def follow(taken: int, before: Trial[Any], wanted: float) -> float:
+            room = taken // 8 if before.value > wanted else round(1 / before.setting)
+            return 1 / max(room + wanted - before.value - SLACK * (before.value > wanted), 1)
+
+        sized = solve_size(planned, allowed, 1 / room, lambda one, wanted: follow(one.made, one, wanted), BYTES).best
+        if sized is not None:
+            first = 1 / -(-sized.made // 8)
+            found = solve_size(coded, allowed, first, lambda one, wanted: follow(one.made.bits, one, wanted), BYTES)
+            if found.best is not None:
+                return found.best.made
+        raise RecipeError(f"bytes: {allowed:,} bytes can't hold the header and any codes; raise bytes", "bytes")
+
+    def _to_error(self, error: float) -> tuple[CodedForm, float]:
+        """The fewest bits that have an error once they are written, and the plain energy lost; the nearest where none have it.
+
+        What is lost differs from what was to be lost, as refits gain on what the widths promise and rounding loses.
+        """
+        energy = self.source.energy
+
+        def trial(setting: float) -> Trial[CodedForm]:
+            coded = self.code(lost=1 / setting)
+            kept = fidelity.compare(self.source, coded.form)
+            return Trial(setting, kept.relative_error**2 * energy, coded.bits, coded)
+
+        def search(allowed: float) -> Search[CodedForm]:
+            share = allowed / energy
+            if self.request.target.unbiased:
+                share /= 1 + share  # of the lost share q a scale of 1 / (1 − q) makes q / (1 − q)
+            first = 1 / (
+                HEAD_START * share * self.source.weight
+            )  # an error is plain, what is to be lost is in the metric
+            return solve_size(trial, allowed, first, _follow_lost, ERROR, (0.0, 1 / (FINEST * self.source.weight)))
+
+        if not energy:
+            return self.code(lost=0.0), 0.0
+        found = search(error**2 * energy)
+        if found.best is None and self.request.target.or_nearest:
+            least = min(one.value for one in found.trials)
+            found = search(NEAREST**2 * least)
+        best = found.best or min(found.trials, key=lambda one: one.value)
+        return best.made, best.value
+
+
+def _follow_lost(before: Trial[CodedForm], wanted: float) -> float:
+    """What is lost goes with what was to be lost."""
+    return before.setting * before.value / wanted

@@ -1,0 +1,138 @@
+"""The one search over sizes: the laxest setting of one knob whose result still keeps to a limit.
+
+    knob s     how strict a trial is; the value v(s) that is limited falls as s grows
+
+                 s                            v(s)                           least cost
+    error        1 / energy that may be lost  energy that is lost            bits
+    bytes        1 / room for codes           bytes of the file              energy that is lost
+    behaviour    share of the source's bytes  what is missed, at its bound   bytes
+
+Of trials that keep to the limit the one of least cost is kept. Until one keeps to it and one does not, the next s follows from
+the last trial by a model that the caller gives (`follow`); then from the line between the two in logarithms.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """When a search is content. close: share of the limit from which a value is near enough; aimed: share that is sought.
+
+    narrow: ratio of two settings between which nothing more is sought. trials: at most. While none keeps to the limit: stride: by
+    which steps grow, as the model is off; misses: after so many the strictest setting is tried.
+    """
+
+    close: float
+    aimed: float
+    narrow: float
+    trials: int
+    stride: float
+    misses: int
+
+
+ERROR = Tolerance(close=0.97, aimed=0.99, narrow=1.001, trials=9, stride=2.0, misses=3)
+BYTES = Tolerance(close=0.999, aimed=1.0, narrow=1.0001, trials=8, stride=1.0, misses=8)
+BEHAVIOUR = Tolerance(close=0.9, aimed=0.95, narrow=1.03, trials=8, stride=2.0, misses=8)
+EDGE = 0.1  # of what lies between two known settings, in logarithms: how near to one of them the next may come
+
+
+@dataclass(frozen=True, slots=True)
+class Trial(Generic[Made]):
+    """What one setting gave. value: what is limited; cost: of those that keep to the limit the least is kept."""
+
+    setting: float
+    value: float
+    cost: float
+    made: Made
+
+
+@dataclass(slots=True)
+class Search(Generic[Made]):
+    """A search and its trials so far.
+
+    best: of those within the limit. floor: the strictest setting beyond it, with its trial, None where nothing could be made.
+    """
+
+    limit: float
+    trials: list[Trial[Made]] = field(default_factory=list)
+    best: Trial[Made] | None = None
+    lax: Trial[Made] | None = None
+    floor: float = 0.0
+    beyond: Trial[Made] | None = None
+
+    def take(self, setting: float, trial: Trial[Made] | None) -> None:
+        """Takes note of one trial."""
+        if trial is not None:
+            self.trials.append(trial)
+        if trial is not None and trial.value <= self.limit:
+            if self.best is None or trial.cost < self.best.cost:
+                self.best = trial
+            if self.lax is None or setting < self.lax.setting:
+                self.lax = trial
+        elif setting > self.floor:
+            self.beyond, self.floor = trial, setting
+
+
+def solve_size(
+    evaluate: Callable[[float], Trial[Made] | None],
+    limit: float,
+    first: float,
+    follow: Callable[[Trial[Made], float], float],
+    tolerance: Tolerance,
+    bounds: tuple[float, float] = (0.0, math.inf),
+) -> Search[Made]:
+    """The search, whose `best` is None where no setting keeps to the limit.
+
+    evaluate: a trial of a setting, None where nothing can be made of one so lax. follow: the setting at which the model, put
+    through a trial, has a value. bounds: the laxest and the strictest setting.
+    """
+    found: Search[Made] = Search(limit)
+    laxest, strictest = bounds
+    setting = min(max(first, laxest), strictest)
+    before: set[tuple[float, float]] = set()
+    for count in range(1, tolerance.trials + 1):
+        trial = evaluate(setting)
+        found.take(setting, trial)
+        said = (trial.value, trial.cost) if trial is not None else None
+        if _is_over(found, tolerance, bounds) or said in before:
+            break
+        if said is not None:
+            before.add(said)
+        if found.lax is None and count >= tolerance.misses:
+            setting = strictest
+        else:
+            setting = min(max(_next(found, count, follow, tolerance), laxest), strictest)
+    return found
+
+
+def _is_over(found: Search[Made], tolerance: Tolerance, bounds: tuple[float, float]) -> bool:
+    """Whether nothing better is to be had, or it would hardly be better."""
+    if found.lax is None:
+        return found.floor >= bounds[1]
+    lax = found.lax
+    near = lax.value >= tolerance.close * found.limit
+    return near or lax.setting <= max(tolerance.narrow * found.floor, bounds[0])
+
+
+def _next(
+    found: Search[Made], count: int, follow: Callable[[Trial[Made], float], float], tolerance: Tolerance
+) -> float:
+    """The setting to try next."""
+    wanted, lax, floor = tolerance.aimed * found.limit, found.lax, found.floor
+    if lax is None:
+        least = max(tolerance.stride ** (count - 1), tolerance.narrow**2) * floor
+        return max(least, follow(found.beyond, wanted) if found.beyond else 2 * floor)
+    if not floor:
+        return min(follow(lax, wanted), lax.setting / tolerance.narrow)
+    low, high = math.log(floor), math.log(lax.setting)
+    at = (low + high) / 2
+    if found.beyond is not None and 0 < lax.value < found.beyond.value:
+        fall = (math.log(found.beyond.value) - math.log(lax.value)) / (high - low)
+        at = low + (math.log(found.beyond.value) - math.log(wanted)) / fall
+    edge = EDGE * (high - low)
+    return math.exp(min(max(at, low + edge), high - edge))
