@@ -377,6 +377,7 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
     assert not (tmp_path / ".killed.training").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(compact: Path, tmp_path: Path) -> None:
     """The rows of a batch are shared out; losses and the end agree up to the order of sums, and one process speaks."""
     arguments = [
