@@ -161,8 +161,8 @@ class _Walk:
         def lost(share: float) -> float:
             return expected.lost_for(int(8 * share * self.size)) / source.energy if source.energy else 0.0
 
-        def follow(known: Trial[Any], wanted: float) -> float:
-            return predicted(known, wanted, lost, power)
+        def follow(known: Sequence[Trial[Any]], wanted: float) -> float:
+            return predicted(known[-1], wanted, lost, power)
 
         asked = distil is not None
         first = expected.bits_for(first_lost(self.measure, self.allowed) * source.energy) / 8 / self.size
@@ -174,7 +174,7 @@ class _Walk:
                 )
             known = found.best or found.trials[-1]
             if distil is not None:
-                smaller = min(follow(known, BEHAVIOUR.aimed * GAIN * self.allowed), known.setting)
+                smaller = min(follow([known], BEHAVIOUR.aimed * GAIN * self.allowed), known.setting)
                 trained = self.distilled(smaller, distil)
                 if trained is not None:
                     yield trained
@@ -182,7 +182,7 @@ class _Walk:
             if found.best is None:
                 raise ThresholdMissed(_unreached(self, asked))
             yield found.best.made
-            first = follow(found.best, BEHAVIOUR.aimed * self.allowed)
+            first = follow([found.best], BEHAVIOUR.aimed * self.allowed)
 
     def trial(self, share: float) -> Trial[Converted] | None:
         """A conversion of so many of the source's bytes, measured; None where they hold none."""

@@ -28,10 +28,11 @@ Made = TypeVar("Made")
 
 HEAD_START = 0.985  # of the energy that may be lost: where the first attempt is aimed at, as codes lose what their widths promise
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
-LEAST_NUMBERS = 0.02  # of the LoRA's, for a float fit that only seeks shared parts
+LEAST_SHARE = 0.02  # of the LoRA's numbers, for a float fit that only seeks shared parts
 WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
 SLACK = 4  # bytes that are left free when codes are made smaller: names of widths in the header come and go
 FINEST = 1e-12  # of the energy: what the most precise codes are asked to lose
+LEAST_SLOPE, LARGEST_STEP = 0.1, 4.0  # of what is lost against what was to be lost; of what is to be lost, downwards
 NEAREST = 1.02  # times the least error that a form can have: what will do where the error was not asked for
 
 
@@ -82,16 +83,17 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
 
 
 def _numbers(source: Source, request: Request) -> int:
-    """Numbers of a float fit whose shared parts suit codes: as many as the size holds at few bits each."""
+    """Numbers of a float fit whose shared parts suit codes: as many as the target's share of the file holds at few bits each."""
     target = request.target
     if target.error is not None:
         expected = Forecast.of(source.plain.spectra, source.shapes).bits_for(target.error**2 * source.energy)
-        wanted = expected / TYPICAL_WIDTH
+        share = expected / 8 / request.source_bytes
     elif target.bytes is not None:
-        wanted = 8 * target.bytes / TYPICAL_WIDTH
+        share = target.bytes / request.source_bytes
     else:
         return target.numbers or 0
-    return math.floor(min(max(wanted, LEAST_NUMBERS * source.parameters), source.parameters))
+    width = 8 * next(iter(source.deltas.values())).stored.b.dtype.itemsize
+    return math.floor(min(max(share * width / TYPICAL_WIDTH, LEAST_SHARE), 1.0) * source.parameters)
 
 
 def _float_fit(source: Source, structure: Structure, request: Request, numbers: int, progress: Progress) -> Fit:
@@ -161,14 +163,18 @@ class _Coder:
             found = self.code(bits=8 * round(1 / setting))
             return trial(setting, found.lost, found, vectors_of(found.tensors.values()))
 
-        def follow(taken: int, before: Trial[Any], wanted: float) -> float:
-            room = taken // 8 if before.value > wanted else round(1 / before.setting)
-            return 1 / max(room + wanted - before.value - SLACK * (before.value > wanted), 1)
+        def follow(taken: int, last: Trial[Any], wanted: float) -> float:
+            room = taken // 8 if last.value > wanted else round(1 / last.setting)
+            return 1 / max(room + wanted - last.value - SLACK * (last.value > wanted), 1)
 
-        sized = solve_size(planned, allowed, 1 / room, lambda one, wanted: follow(one.made, one, wanted), BYTES).best
+        sized = solve_size(
+            planned, allowed, 1 / room, lambda known, wanted: follow(known[-1].made, known[-1], wanted), BYTES
+        ).best
         if sized is not None:
             first = 1 / -(-sized.made // 8)
-            found = solve_size(coded, allowed, first, lambda one, wanted: follow(one.made.bits, one, wanted), BYTES)
+            found = solve_size(
+                coded, allowed, first, lambda known, wanted: follow(known[-1].made.bits, known[-1], wanted), BYTES
+            )
             if found.best is not None:
                 return found.best.made
         raise RecipeError(f"bytes: {allowed:,} bytes can't hold the header and any codes; raise bytes", "bytes")
@@ -204,6 +210,11 @@ class _Coder:
         return best.made, best.value
 
 
-def _follow_lost(before: Trial[CodedForm], wanted: float) -> float:
-    """What is lost goes with what was to be lost."""
-    return before.setting * before.value / wanted
+def _follow_lost(known: Sequence[Trial[CodedForm]], wanted: float) -> float:
+    """What is lost goes with what was to be lost; where some of it no width can keep, by the line through the last two trials."""
+    last = known[-1]
+    slope, lost = last.value * last.setting, 1 / last.setting
+    if len(known) > 1:
+        rise, run = last.value - known[-2].value, lost - 1 / known[-2].setting
+        slope = max(rise / run, LEAST_SLOPE * slope)
+    return 1 / max(lost + (wanted - last.value) / slope, lost / LARGEST_STEP)

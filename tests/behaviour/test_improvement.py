@@ -189,7 +189,7 @@ def test_distillation_on_the_rows_of_the_evidence(tmp_path: Path) -> None:
     record = compress(LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2))
     assert (record["training"]["training_rows"], record["training"]["heldout_rows"]) == (38, 13)
     assert record["evidence"]["proof"]["kl"] > 0
-    with pytest.raises(InputError, match="can't be split into some to fit"):
+    with pytest.raises(InputError, match="can't be split into calibration"):
         short = tmp_path / "short.jsonl"
         short.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
         compress(LORA, tmp_path / "none", recipe.but(prompts=str(short)))
