@@ -11,7 +11,7 @@ DEMO := build/demo
 SERVER := build/vllm
 SERVER_VERSION := 0.32.0
 
-.PHONY: demo test serve-test lint types check format notebook docs dist clean
+.PHONY: demo test test-slow serve-test lint types check format notebook docs dist clean
 
 demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it again
 	$(BIN)/bslora-convert inspect fixtures/smollm2-135m-math-r16
@@ -19,8 +19,11 @@ demo: $(CORE) ## compress the adapter in fixtures/, print the table, expand it a
 	$(BIN)/bslora-convert expand $(DEMO)/compact $(DEMO)/lora --overwrite
 	@echo "Open $(DEMO)/compact/report.html"
 
-test: $(READY) ## the whole test suite
-	$(BIN)/python -m pytest -n 2 -q
+test: $(READY) ## the tests but for the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadscope -q -m "not slow"
+
+test-slow: $(READY) ## the rest, which takes long and seldom breaks: Ray, the wheel, the site, the notebook, a real base model
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 serve-test: $(READY) $(SERVER)/.ready ## a real vLLM on the CPU: an environment of 3.7 GB, then some minutes
 	BSLORA_VLLM_PYTHON=$(CURDIR)/$(SERVER)/bin/python $(BIN)/python -m pytest -n 0 -q -m served
@@ -32,7 +35,7 @@ lint: $(READY) ## style and format
 types: $(READY) ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test ## what CI runs
+check: lint types test test-slow ## what CI runs
 
 format: $(READY) ## bring the code into form
 	$(BIN)/ruff format .

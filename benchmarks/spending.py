@@ -18,7 +18,7 @@ from bslora_convert import Recipe, compress, verify
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.session import open_session
-from bslora_convert.coding import form
+from bslora_convert.coding import components
 from bslora_convert.modules.names import kind_of
 from bslora_convert.process.progress import silent
 
@@ -61,7 +61,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     for share in map(float, options.bytes.split(",")):
         for power in map(float, options.powers.split(",")):
-            form.EVEN = power
+            components.SIZE_POWER = power
             record = compress(
                 options.lora, options.out, Recipe(transform="none", bytes=share), overwrite=True, report_html=False
             )

@@ -20,9 +20,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, compress, load_compact
-from bslora_convert.behaviour.distill import Run
+from bslora_convert.behaviour.distill import Trainer
 from bslora_convert.behaviour.prompts import Example, Prompts, batches
 from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.training_rows import TrainingRows
+from bslora_convert.conversion.request import Converted
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -61,7 +63,8 @@ def main() -> None:
     for name, ranks in (("none", (options.rank, 0, 0)), ("ke", (options.rank, 4, 16))):
         compress(options.lora, options.place / name, Recipe(transform=name, ranks=ranks), overwrite=True)
         form = load_compact(options.place / name).form
-        run = Run(session.base, session.reference, form, examples, examples[:1], Training(), None, 0.0)
+        start, rows_of = Converted(form), TrainingRows(examples, examples[:1])
+        run = Trainer(session, start, rows_of, Training(), None, 0.0)
         steps[f"distil {name}"] = lambda rows, run=run: run.one_step(iter([rows]))
     found = dict.fromkeys(steps, 0.0)
     for start in range(0, len(examples), 8):

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ REAL_ADAPTER = FIXTURES / "smollm2-135m-math-r16"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def threads() -> None:
+    """One for each worker; BSLORA_TEST_THREADS says otherwise, as sums in another order must change no result."""
+    torch.set_num_threads(int(os.environ.get("BSLORA_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

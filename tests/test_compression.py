@@ -40,8 +40,13 @@ def dense_error(lora: Path, compact: Path) -> float:
     return (lost / energy) ** 0.5
 
 
-@pytest.mark.parametrize("budget", [0.4459, 0.25, 0.125])
-@pytest.mark.parametrize("transform", ["none", "ke", "ss", "gt", "auto"])
+@pytest.mark.parametrize(
+    ("transform", "budget"),
+    [
+        *((transform, 0.25) for transform in ("none", "ke", "ss", "gt", "auto")),
+        *(pytest.param("auto", budget, marks=pytest.mark.slow) for budget in (0.4459, 0.125)),
+    ],
+)
 def test_the_real_adapter(real_adapter: Path, tmp_path: Path, transform: str, budget: float) -> None:
     out = tmp_path / "out"
     record = compress(real_adapter, out, Recipe(transform=transform, budget=budget), report_html=False)
@@ -248,13 +253,13 @@ def test_bad_places_are_refused_before_any_work(real_adapter: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("end", "step"),
     [
-        (signal.SIGKILL, "reading"),
-        (signal.SIGKILL, "starting the shared parts"),
         (signal.SIGKILL, "writing"),
         (signal.SIGTERM, "starting the shared parts"),
-        (signal.SIGTERM, "writing"),
         (signal.SIGINT, "reading"),
-        (signal.SIGINT, "writing"),
+        pytest.param(signal.SIGKILL, "reading", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "starting the shared parts", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "writing", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "writing", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_leaves_no_output(real_adapter: Path, tmp_path: Path, end: signal.Signals, step: str) -> None:

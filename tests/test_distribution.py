@@ -31,6 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -40,6 +41,7 @@ def test_the_wheel_holds_every_file_of_the_package(built: Path) -> None:
     assert {"bslora_convert/py.typed", "bslora_convert/report/templates/report.html"} <= held
 
 
+@pytest.mark.slow
 def test_the_wheel_asks_for_what_the_main_job_needs(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
@@ -49,6 +51,7 @@ def test_the_wheel_asks_for_what_the_main_job_needs(built: Path) -> None:
     assert {line.partition(">=")[0] for line in needed if "extra ==" not in line} == CORE
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_its_pages_speak_of(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}

@@ -40,6 +40,7 @@ def told(text: str) -> list[str]:
     return [re.sub(r"'.*'|\".*\"|\d[\d,.]*", "#", line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_tenants_answer(checkout: Path) -> None:
     done = subprocess.run(
         [sys.executable, "examples/library.py"], cwd=checkout, capture_output=True, text=True, timeout=300
@@ -52,6 +53,7 @@ def test_the_script_runs_and_tenants_answer(checkout: Path) -> None:
     assert (checkout / "build" / "example" / "compact" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_where_a_notebook_does(checkout: Path) -> None:
     ran = execute(cells_of(checkout / "examples" / SCRIPT.name), checkout / "examples")
     assert told(printed(ran)) == told(printed(nbformat.read(NOTEBOOK, as_version=4)))

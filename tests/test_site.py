@@ -49,6 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "build" / "site"
 
 
+@pytest.mark.slow
 def test_every_link_leads_somewhere(site: Path) -> None:
     pages = {path.resolve(): Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
     assert len(pages) > 15
@@ -66,6 +67,7 @@ def test_every_link_leads_somewhere(site: Path) -> None:
     assert followed > 500
 
 
+@pytest.mark.slow
 def test_no_list_or_table_runs_into_a_paragraph(site: Path) -> None:
     """GitHub is more lenient with blank lines than what makes the site."""
     for path in site.glob("*.html"):
@@ -73,6 +75,7 @@ def test_no_list_or_table_runs_into_a_paragraph(site: Path) -> None:
         assert not re.search(r"\* <strong>|\*\*|\|\s*-{3}|```", text), path.name
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_from_elsewhere_to_show_a_page(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
@@ -80,6 +83,7 @@ def test_nothing_is_fetched_from_elsewhere_to_show_a_page(site: Path) -> None:
         assert 'src="http' not in text
 
 
+@pytest.mark.slow
 def test_the_reference_holds_every_public_name_and_verb(site: Path) -> None:
     names = Page(site / "reference" / "python.html").names
     assert {f"{bslora_convert._HOMES[name]}.{name}" for name in bslora_convert._HOMES} <= names

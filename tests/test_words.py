@@ -13,6 +13,7 @@ from signal import SIGINT, SIGTERM, Signals
 
 import click
 import pytest
+from _pytest.mark import ParameterSet
 from click.testing import CliRunner, Result
 
 from bslora_convert import Recipe, Training
@@ -285,10 +286,16 @@ STARTED = (
 )
 
 
-@pytest.mark.parametrize("delay", [0.02, 0.05, 0.1, 0.2, 0.3, 0.6, 1.2, 2.0])
-def test_an_early_interrupt_is_one_line(lora: Path, delay: float) -> None:
-    for sign in (SIGINT, SIGTERM) if delay < 0.3 else (SIGINT,):
-        ended(STARTED.format(lora=str(lora)), sign, delay)
+def later(*delays: float) -> list[ParameterSet]:
+    """Moments between those that are always tried."""
+    return [pytest.param(delay, sign, marks=pytest.mark.slow) for delay in delays for sign in (SIGINT, SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("delay", "sign"), [(0.05, SIGINT), (0.1, SIGTERM), (1.2, SIGINT), *later(0.02, 0.2, 0.3, 0.6, 2.0)]
+)
+def test_an_early_interrupt_is_one_line(lora: Path, delay: float, sign: Signals) -> None:
+    ended(STARTED.format(lora=str(lora)), sign, delay)
 
 
 def ended(code: str, sign: Signals, delay: float) -> None:

@@ -213,4 +213,5 @@ def _without(grams: Grams, target: Delta, term: Factors) -> Grams:
     return Grams(
         bordered(grams.b, -target.scaling * gram(target.stored.b, term.b), gram(term.b)),
         bordered(grams.a, gram(target.stored.a.T, term.a.T), gram(term.a.T)),
+        grams.dtype,
     )

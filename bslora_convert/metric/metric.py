@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.modules.factors import Factors
-from bslora_convert.modules.lowrank import NULL_FLOOR, gram
+from bslora_convert.modules.lowrank import gram, null_share
 
 Weigh = Callable[[Tensor], Tensor]
 
@@ -80,7 +80,8 @@ def _completed(rows: Tensor, moment: Tensor, power: float) -> Weigh:
         return as_it_is  # of nothing
     moment = moment.to(rows.device)
     values, vectors = torch.linalg.eigh(gram(rows.T))
-    kept = values > NULL_FLOOR * values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    share = null_share(torch.promote_types(rows.dtype, torch.float32), len(rows))
+    kept = values > share * values.max().clamp_min(torch.finfo(values.dtype).tiny)
     onto = vectors[:, kept] / values[kept].sqrt()
     basis = onto.T.to(rows.dtype) @ rows
     within = onto.T @ moment @ onto

@@ -10,6 +10,16 @@ Everything but the two Gram matrices and the final thin products is r×r. Trunca
 eigenvector costs accuracy only to second order. Gram matrices are float64. The rows of A are brought to unit length
 first (B takes the lengths), which removes a diagonal change of gauge; where A's rows are dependent, L comes from
 eigenvectors of A Aᵀ instead, null directions left out.
+
+Numerical rank. The factors' numbers are results of float32 arithmetic: each is off by a few unit roundoffs u = 2⁻²⁴ of its size,
+and the product by a matrix whose norm is about u √S,
+S = Σ_i ‖b_i‖² ‖a_i‖² over columns of B and rows of A. Processors round differently, so that noise of this size must not decide a
+rank. A component counts where
+
+    σ² ≥ (ROUNDINGS u)² S
+
+Numbers stored in 16 bits have the same floor, not one of 2⁻⁸: what storing made of an update is part of the adapter. Numbers of
+float64 have the u of float64. Gram matrices add about r roundings of float64, below which nothing counts in any dtype.
 """
 
 from collections.abc import Sequence
@@ -22,7 +32,7 @@ from torch import Tensor
 from bslora_convert.modules.factors import Factors, Shape
 
 CHOLESKY_FLOOR = 1e-7  # smallest pivot, against unit rows, that still leaves half of float64's digits
-NULL_FLOOR = 1e-14  # eigenvalues of A Aᵀ below this share of the largest are rounding
+ROUNDINGS = 8  # unit roundoffs by which a number of a factor may be off: some operations made it, with a margin
 CHUNK = 1 << 17  # numbers cast to float64 at a time: a megabyte, which stays in cache
 
 
@@ -72,35 +82,60 @@ def gram_beside(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return cross, own
 
 
+def null_share(dtype: torch.dtype, r: int) -> float:
+    """Share of S, the squared size of r products of a column and a row, below which a squared singular value is rounding.
+
+    dtype: of the arithmetic that made the numbers. Against the largest eigenvalue of A Aᵀ it says the same of a direction of A.
+    """
+    return max((ROUNDINGS * torch.finfo(dtype).eps / 2) ** 2, float64_share(r))
+
+
+def float64_share(r: int) -> float:
+    """Share of its largest eigenvalue below which an eigenvalue of an r×r Gram matrix is rounding of float64."""
+    return r * torch.finfo(torch.float64).eps
+
+
 @dataclass(frozen=True, slots=True)
 class Grams:
-    """BᵀB and A Aᵀ of one product, (r, r) each, float64."""
+    """BᵀB and A Aᵀ of one product, (r, r) each, float64. dtype: of the arithmetic that made the factors."""
 
     b: Tensor
     a: Tensor
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, factors: Factors) -> "Grams":
         """Gram matrices of the two factors."""
-        return cls(gram(factors.b), gram(factors.a.T))
+        return cls(gram(factors.b), gram(factors.a.T), _arithmetic(factors.b.dtype))
 
     @classmethod
     def of_delta(cls, delta: Delta) -> "Grams":
         """Gram matrices of a module's factors, from the stored numbers in one cast."""
         stored = delta.stored
-        return cls(gram(stored.b) * delta.scaling**2, gram(stored.a.T))
+        return cls(gram(stored.b) * delta.scaling**2, gram(stored.a.T), _arithmetic(stored.b.dtype))
 
     @property
     def energy(self) -> float:
         """‖BA‖_F² = tr(BᵀB · AAᵀ)."""
         return float((self.b * self.a).sum())
 
+    @property
+    def size(self) -> float:
+        """S = Σ ‖b_i‖² ‖a_i‖², against which roundings count; larger than the energy where products cancel."""
+        return float((self.b.diagonal() * self.a.diagonal()).clamp_min(0).sum())
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that numbers are computed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class ProductSvd:
     """SVD of B A in terms of the factors: U diag(σ) = B @ left, Vᵀ = right @ A.
 
-    energies: σ² (q,), falling, float64. left (r, q), right (q, r). q is the rank found, at most r.
+    energies: σ² (q,), falling, float64. left (r, q), right (q, r). q is the numerical rank (module docstring), at most r; of a
+    product of zeros it is r.
     """
 
     energies: Tensor
@@ -147,6 +182,8 @@ def product_svd(grams: Grams) -> ProductSvd:
     h = lower.T @ scaled_b @ lower
     values, vectors = torch.linalg.eigh((h + h.T) / 2)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    rank = int((values >= null_share(grams.dtype, r) * grams.size).sum())
+    values, vectors = values[:rank], vectors[:, :rank]
     left = length[:, None] * (lower @ vectors)
     right = (vectors.T @ lower_inverse) / length
     return ProductSvd(values, left, right)
@@ -159,7 +196,7 @@ def _root(gram_a: Tensor) -> tuple[Tensor, Tensor]:
         identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
         return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
     values, vectors = torch.linalg.eigh(gram_a)
-    kept = values > NULL_FLOOR * values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    kept = values > float64_share(len(values)) * values.max().clamp_min(torch.finfo(values.dtype).tiny)
     root = values[kept].sqrt()
     return vectors[:, kept] * root, (vectors[:, kept] / root).T
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ from transformers import AutoModelForCausalLM
 from bslora_convert import Recipe, Training, compress, finetune, load_compact
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
-from bslora_convert.behaviour.distill import distill, split_heldout
+from bslora_convert.behaviour.distill import Distilled, distill
 from bslora_convert.behaviour.divergence import kl_sums
 from bslora_convert.behaviour.prompts import Example, Prompts, read_prompts
 from bslora_convert.behaviour.session import BaseModelSession, open_session
 from bslora_convert.behaviour.split import split
 from bslora_convert.behaviour.student import Student
+from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun, split_heldout
 from bslora_convert.behaviour.writing import Writing
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.codes.widths import WIDTHS
+from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.storage import named_tensors
 from bslora_convert.cli import main
+from bslora_convert.conversion.request import Converted
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.metric.metric import Metric
 from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
@@ -53,7 +57,19 @@ def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# ---------------------------------------------------------------------------------------------- evidence
+def trained(
+    session: BaseModelSession,
+    form: BsloraForm,
+    train: Sequence[Example],
+    held: Sequence[Example],
+    training: Training,
+    began: float | None = None,
+) -> Distilled:
+    run = TrainingRun(training, Path("nowhere"), time.perf_counter() if began is None else began)
+    return distill(session, Converted(form), TrainingRows(train, held), run)
+
+
+# ---------------------------------------------------------------------------------------------- calibration
 
 
 @pytest.mark.parametrize("metric", ["input", "two-sided"])
@@ -115,7 +131,7 @@ def test_the_metric_that_does_better_is_kept_and_proved(tmp_path: Path, transfor
     kl = evidence["metric"]["kl"]
     assert set(kl) == {"plain", "output", "input", "two-sided"}
     assert evidence["metric"]["kept"] == min(kl, key=lambda name: kl[name]) != "plain"
-    assert evidence["rows"] == {"fit": 38, "choose": 13, "prove": 13}
+    assert evidence["rows"] == {"calibration": 38, "validation": 13, "test": 13}
     assert 0 < evidence["proof"]["retention"] < 1
     plain = compress(LORA, tmp_path / "plain", recipe.but(base_model=None, prompts=None))
     assert record["compact"]["parameter_ratio"] <= 0.25
@@ -144,13 +160,13 @@ def test_codes_are_fitted_in_the_metric_and_take_no_more(tmp_path: Path, size: d
 
 
 def test_a_metric_that_does_not_help_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bslora_convert.behaviour import evidence
+    from bslora_convert.behaviour.evaluator import METRICS
 
     def useless(factors: Any, moments: Any) -> Metric:
         """Sees one direction of the inputs alone."""
         return Metric(right=lambda x: x * torch.eye(1, x.shape[1], dtype=x.dtype))
 
-    monkeypatch.setattr(evidence, "metric_of", useless)
+    monkeypatch.setitem(METRICS, "input", useless)  # type: ignore[arg-type]
     recipe = Recipe(transform="none", budget=0.25, base_model=str(BASE), prompts=str(PROMPTS), metric="input")
     record = compress(LORA, tmp_path / "out", recipe)
     assert record["evidence"]["metric"]["kept"] == "plain"
@@ -190,7 +206,7 @@ def test_distillation_lowers_the_heldout_kl_threefold(
     before = {name: tensor.clone() for name, tensor in named_tensors(form).items()}
     training = Training(train="local", epochs=20, learning_rate=3e-3, evaluate_every=20)
     part, held = split_heldout(examples, training)
-    done = distill(session.base, session.reference, form, part, held, training)
+    done = trained(session, form, part, held, training)
     assert done.record["heldout_kl_after"] * 3 <= done.record["heldout_kl_before"]
     # What the record says is what the stored form does.
     attached = Attached(session.base.model, done.form, {}, "distilled", enabled=False)
@@ -231,7 +247,7 @@ def test_what_is_trained_is_what_was_asked_for(
     form = load_compact(compact).form
     before = named_tensors(form)
     training = Training(train=train, max_steps=4, learning_rate=5e-3, evaluate_every=1)
-    after = named_tensors(distill(session.base, session.reference, form, examples[8:], examples[:8], training).form)
+    after = named_tensors(trained(session, form, examples[8:], examples[:8], training).form)
     for name, tensor in before.items():
         changed = not torch.equal(after[name], tensor)
         few = tensor.numel() <= 2  # two numbers may round to what they were
@@ -241,7 +257,7 @@ def test_what_is_trained_is_what_was_asked_for(
 def test_it_never_ends_worse_than_it_began(session: BaseModelSession, examples: list[Example], compact: Path) -> None:
     form = load_compact(compact).form
     wild = Training(max_steps=6, learning_rate=3.0, clip=1e9, evaluate_every=2, warmup=0.0)
-    done = distill(session.base, session.reference, form, examples[8:], examples[:8], wild)
+    done = trained(session, form, examples[8:], examples[:8], wild)
     assert done.record["kept_step"] == 0
     assert done.record["heldout_kl_after"] == done.record["heldout_kl_before"]
     assert any("the starting one, which is kept" in note for note in done.notes)
@@ -260,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_best_state(
 
     monkeypatch.setattr(Student, "forward", breaks)
     training = Training(max_steps=20, learning_rate=5e-3, evaluate_every=2)
-    done = distill(session.base, session.reference, load_compact(compact).form, examples[8:], examples[:8], training)
+    done = trained(session, load_compact(compact).form, examples[8:], examples[:8], training)
     assert done.record["steps"] == 4
     assert done.record["kept_step"] == 4
     assert any("not finite at step 5" in note for note in done.notes)
@@ -273,14 +289,12 @@ def test_the_objective_and_accumulation(session: BaseModelSession, examples: lis
     losses = []
     for size, accumulate in ((8, 1), (4, 2)):
         training = Training(max_steps=2, batch_size=size, accumulate=accumulate, evaluate_every=2, temperature=2.0)
-        done = distill(session.base, session.reference, form, examples[8:], examples[:8], training)
+        done = trained(session, form, examples[8:], examples[:8], training)
         losses.append([row["loss"] for row in done.log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     base = Training(max_steps=1, evaluate_every=1)
     plain, hidden = (
-        distill(
-            session.base, session.reference, form, examples[8:], examples[:8], replace(base, hidden_weight=weight)
-        ).log[0]["loss"]
+        trained(session, form, examples[8:], examples[:8], replace(base, hidden_weight=weight)).log[0]["loss"]
         for weight in (0.0, 10.0)
     )
     assert hidden > plain
@@ -363,6 +377,7 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
     assert not (tmp_path / ".killed.training").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(compact: Path, tmp_path: Path) -> None:
     """The rows of a batch are shared out; losses and the end agree up to the order of sums, and one process speaks."""
     arguments = [
@@ -416,13 +431,13 @@ def test_the_reference_writes_missing_completions_once(
 def test_time_and_patience_end_it(session: BaseModelSession, examples: list[Example], compact: Path) -> None:
     form = load_compact(compact).form
     rows = (examples[8:], examples[:8])
-    short = distill(session.base, session.reference, form, *rows, Training(max_minutes=1e-9, epochs=50))
+    short = trained(session, form, *rows, Training(max_minutes=1e-9, epochs=50))
     assert short.record["steps"] == 0
     began = time.perf_counter() - 3600  # the hour that the rest of the command took counts
-    late = distill(session.base, session.reference, form, *rows, Training(max_minutes=59, epochs=50), began=began)
+    late = trained(session, form, *rows, Training(max_minutes=59, epochs=50), began=began)
     assert late.record["steps"] == 0
     stuck = Training(learning_rate=1e-12, evaluate_every=1, patience=2, epochs=50)
-    assert distill(session.base, session.reference, form, *rows, stuck).record["steps"] <= 4
+    assert trained(session, form, *rows, stuck).record["steps"] <= 4
 
 
 def test_recomputing_activations_changes_nothing(
@@ -436,7 +451,7 @@ def test_recomputing_activations_changes_nothing(
     for free in (1 << 40, 0):
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
         fresh = open_session(LORA, str(BASE))
-        found.append(distill(fresh.base, fresh.reference, form, examples[8:], examples[:8], training))
+        found.append(trained(fresh, form, examples[8:], examples[:8], training))
     assert not any("recomputed" in note for note in found[0].notes)
     assert any("recomputed" in note for note in found[1].notes)
     assert [row["loss"] for row in found[0].log] == pytest.approx([row["loss"] for row in found[1].log], rel=1e-5)
@@ -484,4 +499,4 @@ def test_shared_needs_something_shared(session: BaseModelSession, examples: list
     compress(LORA, tmp_path / "none", Recipe(transform="none", budget=0.3))
     form = load_compact(tmp_path / "none").form
     with pytest.raises(RecipeError, match="has no such part"):
-        distill(session.base, session.reference, form, examples[8:], examples[:8], Training(train="shared"))
+        trained(session, form, examples[8:], examples[:8], Training(train="shared"))

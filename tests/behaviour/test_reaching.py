@@ -49,7 +49,8 @@ def test_the_smallest_file_that_reaches_it(tmp_path: Path, rows: Path, aim: dict
     def reaches(value: float) -> bool:
         return value <= limit if name == "max_kl" else value >= limit
 
-    kept = next(step for step in found["path"] if step["bytes"] == record["compact"]["bytes"])
+    (kept,) = (step for step in found["path"] if step["kept"])
+    assert kept["bytes"] == record["compact"]["bytes"]
     assert kept["met"] and reaches(kept["bound"])
     assert found["proofs"][-1]["met"] and reaches(found["proofs"][-1][measure])
     smaller = [step for step in found["path"] if step["met"] and step["bytes"] < kept["bytes"]]
@@ -73,7 +74,7 @@ def test_a_size_that_is_far_off_does_not_choose_the_metric(tmp_path: Path, rows:
 
 
 def test_a_miss_says_what_was_reached_and_leaves_nothing(tmp_path: Path, rows: Path) -> None:
-    with pytest.raises(ThresholdMissed, match=r"not reached on the 6 rows that choose.* more rows of --prompts"):
+    with pytest.raises(ThresholdMissed, match=r"not reached on the 6 validation rows.* more rows of --prompts"):
         compress(LORA, tmp_path / "out", recipe(rows, min_agreement=0.9999))
     assert not list(tmp_path.iterdir())
 

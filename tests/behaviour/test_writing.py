@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from bslora_convert import Recipe, Training, compress, finetune
 from bslora_convert.behaviour import writing
-from bslora_convert.behaviour.distill import split_heldout
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.session import BaseModelSession
+from bslora_convert.behaviour.training_rows import split_heldout
 from bslora_convert.behaviour.writing import ENOUGH, SHARE, Writing, deadline_of, order_of_need
 from bslora_convert.cli import main
 from bslora_convert.errors import RecipeError

@@ -50,14 +50,14 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[str, str]]]:
     root = tmp_path_factory.mktemp("library") / "in"
-    return root, make_library(root, 200, layers=8)
+    return root, make_library(root, 50, layers=8)
 
 
 @pytest.fixture(scope="module")
 def whole(library: tuple[Path, dict[str, tuple[str, str]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    batch(library[0], out, RECIPE, workers=2, report_html=False)
+    batch(library[0], out, RECIPE, workers=0, report_html=False)
     return out
 
 
@@ -66,7 +66,7 @@ def test_every_good_one_is_converted_and_every_bad_one_has_its_reason(
 ) -> None:
     root, bad = library
     rows = {row["id"]: row for row in read_manifest(whole)}
-    assert len(rows) == 200
+    assert len(rows) == 50
     for name, row in rows.items():
         if name in bad:
             assert (row["status"], bad[name][1] in row["message"]) == (bad[name][0], True), row
@@ -79,7 +79,7 @@ def test_every_good_one_is_converted_and_every_bad_one_has_its_reason(
             assert (whole / name / "adapter_model.safetensors").stat().st_size == row["bytes"]
     summary = json.loads((whole / "summary.json").read_text())
     assert (summary["items"], summary["ok"], summary["failed"], summary["refused"], summary["pending"]) == (
-        200, 180, 16, 4, 0
+        50, 45, 4, 1, 0
     )  # fmt: skip
     assert summary["bytes_after"] == sum(row["bytes"] for row in rows.values() if row["status"] == "ok")
     assert set(summary["relative_error"]) == {"p50", "p95", "max"}
@@ -137,25 +137,28 @@ def count_done(out: Path) -> int:
     return len(list(out.glob("*/*/fidelity.json")))
 
 
+def goes_on(library: Path, out: Path, whole: Path) -> dict[str, Any]:
+    """Ends a stopped run in this process: the tree is that of a whole one."""
+    summary = batch(library, out, RECIPE, workers=0, report_html=False)
+    assert tree(out) == tree(whole)
+    assert not list(out.rglob(".*partial*"))
+    return dict(summary)
+
+
 def test_a_killed_parent_costs_nothing(
     library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(command(library[0], out, "--workers", "2"), env=environment(), stdout=subprocess.DEVNULL)
-    wait_for(lambda: count_done(out) > 20)
+    wait_for(lambda: count_done(out) > 5)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "summary.json").exists()
     time.sleep(1.0)  # its workers see that it is gone
-    done = subprocess.run(
-        command(library[0], out, "--workers", "2", "--json"), env=environment(), capture_output=True, check=False
-    )
-    summary = json.loads(done.stdout)
-    assert done.returncode == 1  # the library holds bad adapters
-    assert summary["skipped"] > 20
-    assert summary["ok"] + summary["skipped"] == 180
-    assert tree(out) == tree(whole)
-    assert not list(out.rglob(".*partial*"))
+    summary = goes_on(library[0], out, whole)
+    assert is_failed(summary)  # the library holds bad adapters
+    assert summary["skipped"] > 5
+    assert summary["ok"] + summary["skipped"] == 45
 
 
 def test_a_killed_worker_is_one_failed_item(
@@ -168,14 +171,14 @@ def test_a_killed_worker_is_one_failed_item(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    wait_for(lambda: count_done(out) > 10)
+    wait_for(lambda: count_done(out) > 5)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     workers[0].kill()
     summary = json.loads(process.communicate(timeout=200)[0])
+    assert process.returncode == 1
     assert summary["errors"].get("WorkerDied", 0) <= 1
-    assert summary["ok"] + summary["errors"].get("WorkerDied", 0) == 180
-    batch(library[0], out, RECIPE, workers=0, report_html=False)
-    assert tree(out) == tree(whole)
+    assert summary["ok"] + summary["errors"].get("WorkerDied", 0) == 45
+    goes_on(library[0], out, whole)
 
 
 def heed() -> None:
@@ -192,7 +195,7 @@ def test_an_interrupt_leaves_whole_results_and_goes_on(
         process = subprocess.Popen(
             command(library[0], out, "--workers", "2"), env=environment(), stderr=subprocess.PIPE, preexec_fn=heed
         )
-        wait_for(lambda before=before: count_done(out) > before + 10)
+        wait_for(lambda before=before: count_done(out) > before + 5)
         process.send_signal(sign)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130
@@ -200,6 +203,7 @@ def test_an_interrupt_leaves_whole_results_and_goes_on(
         assert not list(out.rglob(".*partial*"))
     done = tree(out)
     assert done == {name: content for name, content in tree(whole).items() if name in done}
+    goes_on(library[0], out, whole)
 
 
 def test_what_batch_did_not_make_is_not_replaced(tmp_path: Path) -> None:

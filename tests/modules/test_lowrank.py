@@ -120,3 +120,70 @@ def test_gram_of_many_rows_is_summed_in_chunks() -> None:
     tall = torch.randn(200_000, 2)
     assert torch.allclose(gram(tall), tall.double().T @ tall.double(), rtol=1e-12)
     assert gram(tall).dtype == torch.float64
+
+
+# ---------------------------------------------------------------------------------------------- numerical rank
+
+
+def nudged(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Every number one step up, one down or left, as another processor might round it."""
+    step = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    up, down = torch.nextafter(x, torch.full_like(x, torch.inf)), torch.nextafter(x, torch.full_like(x, -torch.inf))
+    return torch.where(step > 0, up, torch.where(step < 0, down, x))
+
+
+def held_at(rank: int, of: Factors, seed: int) -> Factors:
+    """The product in factors of a higher inner size, computed in float32."""
+    mixed = torch.randn(of.rank, rank, generator=torch.Generator().manual_seed(seed))
+    return Factors(of.b @ mixed, torch.linalg.pinv(mixed) @ of.a)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("planted", "held"), [(1, 6), (3, 6), (5, 16), (12, 40)])
+def test_the_rank_is_that_of_what_was_planted_however_it_was_rounded(planted: int, held: int, seed: int) -> None:
+    factors = held_at(held, product(72, 60, planted, seed, torch.float32), seed)
+    for again in range(4):
+        moved = Factors(nudged(factors.b, again), nudged(factors.a, again + 10)) if again else factors
+        svd = product_svd(Grams.of(moved))
+        assert len(svd.energies) == planted
+        assert float((dense(moved) - dense(svd.truncate([moved], held))).norm()) < 1e-5 * float(dense(moved).norm())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_sum_of_products_has_the_rank_of_its_sum(seed: int) -> None:
+    """Terms that cancel leave rounding, which is no rank."""
+    first, second = product(64, 48, 4, seed, torch.float32), product(64, 48, 3, seed + 50, torch.float32)
+    turned, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)))
+    minus = Factors(-first.b @ turned, turned.T @ first.a)
+    for terms, rank in (((first, second), 7), ((first, second, minus), 3), ((first, minus), 0)):
+        together = terms[0]
+        for term in terms[1:]:
+            together = add(together, term)
+        for again in range(3):
+            moved = Factors(nudged(together.b, again), nudged(together.a, again + 10))
+            assert len(product_svd(Grams.of(moved)).energies) == rank
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_storing_in_16_bits_made_of_an_update_counts(dtype: torch.dtype) -> None:
+    low, high = product(72, 8, 3, 0, torch.float32), product(8, 60, 8, 1, torch.float32)
+    stored = Factors((low.b @ low.a).to(dtype), high.a.to(dtype))
+    assert len(product_svd(Grams.of(stored)).energies) == 8
+
+
+def test_a_weak_component_counts_as_far_as_its_numbers_carry_it() -> None:
+    columns, rows = (
+        torch.linalg.qr(torch.randn(n, 4, generator=torch.Generator().manual_seed(n)))[0] for n in (72, 60)
+    )
+    for weakest, rank, dtype in ((1e-5, 4, torch.float32), (1e-7, 3, torch.float32), (1e-7, 4, torch.float64)):
+        sizes = torch.tensor([1.0, 0.5, 0.25, weakest], dtype=dtype)
+        mixed, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=dtype))
+        factors = Factors((columns.to(dtype) * sizes) @ mixed, mixed.T @ rows.T.to(dtype))
+        assert len(product_svd(Grams.of(factors)).energies) == rank
+
+
+def test_a_product_of_zeros_keeps_its_inner_size() -> None:
+    zero = Factors(torch.zeros(6, 3), torch.randn(3, 5))
+    assert len(product_svd(Grams.of(zero)).energies) == 3
+    part = Factors(torch.cat([torch.ones(6, 1), torch.zeros(6, 2)], 1), zero.a)
+    assert len(product_svd(Grams.of(part)).energies) == 1

@@ -188,6 +188,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_compiled_model_finds_an_active_adapter_decoded(narrow: Path) -> None:
     model = load_many(one_layer(), narrow, ["first", "second"])
     floats = load_many(one_layer(), narrow, ["first", "second"], resident="floats")
@@ -198,6 +199,7 @@ def test_a_compiled_model_finds_an_active_adapter_decoded(narrow: Path) -> None:
         torch.testing.assert_close(logits(compiled), logits(floats), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_without_room_is_slower_and_no_other(narrow: Path) -> None:
     model = load_many(one_layer(), narrow, ["first"], decoded_bytes=0)

@@ -321,6 +321,7 @@ def test_gradient_checkpointing_changes_nothing(compact: Callable[[str], Path]) 
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_logits(compact: Callable[[str], Path]) -> None:
     model = PeftModel.from_pretrained(base(), str(compact("ke")))
     expected = logits(model)

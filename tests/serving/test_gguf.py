@@ -142,6 +142,7 @@ def test_without_the_order_of_the_rows_it_would_be_wrong(llama: Made, tmp_path: 
     assert difference(with_peft, answers(llama.gguf, tmp_path / "out" / GGUF_NAME)).largest > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.real_base
 def test_the_real_adapter_on_its_real_base(smollm2: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
