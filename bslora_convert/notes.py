@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 Level = Literal["note", "attention"]
-MARK = "ATTENTION: "
+ATTENTION = "ATTENTION: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Note:
     level: Level = "note"
 
     def __str__(self) -> str:
-        return f"{MARK}{self.text}" if self.is_urgent else self.text
+        return f"{ATTENTION}{self.text}" if self.is_urgent else self.text
 
     @property
     def is_urgent(self) -> bool:
@@ -25,4 +25,4 @@ class Note:
     @classmethod
     def parse(cls, text: str) -> Self:
         """The note of a record's text."""
-        return cls(text.removeprefix(MARK), "attention") if text.startswith(MARK) else cls(text)
+        return cls(text.removeprefix(ATTENTION), "attention") if text.startswith(ATTENTION) else cls(text)

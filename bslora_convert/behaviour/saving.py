@@ -22,7 +22,7 @@ from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.results.behaviour import Verification
 
 VERIFY_NAME = "verify.json"
-ON_PROMPTS = (
+OF_PROMPTS = (
     "prompts", "kl", "kl_ci95", "kl_p99", "agreement", "agreement_ci95", "nll", "perplexity", "base_kl", "retention",
     "retention_ci95", "hidden_error", "generation", "worst",
 )  # fmt: skip
@@ -155,5 +155,5 @@ def _merged(earlier: Mapping[str, Any] | None, record: Verification) -> Verifica
         return record
     if any(earlier[name].get("sha256") != now[name]["sha256"] for name in ("compact", "reference")):
         return record
-    kept = {} if record.prompts is not None else {name: earlier[name] for name in ON_PROMPTS if name in earlier}
+    kept = {} if record.prompts is not None else {name: earlier[name] for name in OF_PROMPTS if name in earlier}
     return Verification.from_dict({**now, **kept, "tasks": {**earlier["tasks"], **now["tasks"]}})

@@ -19,7 +19,6 @@ from bslora_convert.modules.factors import Factors, Shape, add
 LEVELS = ("intra", "inter")
 PARTS = ("local", *LEVELS)
 KINDS = ("linear", "embedding", "tied_embedding")  # tied: the head that shares its weight gets the update as well
-EMBEDDINGS = KINDS[1:]
 
 
 @dataclass(frozen=True, slots=True)

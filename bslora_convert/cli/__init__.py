@@ -23,11 +23,11 @@ def main() -> None:
     Start here:
       bslora-convert inspect  LORA_DIR
       bslora-convert analyze  LORA_DIR --out ANALYSIS_DIR
-      bslora-convert compress LORA_DIR OUT_DIR --transform ke
+      bslora-convert compress LORA_DIR OUT_DIR
       bslora-convert compare  LORA_DIR --budgets 0.25
       bslora-convert batch    LIBRARY  OUT --workers 4
       bslora-convert expand   OUT_DIR  NEW_LORA_DIR
-      bslora-convert verify   OUT_DIR  --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
+      bslora-convert verify   OUT_DIR  --base-model BASE --prompts PROMPTS.jsonl
       bslora-convert finetune OUT_DIR  TUNED_DIR --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
       bslora-convert capacity OUT      --gpu-gib 80 --base-gib 20
       bslora-convert recipe > recipe.toml

@@ -19,7 +19,7 @@ from bslora_convert.results.analysis import Analysis
 @takes(AnalyzeOptions, verb="analyze")
 @verb
 def analyze(output: Output, lora_dir: Path, out: Path | None, **options: Any) -> None:
-    """Measures what a LoRA's modules and layers have in common, and says what is worth trying.
+    """Measures what a LoRA's modules have in common, and says what is worth trying.
 
     \b
     Example:

@@ -39,7 +39,7 @@ def batch(
     push_dry_run: bool,
     **options: Any,
 ) -> None:
-    """Converts a library of adapters: a directory tree, a manifest (JSONL, CSV) or an fsspec URL.
+    """Converts a library: a directory tree, a manifest (JSONL, CSV) or an fsspec URL.
 
     OUT is new, empty or batch's own. One bad adapter never stops the rest. The same command again goes on where an
     interrupted one stopped, and so does `batch OUT --resume`: OUT keeps what it was made with.
@@ -151,7 +151,9 @@ def _show(console: Any, summary: BatchSummary, out: Path) -> None:
 @click.option("--base-gib", type=float, required=True, help="What the base model and its cache take of it.")
 @verb
 def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None:
-    """Says how many adapters of a converted library, a directory or a URL, fit beside the base model, as LoRA and as compact.
+    """Says how many adapters of a converted library fit beside the base model.
+
+    OUT is the library, a directory or a URL. Adapters are counted as LoRA and as compact.
 
     \b
     Example:

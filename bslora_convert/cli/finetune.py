@@ -67,7 +67,7 @@ def finetune(
         --prompts train.jsonl --max-minutes 10
     """
     training, asked = _asked(given(options), recipe_file)
-    held = asked.heldout if isinstance(asked.heldout, Path) else None
+    held = None if isinstance(asked.heldout, int | float) else asked.heldout
     look([compact_dir, reference], out=out_dir, overwrite=asked.overwrite, files=[prompts, held], base_model=base_model)
     from bslora_convert.verbs.finetune import finetune as run
 

@@ -17,7 +17,7 @@ from bslora_convert.recipe.training import OPTIONS, Training
 class Value(click.ParamType[Any]):
     """Whatever of several types a text can be read as, the strictest first; several values between marks for a tuple."""
 
-    NAMES: ClassVar[dict[Any, str]] = {int: "N", float: "F", Path: "PATH", str: "TEXT"}
+    NAMES: ClassVar[dict[Any, str]] = {int: "N", float: "F", str: "TEXT"}
 
     def __init__(self, kind: Any, described: Option) -> None:
         self.kinds, self.between = _kinds(kind), described.between
@@ -48,10 +48,9 @@ class Value(click.ParamType[Any]):
 
 
 def _kinds(kind: Any) -> list[Any]:
-    """The types of a field, those that take fewer texts first; None is left out, and a path stands for a text too."""
+    """The types of a field, those that take fewer texts first; None is left out, and a path stays as it is written."""
     kinds = {one for one in (get_args(kind) if isinstance(kind, UnionType) else (kind,)) if one is not type(None)}
-    texts = [Path] if Path in kinds else [str] if str in kinds else []
-    return [*(kinds - {int, float, Path, str}), *(one for one in (int, float) if one in kinds), *texts]
+    return [*(kinds - {int, float, Path, str}), *(one for one in (int, float, str) if one in kinds)]
 
 
 class Flag(click.Option):

@@ -9,9 +9,10 @@ from bslora_convert.recipe.files import commented, described
 @click.command()
 @verb
 def recipe(output: Output) -> None:
-    """Prints every option of `compress`, `batch` and `finetune` as a commented TOML file, with its default.
+    """Prints every option as a commented TOML file, with its default.
 
-    Change what you need and give the file with --recipe. Options that only an expert decides stand there alone.
+    Change what you need, and give the file to `compress`, `batch` or `finetune` with --recipe. Options that only an expert
+    decides stand in this file alone.
 
     \b
     Example:

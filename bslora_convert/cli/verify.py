@@ -98,7 +98,7 @@ def _library(output: Output, library: Path, asked: VerifyOptions) -> None:
 def _show_library(console: Any, result: LibraryVerification) -> None:
     measured = [row for row in result.rows if "kl" in row]
     tasks = list(dict.fromkeys(name for row in measured for name in row["tasks"]))
-    columns = ("prompts", "KL", "survived", "95 %", "same next token", *(f"{name}, change" for name in tasks), "")
+    columns = ("prompts", "KL", "effect kept", "95 %", "same next token", *(f"{name}, change" for name in tasks), "")
     shown = table(["adapter"], columns)
     for row in measured:
         found = [row["tasks"].get(name) for name in tasks]
@@ -111,7 +111,7 @@ def _show_library(console: Any, result: LibraryVerification) -> None:
     if result.retention and result.kl:
         kept, kl = result.retention, result.kl
         words += (
-            f": at least {kept['min']:.2%} of an adapter's effect survived, {kept['p50']:.2%} in the median; "
+            f": at least {kept['min']:.2%} of an adapter's effect is kept, {kept['p50']:.2%} in the median; "
             f"KL {kl['p50']:.5f} in the median, {kl['max']:.5f} at most"
         )
     console.print(f"{words}.", style="bold")

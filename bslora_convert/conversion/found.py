@@ -16,7 +16,7 @@ from bslora_convert.conversion.writing import Extras
 from bslora_convert.errors import RecipeError
 from bslora_convert.lora import LoraAdapter, LoraModule
 from bslora_convert.lora.config import LoraConfig
-from bslora_convert.recipe.options import flag_of
+from bslora_convert.recipe.files import spelled
 from bslora_convert.recipe.recipe import Recipe
 
 OF_A_FIT = ("transform", "budget", "ranks", "shared_size", "slice", "kernel", "gain")  # options without effect here
@@ -82,7 +82,7 @@ def as_found(source: OfficialSource, recipe: Recipe) -> tuple[Converted, Recipe,
     said, usual = recipe.options(), Recipe().options()
     given = [name for name in OF_A_FIT if said[name] not in (None, usual[name])]
     if given:
-        note += f"; without effect: {', '.join(map(flag_of, given))}"
+        note += f"; without effect: {', '.join(map(spelled, given))}"
     official = source.official
     record = {"stored_parameters": official.stored, "copied_parameters": official.copied}
     dtype = source.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)

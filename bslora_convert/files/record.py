@@ -13,6 +13,7 @@ from typing import Any
 from bslora_convert.errors import InputError
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
+from bslora_convert.results.record import Files
 
 FIDELITY_NAME, EXPANSION_NAME, ANALYSIS_NAME, COMPARISON_NAME = RECORDS = (
     "fidelity.json",
@@ -20,7 +21,6 @@ FIDELITY_NAME, EXPANSION_NAME, ANALYSIS_NAME, COMPARISON_NAME = RECORDS = (
     "analysis.json",
     "comparison.json",
 )
-Files = dict[str, dict[str, Any]]  # by path in the directory: bytes and sha256
 AS_WRITTEN, CHANGED, NO_RECORD = "as written", "changed", "no record"
 NAMED = 4  # entries that an error names
 

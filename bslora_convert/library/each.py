@@ -8,11 +8,13 @@ from bslora_convert.process.interrupt import heeded
 from bslora_convert.process.progress import Progress
 
 OK, FAILED, REFUSED = "ok", "failed", "refused"
-Row = Mapping[str, Any]
 
 
 def for_each(
-    rows: Sequence[Row], title: str, do: Callable[[Row, Progress], Mapping[str, Any]], progress: Progress
+    rows: Sequence[Mapping[str, Any]],
+    title: str,
+    do: Callable[[Mapping[str, Any], Progress], Mapping[str, Any]],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """What was done to each adapter: `id`, `status` (`ok`, `failed`, `refused`), `error`, `message`, and what `do` returns.
 

@@ -16,7 +16,7 @@ from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
-from bslora_convert.recipe.options import flag_of
+from bslora_convert.recipe.files import spelled
 
 NAME = "recipe.json"
 SCHEMA_VERSION = 1
@@ -57,13 +57,13 @@ class MadeWith:
             names = sorted({*old, *new} - set(FREE))
             pairs += [(name, old.get(name), new.get(name)) for name in names]
         found = [
-            f"{flag_of(name)} (there {_word(before)}, now {_word(after)})"
+            f"{spelled(name)} (there {_word(before)}, now {_word(after)})"
             for name, before, after in pairs
             if before != after
         ]
         for name in sorted({*self.files, *now.files}):
             if self.recipe.get(name) == now.recipe.get(name) and self.files.get(name) != now.files.get(name):
-                found.append(f"the content of {flag_of(name)} {now.recipe.get(name)}")
+                found.append(f"the content of {spelled(name)} {now.recipe.get(name)}")
         return found
 
     def keep(self, out: Path) -> None:

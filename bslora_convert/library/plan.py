@@ -24,7 +24,7 @@ from bslora_convert.recipe.batching import BatchOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LibraryPlan:
     """Jobs to run; what is known without running (done before, bad input); duplicates by the job whose result they copy."""
 
     jobs: tuple[Job, ...]
@@ -39,7 +39,7 @@ class Plan:
 
 def plan(
     items: Sequence[Item], out: Path, made_with: MadeWith, asked: BatchOptions, progress: Progress = silent
-) -> Plan:
+) -> LibraryPlan:
     """Looks at every item: its headers, and a hash of its files."""
     recipe, options = made_with.recipe, made_with.key
     hash_of = cache(prompts_hash)  # many adapters may name one file
@@ -75,7 +75,7 @@ def plan(
             first[job.key] = job
             jobs.append(job)
     jobs.sort(key=lambda job: job.recipe.get(BASE) or "")  # those of one base in a row: it is read once
-    return Plan(tuple(jobs), tuple(known), {name: tuple(same) for name, same in duplicates.items()})
+    return LibraryPlan(tuple(jobs), tuple(known), {name: tuple(same) for name, same in duplicates.items()})
 
 
 def _look(item: Item, recipe: Mapping[str, Any], hash_of: Callable[[str], str]) -> tuple[str, int]:

@@ -92,6 +92,11 @@ def described() -> dict[str, dict[str, Any]]:
     }
 
 
+def spelled(name: str) -> str:
+    """An option as a user writes it: its flag, or its key in a recipe's file."""
+    return (_flag(name, DESCRIBED[name][1]) if name in DESCRIBED else flag_of(name)) or key_of(name)
+
+
 def _flag(name: str, option: Option) -> str | None:
     return (option.flag or flag_of(name)) if any(option.is_flag_of(verb) for verb in VERBS) else None
 

@@ -162,8 +162,8 @@ def behaviour(functional: Verification) -> list[str]:
     said = []
     if functional.retention is not None:
         said.append(
-            f"Of what the adapter changes in the base model's predictions, {functional.retention:.2%} survived; it predicts "
-            f"the same next token as the reference {functional.agreement:.1%} of the time."
+            f"It keeps {functional.retention:.2%} of the adapter's effect on the base model's predictions, and predicts the same "
+            f"next token as the reference {functional.agreement:.1%} of the time."
         )
     for name, task in functional.tasks.items():
         low, high = task.difference_ci95
@@ -201,7 +201,7 @@ def intervals(functional: Verification) -> str | None:
         return None
     few = " (too few rows)" if too_few(functional.prompts.rows) else ""
     return (
-        f"95 % intervals over {functional.prompts.rows} rows{few}: KL {kl[0]:.5f} to {kl[1]:.5f}, survived {kept[0]:.2%} to "
+        f"95 % intervals over {functional.prompts.rows} rows{few}: KL {kl[0]:.5f} to {kl[1]:.5f}, effect kept {kept[0]:.2%} to "
         f"{kept[1]:.2%}, same next token {same[0]:.1%} to {same[1]:.1%}."
     )
 

@@ -3,9 +3,7 @@
 from typing import Any
 
 from bslora_convert.results.behaviour import Verification
-from bslora_convert.results.record import Record, record
-
-Files = dict[str, dict[str, Any]]  # by path in the directory: bytes and sha256
+from bslora_convert.results.record import Files, Record, record
 
 
 @record

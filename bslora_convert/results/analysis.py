@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from bslora_convert.results.adapter import Files
-from bslora_convert.results.record import Record, record
+from bslora_convert.results.record import Files, Record, record
 
 
 @record

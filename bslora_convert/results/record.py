@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar, dataclass_transform, get_args, get_origin
 from bslora_convert.errors import InputError
 
 Kind = TypeVar("Kind")
+Files = dict[str, dict[str, Any]]  # of a directory, by path in it: bytes and sha256
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

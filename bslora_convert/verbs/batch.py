@@ -36,7 +36,7 @@ from bslora_convert.library.jobs import (
     marker_of,
 )
 from bslora_convert.library.made_with import MadeWith, read_made_with, settle
-from bslora_convert.library.plan import Plan, plan
+from bslora_convert.library.plan import LibraryPlan, plan
 from bslora_convert.library.summary import summarise
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.batching import BatchOptions
@@ -112,7 +112,7 @@ def resume(
     return batch(known.library, out, Recipe.from_dict(dict(known.recipe)), training, asked, progress=progress)
 
 
-def _run(found: Plan, out: Path, asked: BatchOptions, progress: Progress) -> list[Result]:
+def _run(found: LibraryPlan, out: Path, asked: BatchOptions, progress: Progress) -> list[Result]:
     """Rows of every item of this run, each written to the manifest as it ends."""
     rows: list[Result] = []
     failures, most = 0, asked.failures
@@ -191,7 +191,7 @@ def _known(out: Path, name: str, options: str) -> Result | None:
     return None
 
 
-def _dry(found: Plan, items: Sequence[Item], own: Sequence[Item]) -> BatchPlan:
+def _dry(found: LibraryPlan, items: Sequence[Item], own: Sequence[Item]) -> BatchPlan:
     """What a run would do."""
     return BatchPlan(
         dry_run=True,

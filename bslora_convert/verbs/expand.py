@@ -50,13 +50,13 @@ def expand(
     out: str | Path,
     options: ExpandOptions | None = None,
     *,
-    source_name: str | None = None,
+    recorded_as: str | None = None,
     **fields: Any,
 ) -> Expanded:
     """Writes a compact directory, or one in the authors' layout, as others read it and returns what was written.
 
     compact: a directory, a URL, or `LIBRARY::ID` for an adapter of a library. options, or fields of `ExpandOptions`; without any
-    a PEFT LoRA. source_name: what the record calls the source, instead of `compact`.
+    a PEFT LoRA. recorded_as: what the record calls the source, instead of `compact`.
 
     :raises InputError: when the source directory is missing or damaged.
     :raises Refused: when the format can't hold the adapter or the engine can't serve it, or the source can't be read faithfully.
@@ -86,7 +86,7 @@ def expand(
         record = Expanded(
             schema_version=SCHEMA_VERSION,
             tool_version=__version__,
-            source={"path": source_name or as_written(compact), "sha256": sha256(weights)},
+            source={"path": recorded_as or as_written(compact), "sha256": sha256(weights)},
             format=plan.layout,
             engine=plan.engine,
             **result,

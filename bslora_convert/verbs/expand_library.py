@@ -39,7 +39,7 @@ def expand_library(
 
     def one(row: Any, _: Progress) -> dict[str, Any]:
         name = f"{address}{MARK}{row['id']}" if is_url(address) else None
-        return expand(place / row["id"], out / row["id"], asked, source_name=name).to_dict()
+        return expand(place / row["id"], out / row["id"], asked, recorded_as=name).to_dict()
 
     rows = for_each(there, "expanding", one, progress)
     good = [row for row in rows if row["status"] == OK]

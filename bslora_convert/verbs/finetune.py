@@ -58,8 +58,8 @@ def finetune(
     :raises OutputError: when the output place can't be used; nothing is left behind but the checkpoints.
     """
     asked, training = built(FinetuneOptions, options, fields), training or Training()
-    if isinstance(asked.heldout, float):
-        training, asked = replace(training, heldout=asked.heldout), replace(asked, heldout=None)
+    if isinstance(asked.heldout, int | float):
+        training, asked = replace(training, heldout=float(asked.heldout)), replace(asked, heldout=None)
     out, compact = Path(out), resolve(compact)
     check_output(out, asked.overwrite, compact, resolve(reference))
     if asked.resume and not (has_state(out) or has_completions(out)):

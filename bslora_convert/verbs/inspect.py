@@ -1,15 +1,15 @@
 """What an adapter holds, where its bytes are, whether it can be converted, and what its slots on a server take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.form import BsloraForm
+from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
 from bslora_convert.bslora.official.plan import KEY
-from bslora_convert.bslora.storage import PEFT_TYPE, load_compact
+from bslora_convert.bslora.storage import PEFT_TYPE, CompactAdapter, load_compact
 from bslora_convert.conversion.sizes import sizes
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
@@ -36,98 +36,103 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
     directory, weights = locate(path)
     config = read_json(directory / CONFIG_NAME)
     kind = config.get("peft_type", "LORA")
+    head: dict[str, Any] = {"base_model": config.get("base_model_name_or_path"), "bytes": weights.stat().st_size}
     if kind == PEFT_TYPE:
-        return Inspection(**_compact(directory, weights))
-    reasons: list[str] = []
-    adapter = None
+        return _compact(load_compact(directory, accept_changed=True), head)
     try:
         if kind == OFFICIAL_TYPE:
-            return Inspection(**_official(load_official(path)))
+            return _official(load_official(path), head)
         adapter = load_lora(path, alpha=lora_alpha, rslora=use_rslora)
     except Refused as refusal:
-        reasons = [str(refusal)]
-    result: dict[str, Any] = {
-        "kind": "official-bslora" if kind == OFFICIAL_TYPE else "lora",
-        "convertible": not reasons,
-        "reasons": reasons,
-        "base_model": config.get("base_model_name_or_path"),
-    }
-    if adapter is None:
-        return Inspection(**result, **_raw(weights, config))
+        named = "official-bslora" if kind == OFFICIAL_TYPE else "lora"
+        return Inspection(kind=named, convertible=False, reasons=[str(refusal)], **head, **_raw(weights, config))
+    return _lora(adapter, path, config, head)
+
+
+def _lora(adapter: LoraAdapter, path: Path, config: Mapping[str, Any], head: Mapping[str, Any]) -> Inspection:
     shapes = {name: module.shape for name, module in adapter.modules.items()}
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     source = measure(adapter.modules, adapter.kinds)
     check_magnitude(source, adapter.weights)
-    found = result | {
-        "modules": len(adapter.modules),
-        "parameters": adapter.parameters,
-        "bytes": weights.stat().st_size,
-        "dtype": dtype_name(adapter.dtype),
-        "bytes_by_part": _lora_bytes(adapter, config),
-        "ranks": {"min": min(ranks.values()), "max": max(ranks.values())},
-        "expanded_rank": max(ranks.values()),
-        "slot_bytes": slot_bytes(shapes, max(ranks.values())),
-        "kinds": _kinds(shapes, ranks),
-        "spectra": _spectra(source, adapter),
-        "sizes": sizes(source, adapter, path),
-        "notes": list(adapter.notes),
-    }
-    return Inspection(**found)
+    return Inspection(
+        kind="lora",
+        convertible=True,
+        reasons=[],
+        **head,
+        modules=len(adapter.modules),
+        parameters=adapter.parameters,
+        dtype=dtype_name(adapter.dtype),
+        bytes_by_part=_lora_bytes(adapter, config),
+        **_ranks(shapes, list(ranks.values()), ranks),
+        spectra=_spectra(source, adapter),
+        sizes=sizes(source, adapter, path),
+        notes=list(adapter.notes),
+    )
 
 
-def _compact(directory: Path, weights: Path) -> dict[str, Any]:
-    adapter = load_compact(directory, accept_changed=True)
-    said = _form(adapter.form, weights, _carried_bytes(adapter.carried, adapter.config))
-    if adapter.codes:
-        carried = _carried_bytes(adapter.carried, adapter.config)
-        said["bytes_by_part"] = {name.removeprefix("bslora_"): t.nbytes for name, t in adapter.codes.items()} | carried
-    return {
-        "kind": "bslora",
-        "convertible": False,
-        "reasons": ["already in BSLoRA form; `expand` gives the LoRA back"],
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        **said,
-        "integrity": adapter.integrity,
-        "notes": [],
-    }
+def _compact(adapter: CompactAdapter, head: Mapping[str, Any]) -> Inspection:
+    parts = {name.removeprefix("bslora_"): tensor.nbytes for name, tensor in adapter.codes.items()}
+    return Inspection(
+        kind="bslora",
+        convertible=False,
+        reasons=["already in BSLoRA form; `expand` gives the LoRA back"],
+        **head,
+        bytes_by_part=(parts or _parts(adapter.form)) | _carried_bytes(adapter.carried, adapter.config),
+        **_form(adapter.form),
+        integrity=adapter.integrity,
+        notes=[],
+    )
 
 
-def _official(adapter: OfficialAdapter) -> dict[str, Any]:
+def _official(adapter: OfficialAdapter, head: Mapping[str, Any]) -> Inspection:
     width = adapter.dtype.itemsize
     repeated = {"copies": adapter.copied * width}
     idle = adapter.stored - adapter.copied - adapter.form.parameters
     if idle:
         repeated["without_effect"] = idle * width  # kernels and gates of a path of rank 0
-    return {
-        "kind": "official-bslora",
-        "convertible": True,
-        "reasons": [],
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        **_form(adapter.form, adapter.weights, repeated),
-        "stored_parameters": adapter.stored,
-        "notes": list(adapter.notes),
-    }
+    return Inspection(
+        kind="official-bslora",
+        convertible=True,
+        reasons=[],
+        **head,
+        bytes_by_part=_parts(adapter.form) | repeated,
+        **_form(adapter.form),
+        stored_parameters=adapter.stored,
+        notes=list(adapter.notes),
+    )
 
 
-def _form(form: BsloraForm, weights: Path, beside: Mapping[str, int]) -> dict[str, Any]:
-    """What there is to say of a form; `beside`: bytes of the file that are not the form's, by part."""
+def _form(form: BsloraForm) -> dict[str, Any]:
+    """What there is to say of a form."""
     shapes = {name: module.shape for name, module in form.modules.items()}
-    ranks = {name: form.expanded_rank(name) for name in form.modules}
-    dtype = next(form.tensors()).dtype
-    locals_ = [module.local.rank for module in form.modules.values()]
-    parts = {part: count * dtype.itemsize for part, count in form.parts_parameters().items()}
     return {
         "modules": len(form.modules),
         "parameters": form.parameters,
-        "bytes": weights.stat().st_size,
-        "dtype": dtype_name(dtype),
-        "bytes_by_part": parts | dict(beside),
-        "ranks": {"min": min(locals_), "max": max(locals_)},
-        "expanded_rank": max(ranks.values()),
-        "slot_bytes": slot_bytes(shapes, max(ranks.values())),
+        "dtype": dtype_name(next(form.tensors()).dtype),
+        **_ranks(
+            shapes,
+            [module.local.rank for module in form.modules.values()],
+            {name: form.expanded_rank(name) for name in form.modules},
+        ),
         "transform": form.transform_name,
-        "shared_ranks": {"intra": form.shared_rank("intra"), "inter": form.shared_rank("inter")},
-        "kinds": _kinds(shapes, ranks),
+        "shared_ranks": {level: form.shared_rank(level) for level in LEVELS},
+    }
+
+
+def _parts(form: BsloraForm) -> dict[str, int]:
+    """Bytes of a form's parts in floats."""
+    width = next(form.tensors()).dtype.itemsize
+    return {part: count * width for part, count in form.parts_parameters().items()}
+
+
+def _ranks(shapes: Mapping[str, Shape], own: Sequence[int], expanded: Mapping[str, int]) -> dict[str, Any]:
+    """Ranks, slots and kinds. own: ranks that modules hold for themselves. expanded: of the LoRA that it is or expands to."""
+    largest = max(expanded.values())
+    return {
+        "ranks": {"min": min(own), "max": max(own)},
+        "expanded_rank": largest,
+        "slot_bytes": slot_bytes(shapes, largest),
+        "kinds": _kinds(shapes, expanded),
     }
 
 
@@ -178,7 +183,6 @@ def _raw(weights: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "modules": len(modules),
         "parameters": parameters,
-        "bytes": weights.stat().st_size,
         "bytes_by_part": parts,
         "ranks": {"min": min(ranks, default=0), "max": max(ranks, default=0)},
         "expanded_rank": max(ranks, default=0),

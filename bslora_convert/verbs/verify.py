@@ -14,7 +14,7 @@ from bslora_convert.behaviour.intervals import few_words, too_few
 from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.saving import ON_PROMPTS, Saving
+from bslora_convert.behaviour.saving import OF_PROMPTS, Saving
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.thresholds import checked_limits
 from bslora_convert.errors import InputError, RecipeError
@@ -130,7 +130,7 @@ def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress:
         notes = [*first.notes, *_notes(base, first, second)]
         if pair.is_another:
             notes.append("the reference is not what the adapter was made from")
-        measured: dict[str, Any] = {**dict.fromkeys(ON_PROMPTS), "worst": []}
+        measured: dict[str, Any] = {**dict.fromkeys(OF_PROMPTS), "worst": []}
         if rows is not None:
             found, said = _on_prompts(session, attached, rows, asked.seed)
             measured |= found

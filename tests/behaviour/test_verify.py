@@ -101,7 +101,7 @@ def test_intervals_are_kept_printed_and_on_the_page(compact: Path) -> None:
         assert low < record[name] < high, name
     again = verify(compact, LORA, BASE, prompts=PROMPTS, limit=24, batch_size=3, max_new_tokens=0)
     assert again["kl_ci95"] == pytest.approx(record["kl_ci95"], rel=1e-4)
-    words = f"survived {record['retention_ci95'][0]:.2%} to {record['retention_ci95'][1]:.2%}"
+    words = f"effect kept {record['retention_ci95'][0]:.2%} to {record['retention_ci95'][1]:.2%}"
     page = (compact / "report.html").read_text()
     assert words in page
     assert "too few" not in page
@@ -350,7 +350,7 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
     assert not (compact / "verify.json").exists()
     shown = run("--save")
     assert shown.exit_code == 0
-    assert "survived" in shown.stdout
+    assert "It keeps" in shown.stdout
     assert "verify.json" in shown.stdout.replace("\n", "")
     assert run("--limit", "0").exit_code == 2
 
@@ -386,7 +386,7 @@ def test_tasks_run_offline_through_the_harness(
         assert task["metric"] == ("exact_match" if name in ("gsm8k", "svamp") else "acc")
         low, high = task["difference_ci95"]
         assert -1 <= low <= task["compact"] - task["reference"] <= high <= 1
-    assert "survived" not in (compact / "report.html").read_text()
+    assert "It keeps" not in (compact / "report.html").read_text()
     with pytest.raises(RecipeError, match="no_such_task unknown; shipped for local files: local_arc_challenge"):
         verify(compact, LORA, BASE, tasks=["no_such_task"])
     with pytest.raises(InputError, match="--task-data"):

@@ -308,7 +308,7 @@ def test_files_that_the_recipe_names_are_part_of_the_key(tmp_path: Path) -> None
     groups.write_text('{"up": ["*.up_proj"]}')
     assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)["ok"] == 1
     groups.write_text('{"up": ["*.mlp.*"]}')
-    with pytest.raises(OutputError, match="the content of --groups"):
+    with pytest.raises(OutputError, match="the content of groups"):
         batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False)
     assert batch(tmp_path / "in", tmp_path / "out", recipe, workers=0, report_html=False, overwrite=True)["ok"] == 1
     with pytest.raises(InputError, match="no such file"):

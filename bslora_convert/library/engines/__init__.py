@@ -6,6 +6,6 @@ from bslora_convert.library.engines.local import run_local
 from bslora_convert.library.engines.ray import run_ray
 from bslora_convert.library.jobs import Job, Result, Work
 
-Engine = Callable[[Work, Sequence[Job], int], Generator[Result, None, None]]  # what to do, jobs, workers
+RunsJobs = Callable[[Work, Sequence[Job], int], Generator[Result, None, None]]  # what to do, jobs, workers
 
-ENGINES: dict[str, Engine] = {"local": run_local, "ray": run_ray}
+ENGINES: dict[str, RunsJobs] = {"local": run_local, "ray": run_ray}
