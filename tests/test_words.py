@@ -261,6 +261,7 @@ def test_the_harness_draws_no_bars_unless_asked(tmp_path: Path, capfd: pytest.Ca
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.slow
 def test_a_fresh_font_cache_is_not_spoken_of(lora: Path, tmp_path: Path) -> None:
     """Workers of a batch draw too, each a process of its own."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "fonts"), "HOME": str(tmp_path)}

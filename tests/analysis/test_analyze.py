@@ -134,7 +134,8 @@ def test_a_file_of_groups_is_matched_in_order(tmp_path: Path) -> None:
 
 
 def test_auto_finds_planted_groups_and_earns_its_place(tmp_path: Path) -> None:
-    source = write_lora(tmp_path / "lora", two_families(layers=2))
+    kinds = {kind: KINDS[kind] for kind in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")}
+    source = write_lora(tmp_path / "lora", two_families(layers=2, kinds=kinds))
     by = {}
     for groups in ("layer", "auto"):
         recipe = Recipe(transform="ke", ranks=(1, 6, 1), groups=groups, shared_size=32)

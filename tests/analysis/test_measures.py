@@ -1,6 +1,7 @@
 """Each measure against a dense computation in float64, and against chance."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bslora_convert.analysis.clusters import clusters, layer_signatures, partiti
 from bslora_convert.analysis.sharing import explained, random_like, shared_energy
 from bslora_convert.bslora.transforms import Kronecker
 from bslora_convert.fit.convert import measure
-from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.factors import Factors, Shape
 from bslora_convert.process.progress import silent
 from tests.planting import KINDS, Product, deltas_of, plant, random_products
 
@@ -150,14 +151,16 @@ def test_a_form_of_one_level_is_explained_by_it() -> None:
 # -------------------------------------------------------------------------------------------------- clusters
 
 
-def two_families(layers: int = 5, ranks: tuple[int, int, int] = (1, 0, 6)) -> dict[str, Product]:
+def two_families(
+    layers: int = 5, ranks: tuple[int, int, int] = (1, 0, 6), kinds: Mapping[str, Shape] = KINDS
+) -> dict[str, Product]:
     """Even layers share one pair, odd layers another."""
-    families = [plant(Kronecker(32), ranks, layers=layers, seed=seed) for seed in (1, 2)]
+    families = [plant(Kronecker(32), ranks, layers=layers, seed=seed, kinds=kinds) for seed in (1, 2)]
     return {
         f"model.layers.{2 * layer + family}.{kind}": Product(form.delta(f"model.layers.{layer}.{kind}"))
         for layer in range(layers)
         for family, form in enumerate(families)
-        for kind in KINDS
+        for kind in kinds
     }
 
 

@@ -120,7 +120,7 @@ def test_gradients_reach_an_adapted_embedding(tmp_path: Path) -> None:
     assert set(record["evidence"]["metric"]["kl"]) == {"plain", "output"}
 
 
-@pytest.mark.parametrize("transform", ["none", "ke"])
+@pytest.mark.parametrize("transform", ["none", pytest.param("ke", marks=pytest.mark.slow)])
 def test_the_metric_that_does_better_is_kept_and_proved(tmp_path: Path, transform: str) -> None:
     recipe = Recipe(
         transform=transform, budget=0.25, base_model=str(BASE), prompts=str(PROMPTS),
@@ -143,7 +143,7 @@ def test_the_metric_that_does_better_is_kept_and_proved(tmp_path: Path, transfor
     assert again["evidence"] == evidence
 
 
-@pytest.mark.parametrize("size", [{"bytes": 0.125}, {"budget": 0.25, "bits": 3}])
+@pytest.mark.parametrize("size", [{"bytes": 0.125}, pytest.param({"budget": 0.25, "bits": 3}, marks=pytest.mark.slow)])
 def test_codes_are_fitted_in_the_metric_and_take_no_more(tmp_path: Path, size: dict[str, Any]) -> None:
     recipe = Recipe(
         transform="ke", base_model=str(BASE), prompts=str(PROMPTS), metric="two-sided", shared_size=32, **size
@@ -198,16 +198,17 @@ def test_distillation_on_the_rows_of_the_evidence(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- distillation
 
 
-def test_distillation_lowers_the_heldout_kl_threefold(
-    session: BaseModelSession, examples: list[Example], tmp_path: Path
+@pytest.mark.parametrize(("epochs", "rate", "times"), [(4, 6e-3, 2), pytest.param(20, 3e-3, 3, marks=pytest.mark.slow)])
+def test_distillation_lowers_the_heldout_kl(
+    session: BaseModelSession, examples: list[Example], tmp_path: Path, epochs: int, rate: float, times: int
 ) -> None:
     compress(LORA, tmp_path / "ke", Recipe(transform="ke", budget=0.6, shared_size=32))
     form = load_compact(tmp_path / "ke").form
     before = {name: tensor.clone() for name, tensor in named_tensors(form).items()}
-    training = Training(train="local", epochs=20, learning_rate=3e-3, evaluate_every=20)
+    training = Training(train="local", epochs=epochs, learning_rate=rate, evaluate_every=epochs)
     part, held = split_heldout(examples, training)
     done = trained(session, form, part, held, training)
-    assert done.record["heldout_kl_after"] * 3 <= done.record["heldout_kl_before"]
+    assert done.record["heldout_kl_after"] * times <= done.record["heldout_kl_before"]
     # What the record says is what the stored form does.
     attached = Attached(session.base.model, done.form, {}, "distilled", enabled=False)
     total, tokens = kl_sums(session.base, session.known, attached, held, 8)
@@ -347,7 +348,7 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
         ]  # fmt: skip
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FIXTURES.parent)}
-    subprocess.run(command("whole"), check=True, env=environment)
+    assert CliRunner().invoke(main, command("whole")[3:]).exit_code == 0
     state = tmp_path / ".killed.training" / "state" / "state.json"
     reached = 0
     for sign, *more in ((signal.SIGKILL,), (signal.SIGTERM, "--resume")):
@@ -366,7 +367,7 @@ def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_p
     other = CliRunner().invoke(main, [*command("killed", "--resume")[3:], *warmer])
     assert other.exit_code == 2
     assert "trained with temperature 1.0, now 2.0" in other.stderr
-    subprocess.run(command("killed", "--resume"), check=True, env=environment)
+    assert CliRunner().invoke(main, command("killed", "--resume")[3:]).exit_code == 0
     whole, resumed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "killed"))
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     logs = [

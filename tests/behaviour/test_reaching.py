@@ -37,7 +37,14 @@ def recipe(rows: Path, **options: Any) -> Recipe:
     return Recipe(**plain | options)
 
 
-@pytest.mark.parametrize("aim", [{"min_retention": 0.98}, {"max_kl": 0.02}, {"min_agreement": 0.9}])
+@pytest.mark.parametrize(
+    "aim",
+    [
+        {"min_retention": 0.98},
+        pytest.param({"max_kl": 0.02}, marks=pytest.mark.slow),
+        pytest.param({"min_agreement": 0.9}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_smallest_file_that_reaches_it(tmp_path: Path, rows: Path, aim: dict[str, float]) -> None:
     record = compress(LORA, tmp_path / "out", recipe(rows, **aim))
     ((name, limit),) = aim.items()
