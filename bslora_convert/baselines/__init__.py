@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach
+from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach
 from bslora_convert.baselines.loraquant import LORAQUANT
 from bslora_convert.baselines.prolora import fit_prolora
 from bslora_convert.baselines.quantised import TRUNCATED, WHOLE
@@ -12,9 +12,9 @@ from bslora_convert.baselines.truncated import svd_adaptive, svd_uniform
 from bslora_convert.baselines.vb_lora import fit_vb_lora
 from bslora_convert.baselines.vera import fit_vera
 
-__all__ = ["BASELINES", "QUANTISED", "WHOLE", "Fit", "Fitted", "OutOfReach"]
+__all__ = ["BASELINES", "QUANTISED", "WHOLE", "Fitted", "Fitter", "OutOfReach"]
 
-BASELINES: Mapping[str, Fit] = {
+BASELINES: Mapping[str, Fitter] = {
     "svd_uniform": svd_uniform,
     "svd_adaptive": svd_adaptive,
     "sharelora_a": sharelora_a,
@@ -28,4 +28,4 @@ BASELINES: Mapping[str, Fit] = {
     "prolora": fit_prolora,
 }
 
-QUANTISED: Mapping[str, Fit] = {**TRUNCATED, **LORAQUANT}
+QUANTISED: Mapping[str, Fitter] = {**TRUNCATED, **LORAQUANT}

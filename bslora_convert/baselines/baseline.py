@@ -39,7 +39,7 @@ class Fitted:
     times: Callable[[str, float], Factors] | None = None
 
 
-class Fit(Protocol):
+class Fitter(Protocol):
     """The least-squares fit of one form."""
 
     def __call__(self, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:

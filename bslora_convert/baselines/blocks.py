@@ -26,13 +26,13 @@ SCALES = torch.bfloat16
 TINY = torch.finfo(torch.float32).tiny
 
 
-class Scales(Protocol):
+class BlockScales(Protocol):
     """A scale for every block, as a file holds it."""
 
     def decode(self) -> Tensor:
         """(n, blocks), float32."""
 
-    def times(self, by: float) -> "Scales":
+    def times(self, by: float) -> "BlockScales":
         """All of them times a number, rounded as they are stored."""
 
     def stored(self) -> list[Tensor]:
@@ -41,7 +41,7 @@ class Scales(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Scales as they are: (n, blocks) bfloat16."""
+    """BlockScales as they are: (n, blocks) bfloat16."""
 
     values: Tensor
 
@@ -67,7 +67,7 @@ class Blocks:
     """
 
     codes: Tensor
-    scales: Scales
+    scales: BlockScales
     levels: Tensor
     bits: int
     block: int

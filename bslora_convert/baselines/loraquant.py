@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest
+from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach, largest
 from bslora_convert.baselines.blocks import TINY, Blocks, CodedFactors, Grid, affine, in_blocks, sign
 from bslora_convert.baselines.quantised import in_codes
 from bslora_convert.fit.parallel import each
@@ -142,7 +142,7 @@ def _squares(vectors: Tensor) -> Tensor:
     return vectors.square().sum(1)
 
 
-LORAQUANT: Mapping[str, Fit] = {
+LORAQUANT: Mapping[str, Fitter] = {
     "loraquant": partial(loraquant, optimised),
     "loraquant_plain": partial(loraquant, rounded),
 }

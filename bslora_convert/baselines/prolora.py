@@ -45,7 +45,7 @@ SWEEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class RolledSide:
     """How one factor is put together: `chunks` times p shared rows, rotated by `stride` each, below u unshared ones.
 
     What is stored is x (p + chunks · u, side / chunks): A_0, then the chunks of A_u.
@@ -56,7 +56,7 @@ class Side:
     chunks: int
 
     @classmethod
-    def of(cls, side: int, unshared: int, shared: int) -> "Side":
+    def of(cls, side: int, unshared: int, shared: int) -> "RolledSide":
         """Of a side so long: chunks as `CHUNKS` where they divide it."""
         return cls(unshared, shared, math.gcd(side, CHUNKS))
 
@@ -100,7 +100,7 @@ class Chunks:
 
     b: Tensor
     a: Tensor
-    sides: tuple[Side, Side]
+    sides: tuple[RolledSide, RolledSide]
 
     def delta(self) -> Factors:
         """Its update: (out, r), (r, in)."""
@@ -161,7 +161,7 @@ def _fitted(
 def prolora_parameters(shapes: Mapping[str, Shape], unshared: int, shared: int) -> int:
     """Numbers that PRoLoRA stores."""
     sides = [side for shape in shapes.values() for side in shape]
-    return sum(unshared * side + shared * side // Side.of(side, unshared, shared).chunks for side in sides)
+    return sum(unshared * side + shared * side // RolledSide.of(side, unshared, shared).chunks for side in sides)
 
 
 def fit_chunks(target: Factors, start: Factors, unshared: int, shared: int, seed: int) -> tuple[Chunks, list[float]]:
@@ -172,7 +172,7 @@ def fit_chunks(target: Factors, start: Factors, unshared: int, shared: int, seed
     target, start = target.to(torch.float64), start.to(torch.float64).padded(unshared + shared)
     energy = Grams.of(target).energy
     out, width = target.shape
-    sides = Side.of(out, unshared, shared), Side.of(width, unshared, shared)
+    sides = RolledSide.of(out, unshared, shared), RolledSide.of(width, unshared, shared)
     svd = Chunks(sides[0].mean(start.b.T), sides[1].mean(start.a), sides)
     generator = torch.Generator("cpu").manual_seed(seed)
     starts = [svd.disturbed(share, generator) for share in DISTURBED]

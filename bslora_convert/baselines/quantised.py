@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from bslora_convert.baselines.baseline import Fit, Fitted, largest
+from bslora_convert.baselines.baseline import Fitted, Fitter, largest
 from bslora_convert.baselines.blocks import CodedFactors, Grid, rtn
 from bslora_convert.baselines.nf4 import NF4
 from bslora_convert.fit import allocate
@@ -94,9 +94,9 @@ def _by_energy(source: Source) -> Callable[[int], Ranks]:
     return lambda numbers: allocate.within_budget(source.spectra, source.costs, max(numbers, least))
 
 
-WHOLE: Mapping[str, Fit] = {name: partial(whole, grid) for name, grid in GRIDS.items()}
+WHOLE: Mapping[str, Fitter] = {name: partial(whole, grid) for name, grid in GRIDS.items()}
 
-TRUNCATED: Mapping[str, Fit] = {
+TRUNCATED: Mapping[str, Fitter] = {
     **{f"svd_{name}": partial(truncated, name, False) for name in GRIDS},
     **{f"svd_{name}_adaptive": partial(truncated, name, True) for name in GRIDS},
 }

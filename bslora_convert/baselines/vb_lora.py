@@ -58,7 +58,7 @@ FLOOR = 1e-12  # of the energy: below it the objective is rounding
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PieceLayout:
     """Where the pieces of each module stand in one table: first those of A, row by row, then those of B, block by block."""
 
     shapes: Mapping[str, Shape]
@@ -100,10 +100,10 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class BankState:
     """A bank and its mixtures, float64, and the objective."""
 
-    layout: Layout
+    layout: PieceLayout
     bank: Tensor
     mixing: Mixing
     lost: float
@@ -113,14 +113,14 @@ class State:
 class Task:
     """The pieces (n, b) of one rank, float32, with what an error of each costs (n,)."""
 
-    layout: Layout
+    layout: PieceLayout
     x: Tensor
     weights: Tensor
     size: int
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ModuleBatch:
     """Modules of one shape and inner rank, by their positions: P (m, out, R), Q (m, R, in), float64."""
 
     places: Sequence[int]
@@ -203,7 +203,7 @@ def _tasks(source: Source, budget: int, length: int) -> list[Task]:
         ranks.add(whole)
     tasks = []
     for rank in sorted(ranks):
-        layout = Layout(shapes, rank, length)
+        layout = PieceLayout(shapes, rank, length)
         size = max(min(sizes[rank], _pieces(shapes, rank, length) + 1), TOPK)
         factors = {name: delta.factors() for name, delta in source.deltas.items()}
         short = [source.svds[name].truncate([term], rank) for name, term in factors.items()]
@@ -213,12 +213,12 @@ def _tasks(source: Source, budget: int, length: int) -> list[Task]:
     return tasks
 
 
-def _task(layout: Layout, factors: Sequence[Factors], size: int) -> Task:
+def _task(layout: PieceLayout, factors: Sequence[Factors], size: int) -> Task:
     x = torch.cat([layout.pieces(pair) for pair in factors])
     return Task(layout, x, torch.cat([layout.costs(pair) for pair in factors]), size)
 
 
-def _batches(source: Source) -> list[Batch]:
+def _batches(source: Source) -> list[ModuleBatch]:
     places: dict[tuple[Shape, int], list[int]] = {}
     deltas = list(source.deltas.values())
     for place, delta in enumerate(deltas):
@@ -227,11 +227,11 @@ def _batches(source: Source) -> list[Batch]:
     for members in places.values():
         factors = [deltas[place].factors() for place in members]
         p, q = (torch.stack([getattr(pair, side) for pair in factors]).double() for side in ("b", "a"))
-        batches.append(Batch(members, p, q))
+        batches.append(ModuleBatch(members, p, q))
     return batches
 
 
-def _lost(energy: float, batches: Sequence[Batch], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _lost(energy: float, batches: Sequence[ModuleBatch], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Σ ‖ΔW − BA‖², a float64 scalar that gradients pass through."""
     total = torch.as_tensor(energy, dtype=torch.float64, device=batches[0].p.device)
     for batch in batches:
@@ -243,14 +243,16 @@ def _lost(energy: float, batches: Sequence[Batch], pairs: Sequence[tuple[Tensor,
     return total
 
 
-def _state(energy: float, batches: Sequence[Batch], layout: Layout, bank: Tensor, mixing: Mixing) -> State:
+def _state(
+    energy: float, batches: Sequence[ModuleBatch], layout: PieceLayout, bank: Tensor, mixing: Mixing
+) -> BankState:
     bank = bank.double()
     mixing = Mixing(mixing.first, mixing.second, mixing.share.double())
     lost = float(_lost(energy, batches, layout.joined(mixing.of(bank))))
-    return State(layout, bank, mixing, lost)
+    return BankState(layout, bank, mixing, lost)
 
 
-def _alternate(energy: float, batches: Sequence[Batch], task: Task, bank: Tensor, held: Mixing) -> State:
+def _alternate(energy: float, batches: Sequence[ModuleBatch], task: Task, bank: Tensor, held: Mixing) -> BankState:
     """Rounds of bank and mixtures on the pieces, until one gains too little even with some of the bank exchanged."""
     x, weights = task.x, task.weights
     mixing, left = assign(x, bank, Mixing(held.first, held.second, held.share.to(bank)))
@@ -273,7 +275,7 @@ def _alternate(energy: float, batches: Sequence[Batch], task: Task, bank: Tensor
     return _state(energy, batches, task.layout, bank, mixing)
 
 
-def _refine(energy: float, batches: Sequence[Batch], state: State) -> State:
+def _refine(energy: float, batches: Sequence[ModuleBatch], state: BankState) -> BankState:
     """L-BFGS over bank and shares, the pairs fixed; the state as it was where that doesn't help."""
     if state.lost <= FLOOR * energy:
         return state
@@ -297,7 +299,7 @@ def _refine(energy: float, batches: Sequence[Batch], state: State) -> State:
     return min(state, refined, key=lambda one: one.lost)
 
 
-def _fitted(source: Source, state: State, storage: torch.dtype) -> Fitted:
+def _fitted(source: Source, state: BankState, storage: torch.dtype) -> Fitted:
     layout, shapes = state.layout, source.shapes
     mixing = state.mixing.larger_first()
     bank = rounded(state.bank, storage)
@@ -312,7 +314,7 @@ def _fitted(source: Source, state: State, storage: torch.dtype) -> Fitted:
     }
 
     def make(name: str) -> Factors:
-        ((b, a),) = Layout({name: shapes[name]}, layout.rank, layout.length).joined(stored[name].of(bank))
+        ((b, a),) = PieceLayout({name: shapes[name]}, layout.rank, layout.length).joined(stored[name].of(bank))
         return Factors(b, a)
 
     def save(directory: Path, config: Mapping[str, Any]) -> None:
@@ -343,7 +345,7 @@ def _fitted(source: Source, state: State, storage: torch.dtype) -> Fitted:
     return Fitted(Made(list(shapes), make), stored_numbers, settings, save if linear else None)
 
 
-def _saved(name: str, shape: Shape, mixing: Mixing, layout: Layout, size: int) -> dict[str, Tensor]:
+def _saved(name: str, shape: Shape, mixing: Mixing, layout: PieceLayout, size: int) -> dict[str, Tensor]:
     """One module's tensors in PEFT's names and shapes: indices (…, 2), shares (…, 1) of the first."""
     out, width = shape
     index_dtype = torch.uint8 if size < 2**8 else torch.int16 if size < 2**15 else torch.int32

@@ -44,23 +44,23 @@ POWER_STEPS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Scales:
+class ModuleScales:
     """What one module stores: λ_b (out,), λ_d (r,)."""
 
     b: Tensor
     d: Tensor
 
-    def balanced(self) -> "Scales":
+    def balanced(self) -> "ModuleScales":
         """The same product, both of one mean square."""
         mean_b, mean_d = self.b.square().mean().sqrt(), self.d.square().mean().sqrt()
         if float(mean_b) == 0.0 or float(mean_d) == 0.0:
             return self
         ratio = (mean_b / mean_d).sqrt()
-        return Scales(self.b / ratio, self.d * ratio)
+        return ModuleScales(self.b / ratio, self.d * ratio)
 
-    def stored(self, storage: torch.dtype) -> "Scales":
+    def stored(self, storage: torch.dtype) -> "ModuleScales":
         """As they come back from a file."""
-        return Scales(rounded(self.b, storage), rounded(self.d, storage))
+        return ModuleScales(rounded(self.b, storage), rounded(self.d, storage))
 
     def delta(self, frozen: Factors) -> Factors:
         """The module's update, its frozen matrices given: (out, r), (r, in)."""
@@ -68,7 +68,7 @@ class Scales:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class FrozenSide:
     """What modules of one input width have in common: A (r, in), G = A Aᵀ, and F with F Fᵀ = G as narrow as it can be."""
 
     a: Tensor
@@ -76,7 +76,7 @@ class Side:
     root: Tensor
 
     @classmethod
-    def of(cls, a: Tensor) -> "Side":
+    def of(cls, a: Tensor) -> "FrozenSide":
         """Of the columns of A that the modules see, in float64."""
         a = a.double()
         gram = a @ a.T
@@ -96,9 +96,9 @@ def fit_vera(source: Source, budget: int, storage: torch.dtype, seed: int) -> Fi
     frozen = projections(shapes, rank, seed)
     device = next(iter(source.deltas.values())).stored.b.device
     b, a = frozen.b.to(device), frozen.a.to(device)
-    sides = {width: Side.of(a[:, :width]) for width in {width for _, width in shapes.values()}}
+    sides = {width: FrozenSide.of(a[:, :width]) for width in {width for _, width in shapes.values()}}
 
-    def fitted(name: str) -> Scales:
+    def fitted(name: str) -> ModuleScales:
         out, width = shapes[name]
         scales, _ = fit_scales(source.deltas[name].factors(), b[:out], sides[width])
         return scales.balanced().stored(storage)
@@ -146,7 +146,7 @@ def projections(shapes: Mapping[str, Shape], rank: int, seed: int) -> Factors:
     return Factors(b, a)
 
 
-def fit_scales(target: Factors, b: Tensor, side: Side) -> tuple[Scales, list[float]]:
+def fit_scales(target: Factors, b: Tensor, side: FrozenSide) -> tuple[ModuleScales, list[float]]:
     """λ_b, λ_d of one module, float64, and the objective after each sweep (module docstring).
 
     target: (out, R), (R, in). b: (out, r).
@@ -167,7 +167,7 @@ def fit_scales(target: Factors, b: Tensor, side: Side) -> tuple[Scales, list[flo
         lost = history[-1]
         if lost <= FLOOR * energy or (len(history) > 1 and history[-2] - lost < TOLERANCE * lost):
             break
-    return Scales(rows, d), history
+    return ModuleScales(rows, d), history
 
 
 def _leading(c: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from bslora_convert.bslora.parts import Moved, Parts, parts_of
 from bslora_convert.bslora.resident import RESIDENT, Resident
 from bslora_convert.bslora.storage import CodedAdapter, load_coded, load_compact, named_tensors
 from bslora_convert.errors import InputError
-from bslora_convert.layers.names import Place, Slice, is_input_embedding, places, tied_heads
+from bslora_convert.layers.names import Place, StackSlice, is_input_embedding, places, tied_heads
 from bslora_convert.layers.shapes import check_fits
 from bslora_convert.layers.stacked import added
 from bslora_convert.recipe.checks import check_choice
@@ -60,7 +60,7 @@ class Attached:
             else _in_floats(form, model, found)
         )
         self._handles: list[RemovableHandle] = []
-        stacks: dict[str, dict[Slice, Callable[[], Parts]]] = {}
+        stacks: dict[str, dict[StackSlice, Callable[[], Parts]]] = {}
         for name, module in layout.modules.items():
             place, layer = found[name], model.get_submodule(found[name].layer)
             parts = partial(parts_by_name, name)
@@ -124,7 +124,7 @@ class Attached:
 
         return hook
 
-    def _stack(self, holder: nn.Module, of: Mapping[Slice, Callable[[], Parts]]) -> list[RemovableHandle]:
+    def _stack(self, holder: nn.Module, of: Mapping[StackSlice, Callable[[], Parts]]) -> list[RemovableHandle]:
         """Hooks around the layer that holds stacked experts: their updates are on its parameters while it runs."""
         running: list[AbstractContextManager[None]] = []
 

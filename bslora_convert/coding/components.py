@@ -34,16 +34,17 @@ from bslora_convert.modules.lowrank import Grams, ProductSvd
 from bslora_convert.recipe.target import Target
 
 SIZE_POWER = 0.4
-PAIRS = tuple(
-    product(WIDTHS, repeat=2)
-)  # widths of a component's two sides: option 1 + k is PAIRS[k], option 0 leaves it out
+# Widths of a component's two sides: option 1 + k is PAIRS[k], option 0 leaves the component out.
+PAIRS = tuple(product(WIDTHS, repeat=2))
 
-Counted = Callable[[Iterable["Local"]], Iterable["Local"]]  # passes modules on and says how many there have been
+Counted = Callable[
+    [Iterable["LocalComponents"]], Iterable["LocalComponents"]
+]  # passes modules on and says how many there have been
 Vectors = Mapping[tuple[str, int], tuple[Tensor, float]]  # (key, row) -> (vector, energy that it stands for)
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalComponents:
     """A module's components as its SVD gives them, and their options' bits and losses.
 
     Vectors are made when they are coded, and forgotten: written out, those of all modules take several times the source's bytes.
@@ -59,7 +60,7 @@ class Components:
     """Everything of one form that is coded. shared is empty once the shared parts are."""
 
     shared: Vectors
-    locals: Mapping[str, Local]
+    locals: Mapping[str, LocalComponents]
     items: Items
 
     @classmethod
@@ -79,10 +80,12 @@ class Components:
         return cls(vectors, locals_, _joined([*items, *(local.items for local in locals_.values())]))
 
 
-def _local(source: Source, form: BsloraForm, target: Target, weights: Mapping[str, float]) -> Callable[[str], Local]:
+def _local(
+    source: Source, form: BsloraForm, target: Target, weights: Mapping[str, float]
+) -> Callable[[str], LocalComponents]:
     """What a module's local part has to hold, measured in its metric. weights: what an error in each module counts for."""
 
-    def local(name: str) -> Local:
+    def local(name: str) -> LocalComponents:
         metric, module = source.metric(name), form.modules[name]
         wanted = cache(
             lambda: add(*residual_terms(source.deltas[name], form, name))
@@ -95,7 +98,7 @@ def _local(source: Source, form: BsloraForm, target: Target, weights: Mapping[st
         count = min(int((svd.energies > 0).sum()), most) if given is None else min(given, len(svd.energies))
         left, right = _lost_shares(metric, module.shape, lambda: svd.truncate([wanted()], count))
         energies = weights[name] * svd.energies[:count].double().cpu().numpy()
-        return Local(module.shape, svd, _component_items(energies, module.shape, left, right, target))
+        return LocalComponents(module.shape, svd, _component_items(energies, module.shape, left, right, target))
 
     return local
 

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from bslora_convert.baselines import BASELINES, QUANTISED, WHOLE
-from bslora_convert.baselines.baseline import Fit, Fitted, OutOfReach, largest, rounded
+from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach, largest, rounded
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
 from bslora_convert.coding.form import code_form
 from bslora_convert.errors import RecipeError
@@ -109,40 +109,40 @@ def as_strong(source: Source, found: Fitted, storage: torch.dtype) -> Fitted:
     return replace(found, deltas=dict(zip(found.deltas, each(scaled, found.deltas), strict=True)))
 
 
-def unbiased(fit: Fit, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+def unbiased(fit: Fitter, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
     """A form with every module's update scaled to the original's strength."""
     return as_strong(source, fit(source, budget, storage, seed), storage)
 
 
 WIDTHS: Mapping[str, int | None] = {"svd_int8": 8, "svd_int4": 4, "svd_mixed": None}
-CODED: Mapping[str, Fit] = {name: partial(coded, width, False) for name, width in WIDTHS.items()}
+CODED: Mapping[str, Fitter] = {name: partial(coded, width, False) for name, width in WIDTHS.items()}
 
 BY_FORM = ("svd_uniform", "svd_adaptive", *(f"bslora_{name}" for name in PAPER))  # of floats, those that compress makes
 
-WITHIN_BUDGET: Mapping[str, Fit] = {
+WITHIN_BUDGET: Mapping[str, Fitter] = {
     **BASELINES,
     **{f"bslora_{name}": partial(searched, name) for name in PAPER},
     **{f"bslora_{name}_{level}": partial(one_level, name, level) for name in ("ss", "ke") for level in LEVELS},
 }
 
-IN_CODES: Mapping[str, Fit] = {**CODED, **QUANTISED, **WHOLE}
+IN_CODES: Mapping[str, Fitter] = {**CODED, **QUANTISED, **WHOLE}
 
-SCALED: Mapping[str, Fit] = {
+SCALED: Mapping[str, Fitter] = {
     f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **QUANTISED, **WHOLE}[name])
     for name in (*BY_FORM, *QUANTISED, *WHOLE)
 }  # what their twins only scale
 
-UNBIASED: Mapping[str, Fit] = {
+UNBIASED: Mapping[str, Fitter] = {
     **SCALED,
     **{f"{name}{SUFFIX}": partial(coded, width, True) for name, width in WIDTHS.items()},
 }
 
 SEARCHED = {name for form in CODED for name in (form, f"{form}{SUFFIX}")}  # in our codes, which are searched on a CPU
 
-OWN_SIZE: Mapping[str, Fit] = {
+OWN_SIZE: Mapping[str, Fitter] = {
     **{f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER},
     **WHOLE,
     **{f"{name}{SUFFIX}": UNBIASED[f"{name}{SUFFIX}"] for name in WHOLE},
 }
 
-FORMS: Mapping[str, Fit] = {**WITHIN_BUDGET, **IN_CODES, **OWN_SIZE, **UNBIASED}
+FORMS: Mapping[str, Fitter] = {**WITHIN_BUDGET, **IN_CODES, **OWN_SIZE, **UNBIASED}

@@ -12,7 +12,7 @@ from bslora_convert.fit.gain import unbiased
 from bslora_convert.fit.source import Fit, Source
 from bslora_convert.process.progress import Progress
 from bslora_convert.recipe.structure import Structure
-from bslora_convert.recipe.target import Ranks
+from bslora_convert.recipe.target import RankTriple
 
 SAME_ERROR = 1e-3  # relative error under which two fits are equally good and the smaller one is kept
 
@@ -31,7 +31,7 @@ def in_floats(source: Source, request: Request, progress: Progress) -> Converted
 
 
 def fit_grouped(
-    source: Source, structure: Structure, size: int | Ranks, seed: int, dtype: torch.dtype, progress: Progress
+    source: Source, structure: Structure, size: int | RankTriple, seed: int, dtype: torch.dtype, progress: Progress
 ) -> Fit:
     """The fit under the groups that the structure names, or of several groupings the one that is best for the size.
 

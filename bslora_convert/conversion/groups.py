@@ -14,11 +14,11 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.jsonfile import parsed
 from bslora_convert.fit.source import Source
 
-Groups = dict[str, list[str]]
+Grouping = dict[str, list[str]]
 LARGEST_FILE = 16 << 20
 
 
-def read_groups(path: str | Path, names: Iterable[str]) -> Groups:
+def read_groups(path: str | Path, names: Iterable[str]) -> Grouping:
     """Groups of a file with the modules that they match; groups that match none are left out.
 
     :raises InputError: when the file is missing or not of this layout, or no module is matched.
@@ -37,9 +37,9 @@ def read_groups(path: str | Path, names: Iterable[str]) -> Groups:
     return found
 
 
-def match(patterns: Mapping[str, list[str]], names: Iterable[str]) -> Groups:
+def match(patterns: Mapping[str, list[str]], names: Iterable[str]) -> Grouping:
     """Each name in the first group with a pattern that matches it."""
-    found: Groups = {}
+    found: Grouping = {}
     for name in names:
         group = next((g for g, mine in patterns.items() if any(fnmatchcase(name, pattern) for pattern in mine)), None)
         if group is not None:
@@ -47,7 +47,7 @@ def match(patterns: Mapping[str, list[str]], names: Iterable[str]) -> Groups:
     return found
 
 
-def candidates(source: Source, choice: str) -> dict[str, Groups | None]:
+def candidates(source: Source, choice: str) -> dict[str, Grouping | None]:
     """What the fit may choose from, by a name for the reader; None stands for the layers.
 
     choice: `layer`, `auto` or a groups file.

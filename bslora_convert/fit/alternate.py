@@ -55,7 +55,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalPart:
     """A module's local part as the truncated SVD that it is, not yet multiplied out: [B −T] left right [A; T].
 
     left (q, k), right (k, q), balanced. T: the shared terms of `pairs` and `uses`, those of the time of the fit.
@@ -68,7 +68,7 @@ class Local:
 
     @property
     def rank(self) -> int:
-        """Local rank k."""
+        """LocalPart rank k."""
         return self.left.shape[1]
 
 
@@ -82,7 +82,7 @@ class State:
     """
 
     lost: float
-    locals: Mapping[str, Local] = field(default_factory=dict)
+    locals: Mapping[str, LocalPart] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=dict)
     uses: Uses = field(default_factory=dict)
     headroom: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -172,7 +172,7 @@ def _update_group(
 
 
 def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
-    """Local parts as truncated SVDs of ΔW_m minus its shared terms, ranks from the residual spectra."""
+    """LocalPart parts as truncated SVDs of ΔW_m minus its shared terms, ranks from the residual spectra."""
 
     def svd(name: str) -> ProductSvd:
         terms = _shared_terms(problem, state.pairs, state.uses, name)
@@ -187,7 +187,7 @@ def fit_locals(problem: Problem, state: State, allocation: Allocation) -> State:
     affordable = cost_of(before, problem.costs) <= cost_of(ranks, problem.costs)
     if affordable and lost_energy(spectra, before) < lost_energy(spectra, ranks):
         ranks = before
-    local = {name: Local(*svd.balanced(ranks[name]), state.pairs, state.uses) for name, svd in svds.items()}
+    local = {name: LocalPart(*svd.balanced(ranks[name]), state.pairs, state.uses) for name, svd in svds.items()}
     price = max(
         (float(v[ranks[name]]) / problem.costs[name] for name, v in spectra.items() if len(v) > ranks[name]),
         default=0.0,

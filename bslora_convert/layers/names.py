@@ -18,7 +18,7 @@ STACKING = frozenset({"MergeModulelist", "Concatenate"})
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class StackSlice:
     """One expert's share of a stacked parameter: `holder.parameter[expert]`, the part-th of `parts` blocks of rows.
 
     expert: None where the parameter is a matrix and all of it is meant, a router's for instance.
@@ -38,7 +38,7 @@ class Place:
     """Where a model has one module of an adapter: a layer of this name, or a slice that would have it."""
 
     name: str
-    slice: Slice | None = None
+    slice: StackSlice | None = None
 
     @property
     def child(self) -> list[str]:
@@ -105,7 +105,7 @@ def _as_matrix(place: Place, model: nn.Module) -> Place:
     weight = getattr(layer, WEIGHT, None)
     if place.slice is not None or plain or not isinstance(weight, Tensor) or weight.ndim != 2:
         return place
-    return Place(f"{place.name}.{WEIGHT}", Slice(place.name, WEIGHT, None, 0, 1, is_plain=True))
+    return Place(f"{place.name}.{WEIGHT}", StackSlice(place.name, WEIGHT, None, 0, 1, is_plain=True))
 
 
 def _is_slice(name: str, model: nn.Module) -> bool:
@@ -141,7 +141,7 @@ def _mapped(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, P
             continue
         plain = {type(operation).__name__ for operation in converter.operations} <= STACKING
         place = converter.source_patterns.index(pattern), len(converter.source_patterns)
-        slice_ = Slice(holder, parameter, int(number[1]), *place, is_plain=plain)
+        slice_ = StackSlice(holder, parameter, int(number[1]), *place, is_plain=plain)
         found[name] = Place(f"{holder}.{number[1]}.{name.rpartition('.')[2]}", slice_)
     return found
 

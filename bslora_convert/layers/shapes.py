@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bslora_convert.bslora.layout import Entry
 from bslora_convert.errors import InputError
-from bslora_convert.layers.names import Place, Slice, places
+from bslora_convert.layers.names import Place, StackSlice, places
 from bslora_convert.modules.factors import Shape
 
 NAMED = 3  # missing modules that an error names
@@ -58,7 +58,7 @@ def check_fits(modules: Mapping[str, Entry], model: nn.Module, what: object) -> 
     return found
 
 
-def _slice_shape(holder: nn.Module, place: Slice, name: str, what: object) -> Shape | None:
+def _slice_shape(holder: nn.Module, place: StackSlice, name: str, what: object) -> Shape | None:
     """(out, in) of one expert's part of a stacked parameter; None where that expert is missing.
 
     :raises InputError: when the experts were not only stacked.

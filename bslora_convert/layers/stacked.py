@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bslora_convert.layers.names import Slice
+from bslora_convert.layers.names import StackSlice
 
 
 class _Added(nn.Module):
     """A parameter with updates on some of its slices."""
 
-    def __init__(self, deltas: Mapping[Slice, Tensor]) -> None:
+    def __init__(self, deltas: Mapping[StackSlice, Tensor]) -> None:
         super().__init__()
         self.deltas = deltas
 
@@ -25,7 +25,7 @@ class _Added(nn.Module):
         return (weight.to(total.dtype) + total).to(weight.dtype)
 
 
-def rows_of(weight: Tensor, place: Slice) -> Tensor:
+def rows_of(weight: Tensor, place: StackSlice) -> Tensor:
     """One expert's part of a stacked parameter as a view: (out, in)."""
     if place.expert is None:
         return weight
@@ -34,9 +34,9 @@ def rows_of(weight: Tensor, place: Slice) -> Tensor:
 
 
 @contextmanager
-def added(holder: nn.Module, deltas: Mapping[Slice, Tensor]) -> Iterator[None]:
+def added(holder: nn.Module, deltas: Mapping[StackSlice, Tensor]) -> Iterator[None]:
     """Inside of it the holder's parameters have these updates, (out, in) each."""
-    by_parameter: dict[str, dict[Slice, Tensor]] = {}
+    by_parameter: dict[str, dict[StackSlice, Tensor]] = {}
     for place, delta in deltas.items():
         by_parameter.setdefault(place.parameter, {})[place] = delta
     begun: list[str] = []

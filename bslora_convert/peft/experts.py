@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bslora_convert.layers.names import Place, Slice
+from bslora_convert.layers.names import Place, StackSlice
 from bslora_convert.layers.stacked import added, rows_of
 from bslora_convert.peft.layer import BsloraLayer, Shelf
 
@@ -17,7 +17,7 @@ from bslora_convert.peft.layer import BsloraLayer, Shelf
 class ExpertWeight(nn.Module):
     """One expert's share of a stacked parameter as if it were a linear layer: weight (out, in)."""
 
-    def __init__(self, holder: nn.Module, place: Slice) -> None:
+    def __init__(self, holder: nn.Module, place: StackSlice) -> None:
         super().__init__()
         self._held = (holder,)  # a tuple, so that the holder is registered once, where it stands
         self.place = place
@@ -39,7 +39,7 @@ class ExpertLayer(BsloraLayer):
         cast(ExpertWeight, self.get_base_layer()).weight.copy_(weight_data)
 
     @property
-    def place(self) -> Slice:
+    def place(self) -> StackSlice:
         """Which share of which parameter it adapts."""
         return cast(ExpertWeight, self.get_base_layer()).place
 

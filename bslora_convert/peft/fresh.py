@@ -17,7 +17,7 @@ from bslora_convert.bslora.layout import Entry, Group, Layout
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice, Transform
 from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE
 from bslora_convert.bslora.transforms.kronecker import split_rank
-from bslora_convert.conversion.groups import Groups, match, read_groups
+from bslora_convert.conversion.groups import Grouping, match, read_groups
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.source import ENTIRE
 from bslora_convert.layers.shapes import layer_shape
@@ -25,17 +25,16 @@ from bslora_convert.lora.targets import target_fields
 from bslora_convert.modules.names import kind_of, layer_of, natural_order
 from bslora_convert.recipe.checks import check_choice, check_whole
 from bslora_convert.recipe.structure import LARGEST_RANK, Structure
-
-Ranks = tuple[int, int, int]  # local, intra, inter
+from bslora_convert.recipe.target import RankTriple
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's
 SCALING = 2.0  # of every part: what the authors' code multiplies by, whatever lora_alpha says
-DEFAULT_RANKS: Ranks = (2, 4, 16)
+DEFAULT_RANKS: RankTriple = (2, 4, 16)
 
 # The triples that the paper's tables were made with, by base model. `paper` is what its text says for all of them, but the
 # parameters that it prints are those of other triples for ke on Llama-1-7B and for ss and gt on the other two. What it prints
 # for ke on those comes from no triple known; the ones here are what its text or the released code says.
-PRESETS: dict[str, dict[str, Ranks]] = {
+PRESETS: dict[str, dict[str, RankTriple]] = {
     "paper": {"ss": (2, 4, 32), "gt": (2, 8, 16), "ke": (2, 4, 16)},
     "released-code": {"ss": (2, 4, 8), "gt": (2, 4, 8), "ke": (2, 4, 8)},
     "llama-1-7b": {"ss": (2, 4, 32), "gt": (2, 8, 16), "ke": (2, 8, 16)},
@@ -70,7 +69,7 @@ class Fresh:
         Structure(transform=self.transform, shared_size=self.shared_size, kernel=self.kernel, slice=self.slice)
         object.__setattr__(self, "ranks", self._triple())
 
-    def _triple(self) -> Ranks:
+    def _triple(self) -> RankTriple:
         if isinstance(self.ranks, str):
             check_choice("ranks", self.ranks, PRESETS)
             if self.transform == "none":
@@ -93,7 +92,7 @@ class Fresh:
 
         :raises InputError: when nobody can share, or a file of groups is bad. :raises RecipeError: for groups that match nothing.
         """
-        local, intra, inter = cast(Ranks, self.ranks)
+        local, intra, inter = cast(RankTriple, self.ranks)
         sharing = [name for name, entry in found.items() if layer_of(name) is not None and entry.kind == "linear"]
         members = {"intra": self._intra(sharing), "inter": {ENTIRE: sharing}}
         uses: dict[str, dict[str, str]] = {name: {} for name in found}
@@ -112,7 +111,7 @@ class Fresh:
         entries = {name: Entry(entry.shape, local, uses[name], entry.kind) for name, entry in found.items()}
         return Layout(transform, {name: e for name, e in entries.items() if e.rank or e.groups}, shared)
 
-    def _intra(self, names: Sequence[str]) -> Groups:
+    def _intra(self, names: Sequence[str]) -> Grouping:
         if isinstance(self.groups, Mapping):
             found = match(self.groups, names)
             if not found:
@@ -123,7 +122,7 @@ class Fresh:
         if self.groups not in GROUPS:
             return read_groups(self.groups, names)
         label = kind_of if self.groups == "kind" else layer_of
-        groups: Groups = {}
+        groups: Grouping = {}
         for name in names:
             groups.setdefault(str(label(name)), []).append(name)
         return groups

@@ -16,7 +16,7 @@ from bslora_convert.recipe.options import TARGET, option
 from bslora_convert.recipe.structure import LARGEST_RANK
 
 DEFAULT_ERROR = 0.1
-Ranks = tuple[int, int, int]
+RankTriple = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Asked:
         None, "Use this share of the source's file: rank and precision are chosen together, in codes.", TARGET
     )
     budget: float | None = option(None, "Use this share of the LoRA's parameters, in floats.", TARGET)
-    ranks: Ranks | None = option(
+    ranks: RankTriple | None = option(
         None, "Set the local, intra and inter rank by hand, in floats.", TARGET, metavar="L,A,E"
     )
     is_given: bool = field(default=True, init=False, compare=False)
@@ -104,7 +104,7 @@ class Target:
     error: float | None = None
     bytes: int | None = None
     numbers: int | None = None
-    ranks: Ranks | None = None
+    ranks: RankTriple | None = None
     measure: Measure | None = None
     limit: float = math.nan
     or_nearest: bool = False
@@ -143,7 +143,7 @@ def asked_in(recipe: Mapping[str, object]) -> dict[str, object]:
     return {name: recipe[name] for name in TARGETS if recipe.get(name) is not None}
 
 
-def _triple(given: object) -> Ranks:
+def _triple(given: object) -> RankTriple:
     ranks = tuple(given) if isinstance(given, tuple | list) else ()
     if len(ranks) != 3 or not all(is_whole(rank) and 0 <= rank <= LARGEST_RANK for rank in ranks):
         raise RecipeError(

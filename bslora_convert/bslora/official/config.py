@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.bslora.official.plan import MODES, OFFICIAL_TYPE, Plan
+from bslora_convert.bslora.official.plan import MODES, OFFICIAL_TYPE, OfficialPlan
 from bslora_convert.bslora.transforms.gate import DEFAULT_SIZE as GATE_SIZE
 from bslora_convert.bslora.transforms.kronecker import DEFAULT_SIZE as KRON_SIZE
 from bslora_convert.errors import InputError, Refused
@@ -31,7 +31,7 @@ def read_mode(config: Mapping[str, Any], path: Path) -> str:
     return mode
 
 
-def check_plan(config: Mapping[str, Any], path: Path, plan: Plan) -> None:
+def check_plan(config: Mapping[str, Any], path: Path, plan: OfficialPlan) -> None:
     """Compares ranks and sizes of the tensors with what the configuration says of them, where it does.
 
     :raises InputError: naming the field.
@@ -44,7 +44,7 @@ def check_plan(config: Mapping[str, Any], path: Path, plan: Plan) -> None:
             )
 
 
-def official_config(plan: Plan, source: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
+def official_config(plan: OfficialPlan, source: Mapping[str, Any], targets: list[str]) -> dict[str, Any]:
     """Every field that the authors' code writes.
 
     source: PEFT fields to take over (`INHERITED`), those that are set.

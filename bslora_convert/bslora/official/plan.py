@@ -44,7 +44,7 @@ OWN = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class OfficialPlan:
     """The transform of an adapter and the rank of each of its three paths, the same for every module."""
 
     transform: Transform

@@ -17,7 +17,7 @@ from bslora_convert.bslora.official.plan import (
     MODULE,
     OFFICIAL_TYPE,
     SCALING,
-    Plan,
+    OfficialPlan,
     fits,
     group_of,
     key_of,
@@ -198,7 +198,7 @@ def _check_tensors(file: _File) -> None:
             check_finite(file.path, key, tensor)
 
 
-def _plan(file: _File) -> Plan:
+def _plan(file: _File) -> OfficialPlan:
     """Transform and ranks, from the shapes of the first module's tensors.
 
     :raises InputError: when they make no sense.
@@ -215,10 +215,10 @@ def _plan(file: _File) -> Plan:
             + ("sizes above 0 are expected" if file.mode == "slice" else "one size above 0 is expected")
         )
     transforms: dict[str, Transform] = {"ss": Slice(rows, columns), "gt": Gate(rows), "ke": Kronecker(rows)}
-    return Plan(transforms[MODES[file.mode]], ranks)
+    return OfficialPlan(transforms[MODES[file.mode]], ranks)
 
 
-def _check_shapes(file: _File, module: str, plan: Plan) -> None:
+def _check_shapes(file: _File, module: str, plan: OfficialPlan) -> None:
     """Compares a module's tensors with what the plan has for it.
 
     :raises InputError: when one is missing, left over or of another shape, or the module can't be cut from or covered by
@@ -244,7 +244,7 @@ def _check_shapes(file: _File, module: str, plan: Plan) -> None:
             file.take(module, name)
 
 
-def _form(file: _File, plan: Plan) -> BsloraForm:
+def _form(file: _File, plan: OfficialPlan) -> BsloraForm:
     """The form, shared pairs taken from the first module that uses them.
 
     :raises InputError: when another module's copy differs.

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from bslora_convert.bslora.form import LEVELS, PARTS, BsloraForm, Module
 from bslora_convert.bslora.official.config import official_config
-from bslora_convert.bslora.official.plan import MODULE, SCALING, Plan, fits, group_of, key_of, target_modules
+from bslora_convert.bslora.official.plan import MODULE, SCALING, OfficialPlan, fits, group_of, key_of, target_modules
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.bslora.transforms import Slice
 from bslora_convert.errors import Refused
@@ -47,7 +47,7 @@ def save_official(form: BsloraForm, directory: FilePath, config: Mapping[str, An
     (directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def plan_of(form: BsloraForm) -> Plan:
+def plan_of(form: BsloraForm) -> OfficialPlan:
     """Transform and ranks under which the authors' code holds a form; each path takes the largest rank of its pairs.
 
     :raises Refused: when it can't.
@@ -71,7 +71,7 @@ def plan_of(form: BsloraForm) -> Plan:
                 )
     _check_groups(form)
     ranks = {"local": max(module.local.rank for module in form.modules.values())}
-    return Plan(form.transform, ranks | {level: form.shared_rank(level) for level in LEVELS})
+    return OfficialPlan(form.transform, ranks | {level: form.shared_rank(level) for level in LEVELS})
 
 
 def _check_groups(form: BsloraForm) -> None:
@@ -95,7 +95,7 @@ def _check_groups(form: BsloraForm) -> None:
                 )
 
 
-def _tensors(plan: Plan, module: Module, groups: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:
+def _tensors(plan: OfficialPlan, module: Module, groups: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:
     """Everything that stands under a module, by the authors' names; what only a path of rank 0 would use is zero.
 
     groups: the shared pairs as they are stored.
