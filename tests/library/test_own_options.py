@@ -102,7 +102,7 @@ def test_each_is_converted_with_its_own_on_a_base_that_is_read_once(
     for name in NAMES:
         recipe = Recipe(transform="none", budget=0.5, prompts=str(tmp_path / f"{name}.jsonl"), base_model=str(BASE))
         alone = tmp_path / "alone" / name
-        compress(TINY / name, alone, recipe, report_html=False, recorded_as="source")
+        compress(TINY / name, alone, recipe, report_html=False, recorded_as=str(TINY / name))
         for path in alone.iterdir():
             assert path.read_bytes() == (tmp_path / "out" / name / path.name).read_bytes(), path
     rows = {row["id"]: row for row in read_manifest(tmp_path / "out")}
