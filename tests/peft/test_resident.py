@@ -300,7 +300,7 @@ def calls(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("resident", ["codes", "floats"])
+@pytest.mark.parametrize("resident", ["codes", pytest.param("floats", marks=pytest.mark.slow)])
 def test_the_fortieth_adapter_costs_what_the_third_does(library: Path, resident: str) -> None:
     model = load_many(base(), library, {"0": "ke", "1": "ke"}, resident=resident)
 
