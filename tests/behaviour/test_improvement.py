@@ -33,7 +33,7 @@ from bslora_convert.behaviour.writing import Writing
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm
-from bslora_convert.bslora.storage import named_tensors
+from bslora_convert.bslora.tensors import named_tensors
 from bslora_convert.cli import main
 from bslora_convert.conversion.request import Converted
 from bslora_convert.errors import InputError, RecipeError
