@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from bslora_convert.baselines.baseline import Fitted
-from bslora_convert.baselines.prolora import Chunks, Side, prolora_parameters
+from bslora_convert.baselines.prolora import Chunks, RolledSide, prolora_parameters
 from bslora_convert.baselines.tied_lora import tl6_parameters
 from bslora_convert.baselines.vb_lora import vb_parameters
 from bslora_convert.baselines.vb_pieces import PieceLayout
@@ -143,7 +143,7 @@ def chunks_planted(seed: int = 0, unshared: int = 1, shared: int = 2) -> tuple[d
     random, modules = drawn(seed), {}
     shapes = {name: KINDS[kind] for name, (_, kind) in names().items()}
     for name, shape in shapes.items():
-        sides = Side.of(shape[0], unshared, shared), Side.of(shape[1], unshared, shared)
+        sides = RolledSide.of(shape[0], unshared, shared), RolledSide.of(shape[1], unshared, shared)
         rows = [side.shared + side.chunks * side.unshared for side in sides]
         b, a = (random(row, length // side.chunks) for row, length, side in zip(rows, shape, sides, strict=True))
         modules[name] = regauged(Chunks(b, a, sides).delta(), random)
