@@ -2,8 +2,8 @@
 
     python benchmarks/transforms.py fixtures/smollm2-135m-math-r16 [MORE_ADAPTERS …] [--budgets 0.4459,0.25,0.125]
 
-Energies are of what was written and read back, in the source's dtype, of least error (`--gain least-squares`) as those of truncated SVD
-are; the `svd` columns are exact, before rounding.
+Energies are of what was written and read back, in the source's dtype, of least error (`--gain least-squares`) as those of
+truncated SVD are; the `svd` columns are exact, before rounding.
 """
 
 import argparse
