@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from bslora_convert import Recipe, Training, compress, load_many, verify
 from bslora_convert.bslora.codes.trellis import tables
 from bslora_convert.coding.viterbi import paths, paths_on_device
-from bslora_convert.peft.model import shelf_of
+from bslora_convert.peft.model import table_of
 
 ROOT = Path(__file__).parents[1]
 TINY, ROWS = ROOT / "fixtures" / "tiny" / "base", ROOT / "fixtures" / "word-problems.jsonl"
@@ -131,12 +131,12 @@ def tokens(lora: Path, coded: Path, base: Path, repeats: int = 10) -> Table:
     timed("floats, 4 in a batch", lambda: floats(input_ids=ids, adapter_names=names))
     model = floats.unload()
     codes = load_many(model, coded.parent, dict.fromkeys(names, coded.name))
-    shelf = shelf_of(codes)
-    assert shelf is not None
+    table = table_of(codes)
+    assert table is not None
     timed("codes, hot", lambda: codes(input_ids=ids[:1]))
-    timed("codes, cold", lambda: codes(input_ids=ids[:1]), lambda: shelf.decoded.drop(shelf.adapters["0"]))
+    timed("codes, cold", lambda: codes(input_ids=ids[:1]), lambda: table.decoded.drop(table.adapters["0"]))
     timed("codes, 4 in a batch, hot", lambda: codes(input_ids=ids, adapter_names=names))
-    shelf.decoded.limit = 0
+    table.decoded.limit = 0
     timed("codes, module by module", lambda: codes(input_ids=ids[:1]))
     timed("codes, 4 in a batch, module by module", lambda: codes(input_ids=ids, adapter_names=names))
     return table

@@ -207,7 +207,7 @@ def timed(place: Path, repeats: int) -> dict[str, tuple[float, str]]:
     import torch
 
     from bslora_convert import load_many
-    from bslora_convert.peft.model import shelf_of
+    from bslora_convert.peft.model import table_of
 
     eight = {str(number): "0.125" for number in range(8)}
     lora, floats = (
@@ -215,9 +215,9 @@ def timed(place: Path, repeats: int) -> dict[str, tuple[float, str]]:
         load_many(base("float32"), place, eight, resident="floats"),
     )
     codes = load_many(base("float32"), place, eight)
-    shelf = shelf_of(codes)
-    assert shelf is not None
-    room, size = shelf.decoded.limit, shelf.adapters["0"].decoded_bytes
+    table = table_of(codes)
+    assert table is not None
+    room, size = table.decoded.limit, table.adapters["0"].decoded_bytes
     ids, turn = torch.arange(8)[:, None], iter(range(1 << 30))
 
     def one(model: Any) -> None:
@@ -227,7 +227,7 @@ def timed(place: Path, repeats: int) -> dict[str, tuple[float, str]]:
         model(input_ids=ids, adapter_names=list(eight))
 
     def cold() -> None:
-        shelf.decoded.drop(shelf.adapters["0"])
+        table.decoded.drop(table.adapters["0"])
         one(codes)
 
     def switching(model: Any) -> None:
@@ -254,14 +254,14 @@ def timed(place: Path, repeats: int) -> dict[str, tuple[float, str]]:
         for name, (run, limit, _) in rows.items():
             for model in (lora, floats, codes):
                 model.set_adapter("0", inference_mode=True)
-            shelf.decoded.limit = limit
+            table.decoded.limit = limit
             with codes.disable_adapter() if name == "base alone" else torch.inference_mode():
                 for again in range(repeats + 9):
                     began = time.process_time()
                     run()
                     if again > 8:  # the others have been decoded by then
                         best[name] = min(best[name], time.process_time() - began)
-            shelf.decoded.limit = room
+            table.decoded.limit = room
     return {name: (best[name] * 1e3, rows[name][2]) for name in rows}
 
 

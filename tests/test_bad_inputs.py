@@ -236,7 +236,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = {"self_attn.q_proj": (24, 24), "mlp.up_proj": (48, 24)}
     for name, seed in (("LORA", 0), ("OTHER", 1), ("library/a", 2), ("library/b", 3)):
         write_lora(place / name, random_products(layers=1, rank=4, seed=seed, kinds=kinds))
-    compress(place / "LORA", place / "COMPACT", Recipe(transform="ke", ranks=(1, 1, 1), shared_size=12))
+    compress(
+        place / "LORA", place / "COMPACT", Recipe(transform="ke", ranks=(1, 1, 1), shared_size=12), report_html=False
+    )
     batch(place / "library", place / "converted", Recipe(transform="none"), workers=0, report_html=False)
     (place / "mine" / ".git").mkdir(parents=True)
     (place / "mine" / ".git" / "HEAD").write_text("ref: refs/heads/main")

@@ -131,16 +131,19 @@ def test_planted_directories_come_back(tmp_path: Path, name: str) -> None:
     lora = write_lora(tmp_path / "lora", {module: form.delta(module) for module in form.modules}, alpha=28)
     size = None if name == "ss" else max(transform.pair_sizes)
     recipe = Recipe(transform=name, ranks=(2, 4, 8), shared_size=size, dtype="float32")
-    record = compress(lora, tmp_path / "out", recipe)
+    record = compress(lora, tmp_path / "out", recipe, report_html=False)
     assert record["weight"]["relative_error"] < 1e-4
     assert dense_error(lora, tmp_path / "out") < 1e-4
 
 
 def test_gate_by_hand_is_truncated_svd_of_rank_plus_two(real_adapter: Path, tmp_path: Path) -> None:
     errors = [
-        compress(real_adapter, tmp_path / transform, Recipe(transform=transform, ranks=ranks, dtype="float32"))[
-            "weight"
-        ]
+        compress(
+            real_adapter,
+            tmp_path / transform,
+            Recipe(transform=transform, ranks=ranks, dtype="float32"),
+            report_html=False,
+        )["weight"]
         for transform, ranks in (("gt", (4, 1, 1)), ("none", (6, 0, 0)))
     ]
     assert errors[0]["relative_error"] == pytest.approx(errors[1]["relative_error"], abs=1e-6)
@@ -161,7 +164,9 @@ def test_an_error_finer_than_the_dtype_is_said_and_nothing_written(tmp_path: Pat
 
 
 def test_the_whole_budget_without_sharing_is_the_source(real_adapter: Path, tmp_path: Path) -> None:
-    record = compress(real_adapter, tmp_path / "out", Recipe(transform="none", budget=1.0, dtype="float32"))
+    record = compress(
+        real_adapter, tmp_path / "out", Recipe(transform="none", budget=1.0, dtype="float32"), report_html=False
+    )
     assert record["weight"]["relative_error"] < 1e-6
     assert record["weight"]["cosine"] == pytest.approx(1.0)
 
@@ -176,12 +181,13 @@ def test_zero_deltas_and_odd_ranks(tmp_path: Path) -> None:
             lora,
             tmp_path / transform,
             Recipe(transform=transform, ranks=(1, *((1, 1) if transform != "none" else (0, 0)))),
+            report_html=False,
         )
         assert dense_error(lora, tmp_path / transform) == pytest.approx(record["weight"]["relative_error"], abs=1e-4)
     everything_zero = {n: Product(type(zero)(torch.zeros_like(p.held.b), p.held.a)) for n, p in products.items()}
     lora = write_lora(tmp_path / "zero", everything_zero)
     for transform in ("ke", "none"):
-        record = compress(lora, tmp_path / f"zero-{transform}", Recipe(transform=transform))
+        record = compress(lora, tmp_path / f"zero-{transform}", Recipe(transform=transform), report_html=False)
         assert record["weight"]["relative_error"] == 0.0
 
 
@@ -214,7 +220,7 @@ def test_an_error_that_nobody_asked_for_gives_way_to_the_slot(tmp_path: Path, tr
     assert record["compact"]["ranks"]["intra"] >= 1
     assert any("ATTENTION" in note and "can't be reached with --transform" in note for note in record["notes"])
     with pytest.raises(ThresholdMissed, match="give --transform auto"):
-        compress(lora, tmp_path / "asked", Recipe(transform=transform, max_error=0.1))
+        compress(lora, tmp_path / "asked", Recipe(transform=transform, max_error=0.1), report_html=False)
     assert compress(lora, tmp_path / "auto", report_html=False)["weight"]["relative_error"] <= 0.1
 
 
@@ -226,7 +232,9 @@ def test_ranks_without_a_transform_take_the_best_one(tmp_path: Path) -> None:
         for name in ("ke", "ss")
     }
     assert found["weight"]["relative_error"] == min(weight["relative_error"] for weight in errors.values())
-    assert compress(lora, tmp_path / "none", Recipe(ranks=(2, 0, 0)))["compact"]["transform"] == "none"
+    assert (
+        compress(lora, tmp_path / "none", Recipe(ranks=(2, 0, 0)), report_html=False)["compact"]["transform"] == "none"
+    )
 
 
 def test_bad_places_are_refused_before_any_work(real_adapter: Path, tmp_path: Path) -> None:

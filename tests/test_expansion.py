@@ -50,7 +50,7 @@ def test_real_peft_gives_the_forms_forward_pass(tmp_path: Path, transform: str) 
     recipe = Recipe(
         transform=transform, budget=0.6, dtype="float32", shared_size=32 if transform in ("ke", "gt") else None
     )
-    compress(ADAPTER, tmp_path / "compact", recipe)
+    compress(ADAPTER, tmp_path / "compact", recipe, report_html=False)
     result = expand(tmp_path / "compact", tmp_path / "lora")
     assert result["relative_error"] < 1e-6
     expanded = logits(PeftModel.from_pretrained(base(), str(tmp_path / "lora")))
@@ -60,7 +60,7 @@ def test_real_peft_gives_the_forms_forward_pass(tmp_path: Path, transform: str) 
 
 
 def test_the_whole_budget_gives_the_source_back(tmp_path: Path) -> None:
-    compress(ADAPTER, tmp_path / "compact", Recipe(transform="none", budget=1.0, dtype="float32"))
+    compress(ADAPTER, tmp_path / "compact", Recipe(transform="none", budget=1.0, dtype="float32"), report_html=False)
     expand(tmp_path / "compact", tmp_path / "lora")
     first = logits(PeftModel.from_pretrained(base(), str(ADAPTER)))
     second = logits(PeftModel.from_pretrained(base(), str(tmp_path / "lora")))
@@ -89,7 +89,12 @@ def test_scaling_is_one_for_every_reader(tmp_path: Path) -> None:
 
 
 def test_rank_truncates_and_uniform_pads(tmp_path: Path) -> None:
-    compress(ADAPTER, tmp_path / "compact", Recipe(transform="ke", budget=0.6, dtype="float32", shared_size=32))
+    compress(
+        ADAPTER,
+        tmp_path / "compact",
+        Recipe(transform="ke", budget=0.6, dtype="float32", shared_size=32),
+        report_html=False,
+    )
     whole = expand(tmp_path / "compact", tmp_path / "whole")
     short = expand(tmp_path / "compact", tmp_path / "short", rank=3)
     padded = expand(tmp_path / "compact", tmp_path / "padded", rank="uniform")
@@ -115,7 +120,7 @@ def test_rank_truncates_and_uniform_pads(tmp_path: Path) -> None:
 def test_modules_without_any_part_are_written_as_zero(tmp_path: Path) -> None:
     products = random_products(rank=2)
     lora = write_lora(tmp_path / "lora", products)
-    compress(lora, tmp_path / "compact", Recipe(transform="none", budget=0.03))
+    compress(lora, tmp_path / "compact", Recipe(transform="none", budget=0.03), report_html=False)
     ranks = [module.local.rank for module in load_compact(tmp_path / "compact").form.modules.values()]
     assert min(ranks) == 0
     assert expand(tmp_path / "compact", tmp_path / "out")["ranks"]["min"] == 1
@@ -140,7 +145,12 @@ def test_names_that_end_alike_keep_their_own_rank(tmp_path: Path) -> None:
 
 
 def test_the_compact_adapter_is_never_its_own_output(tmp_path: Path) -> None:
-    compress(write_lora(tmp_path / "lora", random_products(layers=1)), tmp_path / "p" / "c", Recipe(transform="none"))
+    compress(
+        write_lora(tmp_path / "lora", random_products(layers=1)),
+        tmp_path / "p" / "c",
+        Recipe(transform="none"),
+        report_html=False,
+    )
     for out in (tmp_path / "p" / "c", tmp_path / "p"):
         with pytest.raises(InputError, match="would replace the source"):
             expand(tmp_path / "p" / "c", out, overwrite=True)

@@ -166,7 +166,7 @@ def test_codes_do_what_floats_do_to_the_last_bit(library: Path, form: str) -> No
     expected = logits(floats)
     assert not torch.equal(expected, logits(base()))
     for room in (1 << 30, 0):  # the whole adapter decoded, and module by module
-        next(m.shelf for m in codes.modules() if hasattr(m, "shelf")).decoded.limit = room
+        next(m.table for m in codes.modules() if hasattr(m, "table")).decoded.limit = room
         assert torch.equal(logits(codes), expected)
         model = base()
         with load_into(model, library / form, decoded_bytes=room):

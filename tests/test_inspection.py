@@ -50,7 +50,9 @@ def test_a_lora(real_adapter: Path) -> None:
 
 def test_a_compact_directory(tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora", random_products(rank=8))
-    record = compress(lora, tmp_path / "out", Recipe(transform="ke", ranks=(2, 1, 3), shared_size=32))
+    record = compress(
+        lora, tmp_path / "out", Recipe(transform="ke", ranks=(2, 1, 3), shared_size=32), report_html=False
+    )
     result = inspect(tmp_path / "out")
     assert set(result) >= CONTRACT
     assert result["kind"] == "bslora"

@@ -51,7 +51,9 @@ def shown(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-@pytest.mark.parametrize("name", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize(
+    "name", [ODD[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ODD[1:4]), *ODD[4:]], ids=range(len(ODD))
+)
 def test_paths_are_printed_letter_by_letter_by_every_verb(tmp_path: Path, name: str) -> None:
     name = name.replace("/", "∕") if "script" in name else name
     source = write_lora(tmp_path / name, random_products(layers=1))
@@ -247,6 +249,7 @@ def test_libraries_keep_their_words_to_themselves(capfd: pytest.CaptureFixture[s
     assert "".join(capfd.readouterr()) == ""
 
 
+@pytest.mark.slow
 def test_the_harness_draws_no_bars_unless_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     words = [

@@ -18,7 +18,8 @@ from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dens
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.parts import Moved, Parts, parts_of
 from bslora_convert.bslora.resident import RESIDENT, Resident
-from bslora_convert.bslora.storage import CodedAdapter, load_coded, load_compact, named_tensors
+from bslora_convert.bslora.storage import CodedAdapter, load_coded, load_compact
+from bslora_convert.bslora.tensors import named_tensors
 from bslora_convert.errors import InputError
 from bslora_convert.layers.names import Place, StackSlice, is_input_embedding, places, tied_heads
 from bslora_convert.layers.shapes import check_fits

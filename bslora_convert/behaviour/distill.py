@@ -17,7 +17,6 @@ sums are added up, so that the run is the same as with one process, up to the or
 each share's own sums). The first one writes.
 """
 
-import json
 import math
 import shutil
 import time
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bslora_convert.behaviour.divergence import kl_sums
@@ -38,19 +36,15 @@ from bslora_convert.behaviour.quantiser import Quantiser
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
+from bslora_convert.behaviour.training_state import STATE_NAME, RunState, load_state, not_of_this_run, save_state
 from bslora_convert.bslora.codes.file import coded_tensors
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import assemble, named_tensors
+from bslora_convert.bslora.tensors import assemble, named_tensors
 from bslora_convert.conversion.request import Converted
-from bslora_convert.errors import InputError
-from bslora_convert.files.jsonfile import read_json
-from bslora_convert.files.landing import replacing
-from bslora_convert.files.tensorfile import read_tensors
 from bslora_convert.process.progress import Progress
 from bslora_convert.recipe.training import Training
 
-CHECKPOINT, STATE = "state.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -82,8 +76,8 @@ def distill(
     :raises InputError: when checkpoints are of another run or damaged.
     """
     trainer = Trainer(session, start, rows, run.training, checkpoints, run.began)
-    if resume and checkpoints is not None and (checkpoints / STATE).is_file():
-        trainer.load()
+    if resume and checkpoints is not None and (checkpoints / STATE_NAME).is_file():
+        trainer.go_on(checkpoints)
     elif checkpoints is not None and trainer.accelerator.is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)
     return trainer.finish(session.progress)
@@ -122,10 +116,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=training.learning_rate, weight_decay=0.0)
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         self.best = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.step, self.stale, self.kept_step = 0, 0, 0
-        self.before = self.lowest = math.nan
-        self.log: list[dict[str, Any]] = []
-        self.tokens, self.seconds, self.evaluation_seconds = 0, 0.0, 0.0
+        self.state, self.evaluation_seconds = RunState(), 0.0
         self.notes: list[str] = []
         self.steps = self._planned()
         longest = max(len(example.ids) for example in rows.train)
@@ -140,30 +131,32 @@ class Trainer:
 
     def finish(self, progress: Progress) -> Distilled:
         """Trains to the end and returns the best state."""
-        if math.isnan(self.before):
+        if math.isnan(self.state.before):
             progress("measuring the start")
-            self.before = self.lowest = self._heldout()
+            self.state.before = self.state.lowest = self._heldout()
         order = self._order()
-        for _ in range(self.step * self.training.accumulate):
+        for _ in range(self.state.step * self.training.accumulate):
             next(order)
-        while self.step < self.steps and not self._out_of_time() and self.stale < self.training.patience:
+        while self.state.step < self.steps and not self._out_of_time() and self.state.stale < self.training.patience:
             row = self.one_step(order)
             if row is None:
-                self.notes.append(f"the loss was not finite at step {self.step + 1}; the best state before it is kept")
+                self.notes.append(
+                    f"the loss was not finite at step {self.state.step + 1}; the best state before it is kept"
+                )
                 break
-            self.step += 1
-            if self.step % self.training.evaluate_every == 0 or self.step == self.steps:
+            self.state.step += 1
+            if self.state.step % self.training.evaluate_every == 0 or self.state.step == self.steps:
                 row["heldout_kl"] = self._evaluate()
-            self.log.append(row)
+            self.state.log.append(row)
             if "heldout_kl" in row and self.checkpoints is not None and self.accelerator.is_main_process:
-                self.save()
-            progress("training", self.step, self.steps, self._said(row))
-        if self.step and self.log and "heldout_kl" not in self.log[-1]:
-            self.log[-1]["heldout_kl"] = self._evaluate()
+                save_state(self.checkpoints, self.training, self.state, self._tensors())
+            progress("training", self.state.step, self.steps, self._said(row))
+        if self.state.step and self.state.log and "heldout_kl" not in self.state.log[-1]:
+            self.state.log[-1]["heldout_kl"] = self._evaluate()
         return self._result()
 
     def _said(self, row: Mapping[str, Any]) -> str:
-        return f"loss {row['loss']:.4f}, held-out KL {self.lowest:.5f}, {row['tokens_per_second']:.0f} tokens/s"
+        return f"loss {row['loss']:.4f}, held-out KL {self.state.lowest:.5f}, {row['tokens_per_second']:.0f} tokens/s"
 
     def _out_of_time(self) -> bool:
         return self._spent() >= 1
@@ -203,7 +196,7 @@ class Trainer:
     def one_step(self, order: Iterator[Sequence[Example]]) -> dict[str, Any] | None:
         """One optimiser step; None when the loss or the gradient is not finite."""
         began, loss = time.perf_counter(), 0.0
-        rate = self.training.rate_at(max((self.step + 1) / self.steps, self._spent()))
+        rate = self.training.rate_at(max((self.state.step + 1) / self.steps, self._spent()))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = [next(order) for _ in range(self.training.accumulate)]
@@ -226,9 +219,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.state.tokens, self.state.seconds = self.state.tokens + tokens, self.state.seconds + seconds
         return {
-            "step": self.step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": float(norm),
+            "step": self.state.step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": float(norm),
             "tokens_per_second": tokens / seconds,
         }  # fmt: skip
 
@@ -239,7 +232,7 @@ class Trainer:
     def _heldout(self) -> float:
         began = time.perf_counter()
         # What was read is what is stored; coding it again might move it.
-        present = self.student.rounded(self.quantiser) if self.step else nullcontext()
+        present = self.student.rounded(self.quantiser) if self.state.step else nullcontext()
         with torch.no_grad(), present:
             own = self.rows.heldout[self.share]
             sums = kl_sums(self.base, self.known, self.student.attached, own, self.training.batch_size)
@@ -250,29 +243,29 @@ class Trainer:
     def _evaluate(self) -> float:
         """Held-out KL of the present state, which becomes the best one where it is lower."""
         kl = self._heldout()
-        if kl < self.lowest:
-            self.lowest, self.kept_step, self.stale = kl, self.step, 0
+        if kl < self.state.lowest:
+            self.state.lowest, self.state.kept_step, self.state.stale = kl, self.state.step, 0
             self.best = {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
         else:
-            self.stale += 1
+            self.state.stale += 1
         return kl
 
     def _result(self) -> Distilled:
         best = {name: tensor.cpu() for name, tensor in self.best.items()}
         codes = self.codes
-        if self.kept_step:
+        if self.state.kept_step:
             trained = {name: best[name] for name in self.student.trained}
             best, codes = best | self.quantiser.round(trained), self.quantiser.encoded(trained)
         form = assemble(self.layout, best).to(self.quantiser.dtype)
         self.student.attached.remove()
         record = {
-            "steps": self.step,
-            "kept_step": self.kept_step,
-            "heldout_kl_before": self.before,
-            "heldout_kl_after": self.lowest,
+            "steps": self.state.step,
+            "kept_step": self.state.kept_step,
+            "heldout_kl_before": self.state.before,
+            "heldout_kl_after": self.state.lowest,
             "heldout_rows": len(self.rows.heldout),
             "training_rows": len(self.rows.train),
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "tokens_per_second": self.state.tokens / self.state.seconds if self.state.seconds else 0.0,
             "peak_bytes": peak_bytes(self.base.device),
             "trained": self.training.train,
             "trained_parameters": sum(p.numel() for p in self.student.parameters()),
@@ -282,44 +275,25 @@ class Trainer:
             "options": self.training.to_dict(),
             **({"completions": dict(self.rows.completions)} if self.rows.completions else {}),
         }
-        if self.kept_step == 0:
+        if self.state.kept_step == 0:
             self.notes.append("no state was better on the held-out rows than the starting one, which is kept")
-        return Distilled(form, tuple(self.log), record, (*self.rows.notes, *self.notes), codes)
+        return Distilled(form, tuple(self.state.log), record, (*self.rows.notes, *self.notes), codes)
 
-    # ------------------------------------------------------------------------------------------ checkpoints
-
-    def save(self) -> None:
-        """Everything that the rest of the run depends on, complete or not at all."""
-        assert self.checkpoints is not None
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the rest of the run depends on, by key."""
         tensors = {f"now.{name}": tensor for name, tensor in self.student.tensors.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.student.trained.items():
-            state = self.optimizer.state[parameter]  # empty for a module that no token has reached
-            tensors |= {f"{key}.{name}": state[key] for key in MOMENTS if key in state}
-        with replacing(self.checkpoints) as place:
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, place / CHECKPOINT)
-            scalars = {key: getattr(self, key) for key in self._scalars()}
-            (place / STATE).write_text(json.dumps({"options": self.training.to_dict(), **scalars}))
+            moments = self.optimizer.state[parameter]  # empty for a module that no token has reached
+            tensors |= {f"{key}.{name}": moments[key] for key in MOMENTS if key in moments}
+        return tensors
 
-    @staticmethod
-    def _scalars() -> tuple[str, ...]:
-        return ("step", "stale", "kept_step", "before", "lowest", "log", "tokens", "seconds")
-
-    def load(self) -> None:
-        """Goes on from a checkpoint of the same run.
+    def go_on(self, checkpoints: Path) -> None:
+        """Takes the state of the same run that was interrupted.
 
         :raises InputError: when it is damaged or its options are others.
         """
-        assert self.checkpoints is not None
-        state = read_json(self.checkpoints / STATE)
-        free = ("max_steps", "epochs", "max_minutes", "patience")
-        for name, value in self.training.to_dict().items():
-            if name not in free and state.get("options", {}).get(name) != value:
-                raise InputError(
-                    f"{self.checkpoints / STATE}: was trained with {name} {state.get('options', {}).get(name)!r}, now {value!r}; "
-                    "give the same options or leave --resume out"
-                )
-        tensors = read_tensors(self.checkpoints / CHECKPOINT)
+        state, tensors = load_state(checkpoints, self.training)
         try:
             with torch.no_grad():
                 for name, tensor in self.student.tensors.items():
@@ -328,10 +302,9 @@ class Trainer:
                 for name, parameter in self.student.trained.items():
                     if f"{MOMENTS[0]}.{name}" in tensors:
                         self.optimizer.state[parameter] = {
-                            "step": torch.tensor(float(state["step"])),
+                            "step": torch.tensor(float(state.step)),
                             **{key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS},
                         }
-            for key in self._scalars():
-                setattr(self, key, state[key])
         except (KeyError, RuntimeError) as error:
-            raise InputError(f"{self.checkpoints}: not a checkpoint of this adapter ({error})") from None
+            raise not_of_this_run(checkpoints, error) from None
+        self.state = state

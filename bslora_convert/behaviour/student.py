@@ -11,7 +11,7 @@ from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Batch
 from bslora_convert.behaviour.quantiser import Quantiser
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.bslora.storage import assemble
+from bslora_convert.bslora.tensors import assemble
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.training import Training
 

@@ -7,7 +7,7 @@ rest: a group by `shared.update`, the local parts as truncated SVDs of what the 
 from the residual's spectra and kept only where that loses less. The objective never rises.
 
 A residual is never formed, nor is a local part before the end: with L = [B −T] C [A; T], C small, ΔW_m − L_m − T_m is
-[B T] core [A; T] with another small core (`shared.Sum`).
+[B T] core [A; T] with another small core (`residual.Sum`).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,8 +22,9 @@ from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.bslora.transforms.kronecker import split_rank
 from bslora_convert.fit import shared
 from bslora_convert.fit.allocate import Ranks, cost_of, lost_energy
+from bslora_convert.fit.beginning import widen
 from bslora_convert.fit.parallel import each
-from bslora_convert.fit.shared import Member, Own, Sum
+from bslora_convert.fit.residual import Member, Own, Sum
 from bslora_convert.modules.factors import Factors, add
 from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, combine, gram, product_svd
 
@@ -158,7 +159,7 @@ def _update_group(
         for name in names
     ]
     if (level, group) in state.pairs:
-        pair = shared.widen(state.pairs[level, group], pair_rank, generator)
+        pair = widen(state.pairs[level, group], pair_rank, generator)
         result = shared.update(problem.transform, members, pair, kernel_rank)
     else:
         result = shared.start(problem.transform, members, pair_rank, kernel_rank, generator)

@@ -18,63 +18,21 @@ Every step is the exact optimum of what it updates given the rest, so none of th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bslora_convert.bslora.transforms import Kronecker, Slice
+from bslora_convert.fit.beginning import leading, leading_block
 from bslora_convert.fit.parallel import each
+from bslora_convert.fit.residual import Member, Own, Sum
 from bslora_convert.modules.factors import Factors, Shape
 from bslora_convert.modules.lowrank import gram
 
-Own = dict[str, Tensor]
-
-SKETCH = 8  # random directions in which the starting subspaces are measured
-CORE = 8  # largest core of the starting block; further ranks enter with the first pair step
-POWER_STEPS = 12  # power iterations for the starting subspaces and their core
 SLICE_ROUNDS = 2  # rounds that turn random rows into leading ones before the rest of the form sees them
 RIDGE = 1e-12  # of the largest normal equation: keeps uncovered rows at zero
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """A matrix held as [b1 b2 …] core [a1; a2; …]: thin products side by side, joined by a small core (q, q).
-
-    The wide factors are never copied together; a truncated SVD of the same products is only another core.
-    """
-
-    terms: Sequence[Factors]
-    core: Tensor
-
-    @property
-    def shape(self) -> Shape:
-        """(out, in)."""
-        return self.terms[0].b.shape[0], self.terms[0].a.shape[1]
-
-    @property
-    def transposed(self) -> "Sum":
-        """The transposed matrix."""
-        return Sum([Factors(term.a.T, term.b.T) for term in self.terms], self.core.T)
-
-    def times(self, x: Tensor) -> Tensor:
-        """The matrix times x: (in, c) -> (out, c)."""
-        inner = self.core @ torch.cat([term.a @ x for term in self.terms])
-        pieces = inner.split([term.rank for term in self.terms])
-        out: Tensor = self.terms[0].b @ pieces[0]
-        for term, piece in zip(self.terms[1:], pieces[1:], strict=True):
-            out.addmm_(term.b, piece)
-        return out
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A module of the group: its shape, its kernels so far, and its residual, made when asked for."""
-
-    shape: Shape
-    own: Own
-    residual: Callable[[], "Sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +69,7 @@ def start(
     """A first round for a group that has no pair: from the leading directions (KE) or from random rows (SS)."""
     like = members[0].residual().terms[0].b
     if isinstance(transform, Kronecker):
-        pair = _leading_block(transform, members, rank, generator)
+        pair = leading_block(transform, members, rank, generator)
     else:
         rows = torch.randn((transform.size_in, rank), dtype=torch.float64, generator=generator)
         pair = Factors(torch.zeros((transform.size_out, rank)), torch.linalg.qr(rows)[0].T)
@@ -119,19 +77,6 @@ def start(
     for _ in range(SLICE_ROUNDS if isinstance(transform, Slice) else 0):
         pair = update(transform, members, pair, kernel_rank).pair
     return update(transform, members, pair, kernel_rank)
-
-
-def widen(pair: Factors, rank: int, generator: torch.Generator) -> Factors:
-    """The same product with room for `rank`: new rows of A_s are random, new columns of B_s zero."""
-    missing = rank - pair.rank
-    if missing <= 0:
-        return pair
-    width = pair.a.shape[1]
-    fresh = torch.randn((missing, width), dtype=torch.float64, generator=generator) / width**0.5
-    return Factors(
-        torch.cat([pair.b, pair.b.new_zeros((pair.b.shape[0], missing))], dim=1),
-        torch.cat([pair.a, fresh.to(pair.a)], dim=0),
-    )
 
 
 def _kernels(transform: Kronecker, member: Member, residual: Sum, pair: Factors, kernel_rank: int) -> Own:
@@ -225,20 +170,6 @@ def _update_even(transform: Kronecker, members: Sequence[Member], pair: Factors,
     return Update(_project(mean, energies, basis, pair), owns, headroom)
 
 
-def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of a symmetric matrix, falling, and their vectors as columns: at most `count`."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
-
-
-def _dominant(matrix: Tensor, begin: Tensor) -> Tensor:
-    """Directions that a few power steps on a symmetric matrix single out: (s, s), (s, p) -> (s, p), orthonormal."""
-    basis = begin.to(matrix)
-    for _ in range(POWER_STEPS):
-        basis = torch.linalg.qr(matrix @ basis)[0]
-    return basis
-
-
 def _project(matrix: Tensor, energies: Tensor, basis: Tensor, like: Factors) -> Factors:
     """Best approximation of a dense (s, s) matrix with the rank and dtype of `like`, balanced."""
     rank = like.rank
@@ -307,50 +238,3 @@ def _normal(
     cover_in = transform.coverage(shape[1], size_in, k_in).to(basis.device)
     inner = torch.einsum("ps,tus,qs->tupq", basis, cover_in, basis)
     return torch.einsum("tus,tupq->spq", cover_out, inner)
-
-
-def _leading_block(transform: Kronecker, members: Sequence[Member], rank: int, generator: torch.Generator) -> Factors:
-    """A first P from the higher-order SVD of all blocks of all members.
-
-    B_s spans the leading eigenvectors of Σ block·blockᵀ, A_s those of Σ blockᵀ·block, both measured on random
-    combinations of columns and rows; the core Q that joins them is the leading direction of the projected blocks.
-    """
-    s = transform.size
-    longest = max(max(member.shape) for member in members)
-    noise = torch.randn((longest, SKETCH), generator=generator)
-    rows = torch.zeros((s, s), dtype=torch.float64)
-    columns = torch.zeros((s, s), dtype=torch.float64)
-
-    def seen(member: Member) -> tuple[Tensor, Tensor]:
-        """Σ block·blockᵀ and Σ blockᵀ·block as the noise shows them."""
-        residual = member.residual()
-        random = noise.to(residual.core)
-        sides = residual.times(random[: residual.shape[1]]), residual.transposed.times(random[: residual.shape[0]])
-        flats = [
-            transform.blocks(side, grid).transpose(0, 1).reshape(s, -1)
-            for side, grid in zip(sides, transform.grid(member.shape), strict=True)
-        ]
-        return (flats[0] @ flats[0].T).cpu(), (flats[1] @ flats[1].T).cpu()
-
-    for of_rows, of_columns in each(seen, members):
-        rows += of_rows
-        columns += of_columns
-    core = min(rank, CORE)
-    b, a = _dominant(rows, noise[:s, :core]), _dominant(columns, noise[:s, :core])
-    if core == 1:
-        return widen(Factors(b, a.T), rank, generator)
-    projected = []
-    for member in members:
-        down, across = transform.grid(member.shape)
-        residual = member.residual()
-        left, right = b.to(residual.core), a.to(residual.core)
-        left = torch.cat([transform.project(term.b, left) for term in residual.terms], dim=2)  # (out/s, p, q)
-        right = torch.cat([transform.project(term.a.T, right) for term in residual.terms], dim=2)  # (in/s, p, q)
-        blocks = torch.einsum("gaq,hbq->ghab", left @ residual.core, right)
-        projected.append(blocks.reshape(down * across, core * core).double().cpu())
-    stacked = torch.cat(projected)
-    q = stacked[stacked.square().sum(1).argmax()]
-    for _ in range(POWER_STEPS):
-        q = stacked.T @ (stacked @ q)
-        q = q / q.norm().clamp_min(torch.finfo(q.dtype).tiny)
-    return widen(Factors(b @ q.reshape(core, core), a.T), rank, generator)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from functools import lru_cache
 from pathlib import Path
 from sys import intern
@@ -36,6 +37,13 @@ from bslora_convert.recipe.training import TRAINED
 
 PAIR_B = re.compile(rf"\.bslora_(?:{'|'.join(PARTS)})_B(?:\.|$)")  # a file's key, or a model's with the adapter's name
 LIVE = ("resident", "decoded_bytes", "scaling", "init")  # of an adapter on a model
+
+CHOOSING = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)  # PEFT's, beside target_modules
 
 
 @dataclass
@@ -108,37 +116,26 @@ class BsloraConfig(PeftConfig):
         ranks: Sequence[int] | str = DEFAULT_RANKS,
         target_modules: Sequence[str] | str = TARGETS,
         *,
-        shared_size: int | None = None,
-        kernel: str = "r_1",
-        slice: str = "center",
-        groups: str | Path | Mapping[str, list[str]] = "layer",
         init: Init | str = "kaiming_normal",
         scaling: float = SCALING,
-        exclude_modules: list[str] | str | None = None,
-        layers_to_transform: list[int] | int | None = None,
-        layers_pattern: list[str] | str | None = None,
-        modules_to_save: list[str] | None = None,
-        **others: Any,
+        **options: Any,
     ) -> "BsloraConfig":
         """The configuration of an adapter that is to be trained on a model, for `get_peft_model` and trainers.
 
         model: what it will be put on; nothing but names and sizes is read, so it may be on the meta device.
-        transform to groups: as of `Fresh`. target_modules (`all-linear` too), exclude_modules, layers_to_transform,
-        layers_pattern, modules_to_save: as of PEFT's `LoraConfig`. init: how kernels and gates are drawn, or an `Init`.
-        others: any other field.
+        transform, ranks, and of the options shared_size, kernel, slice and groups: as of `Fresh`. target_modules (`all-linear`
+        too), and of the options exclude_modules, layers_to_transform, layers_pattern and modules_to_save: as of PEFT's
+        `LoraConfig`. init: how kernels and gates are drawn, or an `Init`. The options may name any other field.
 
         :raises RecipeError: naming the field, its value and what is allowed. :raises InputError: when the model has no such
             modules.
         """
-        form = Fresh(transform, ranks, shared_size, kernel, slice, groups)
-        chosen = {
-            "exclude_modules": exclude_modules,
-            "layers_to_transform": layers_to_transform,
-            "layers_pattern": layers_pattern,
-        }
+        own = {one.name: options.pop(one.name) for one in fields_of(Fresh) if one.name in options}
+        form = Fresh(transform, ranks, **own)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        given = {"modules_to_save": modules_to_save, "scaling": scaling, "init": Init.of(init), **others}
-        found = fields(form, base, target_modules, {**chosen, "modules_to_save": modules_to_save})
+        chosen = {name: options.pop(name, None) for name in CHOOSING}
+        found = fields(form, base, target_modules, chosen)
+        given = {"modules_to_save": chosen["modules_to_save"], "scaling": scaling, "init": Init.of(init), **options}
         return cls(**{**found, **given})
 
     @property

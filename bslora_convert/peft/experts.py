@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bslora_convert.layers.names import Place, StackSlice
 from bslora_convert.layers.stacked import added, rows_of
-from bslora_convert.peft.layer import BsloraLayer, Shelf
+from bslora_convert.peft.layer import BsloraLayer
+from bslora_convert.peft.table import AdapterTable
 
 
 class ExpertWeight(nn.Module):
@@ -57,11 +58,11 @@ class ExpertLayer(BsloraLayer):
 class BsloraExperts(nn.Module):
     """The layer that holds stacked experts, and their compact adapters."""
 
-    def __init__(self, base_layer: nn.Module, shelf: Shelf) -> None:
-        """base_layer: stays as it is. shelf: of all layers of the model."""
+    def __init__(self, base_layer: nn.Module, table: AdapterTable) -> None:
+        """base_layer: stays as it is. table: of all layers of the model."""
         super().__init__()
         self.base_layer = base_layer
-        self._shelf = shelf
+        self._table = table
 
     def layer(self, place: Place) -> ExpertLayer:
         """The layer of one expert's projection, made when the first adapter needs it: `experts.3.w1`, or `gate.weight`."""
@@ -74,7 +75,7 @@ class BsloraExperts(nn.Module):
             parent = cast(nn.Module, parent._modules[part])
         if last not in parent._modules:
             weight = ExpertWeight(self.base_layer, place.slice)
-            parent.register_module(last, ExpertLayer(weight, place.name, self._shelf))
+            parent.register_module(last, ExpertLayer(weight, place.name, self._table))
         return cast(ExpertLayer, parent._modules[last])
 
     def layers(self) -> list[ExpertLayer]:

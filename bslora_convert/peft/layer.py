@@ -6,8 +6,7 @@ is held as codes is registered whole in the first layer that it changes, and the
 """
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,17 +14,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from bslora_convert.bslora.decoded import Decoded
 from bslora_convert.bslora.form import LEVELS
 from bslora_convert.bslora.forward import add_head, add_lookup, add_update, dense
 from bslora_convert.bslora.parts import Parts, laid_out
 from bslora_convert.bslora.resident import Resident
 from bslora_convert.bslora.transforms import TRANSFORMS, Transform
 from bslora_convert.errors import RecipeError
-from bslora_convert.layers.names import Place
 from bslora_convert.layers.shapes import is_transposed
 from bslora_convert.modules.factors import Factors, Shape, Use
 from bslora_convert.peft.initial import Init
+from bslora_convert.peft.table import AdapterTable, Owner
 
 LOCAL = ("bslora_local_A", "bslora_local_B")
 SHARED = tuple(
@@ -38,30 +36,6 @@ CODES = "bslora_codes"  # adapters that are held as codes, registered in a layer
 BASE = "__base__"  # PEFT's name for a row of a mixed batch that takes no adapter
 
 
-@dataclass(slots=True)
-class Owner:
-    """Where a shared pair is registered; the layer is known once it has been met."""
-
-    layer: "BsloraLayer | None" = None
-
-
-@dataclass(slots=True)
-class Shelf:
-    """What all layers of a model share: the adapters held as codes, what of them is decoded, the layers by name.
-
-    places: where the model has an adapter's modules, by what was asked, so that the next one like it need not look.
-    """
-
-    adapters: dict[str, Resident] = field(default_factory=dict)
-    decoded: Decoded = field(default_factory=Decoded)
-    layers: dict[str, "BsloraLayer"] = field(default_factory=dict)
-    places: dict[Hashable, dict[str, Place]] = field(default_factory=dict)
-
-    def device_of(self, name: str) -> torch.device:
-        """Where a layer's base weight is."""
-        return self.layers[name].placed()[0] or torch.device("cpu")
-
-
 class BsloraLayer(nn.Module, BaseTunerLayer):
     """A linear layer, transformers' Conv1D or an embedding, quantised or not, and its compact adapters by name.
 
@@ -72,12 +46,12 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("shared", "scaling", "tied", "coded")
     is_expert = False
 
-    def __init__(self, base_layer: nn.Module, name: str, shelf: Shelf) -> None:
-        """base_layer: the layer that is adapted; it stays as it is. name: the model's for it. shelf: of the model's layers."""
+    def __init__(self, base_layer: nn.Module, name: str, table: AdapterTable) -> None:
+        """base_layer: the layer that is adapted; it stays as it is. name: the model's for it. table: of the model's layers."""
         super().__init__()
         self.base_layer = base_layer
-        self.name, self.shelf = name, shelf
-        shelf.layers[name] = self
+        self.name, self.table = name, table
+        table.layers[name] = self
         self.adapter_layer_names: tuple[str, ...] = ()
         # adapter -> transform and, by level, where its pair is registered; a dict, so that only the owner registers a pair
         self.shared: dict[str, tuple[Transform | None, dict[str, Owner]]] = {}
@@ -137,13 +111,13 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
             self.register_module(CODES, nn.ModuleDict())
             self.adapter_layer_names = (*self.adapter_layer_names, CODES)
         cast(nn.ModuleDict, self._modules[CODES])[adapter_name] = resident
-        self.shelf.adapters[adapter_name] = resident
+        self.table.adapters[adapter_name] = resident
         resident.to(*self.placed())
 
     @property
     def coded(self) -> dict[str, Resident]:
         """The model's adapters that are held as codes, by name."""
-        return self.shelf.adapters
+        return self.table.adapters
 
     def placed(self) -> tuple[torch.device | None, torch.dtype | None]:
         """Where the base weight is and what the base layer computes in; None where that can't be told."""
@@ -178,7 +152,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
         """Whether an adapter changes this layer."""
         if adapter_name in self.shared or adapter_name in self.tied:
             return True
-        resident = self.shelf.adapters.get(adapter_name)
+        resident = self.table.adapters.get(adapter_name)
         return resident is not None and resident.holds(self.name)
 
     def _held(self, name: str) -> nn.ParameterDict:
@@ -202,7 +176,7 @@ class BsloraLayer(nn.Module, BaseTunerLayer):
 
     def parts(self, adapter_name: str) -> Parts:
         """An adapter's local factors, its transform and its uses of shared pairs, as the forward pass takes them."""
-        resident = self.shelf.adapters.get(adapter_name)
+        resident = self.table.adapters.get(adapter_name)
         if resident is not None:
             return resident.parts(self.name)
         local = self.pair("local", adapter_name)

@@ -18,7 +18,8 @@ from bslora_convert.layers.names import Place, is_input_embedding, tied_heads
 from bslora_convert.layers.shapes import check_fits
 from bslora_convert.peft.config import scaled, split
 from bslora_convert.peft.experts import BsloraExperts
-from bslora_convert.peft.layer import BASE, HALF, BsloraLayer, Owner, Shelf
+from bslora_convert.peft.layer import BASE, HALF, BsloraLayer
+from bslora_convert.peft.table import AdapterTable, Owner
 
 
 class BsloraModel(BaseTuner):
@@ -33,10 +34,10 @@ class BsloraModel(BaseTuner):
 
         :raises InputError: naming a module that is missing or has another shape.
         """
-        self._shelf = shelf_of(model) or Shelf()
+        self._table = table_of(model) or AdapterTable()
         found = self._places(peft_config, model)
         if peft_config.decoded_bytes is not None:
-            self._shelf.decoded.limit = peft_config.decoded_bytes
+            self._table.decoded.limit = peft_config.decoded_bytes
         peft_config.rename({name: place.name for name, place in found.items()})
         self._layout: Layout = peft_config.layout()
         self._owners: dict[tuple[str, str], Owner] = {}
@@ -53,10 +54,10 @@ class BsloraModel(BaseTuner):
     def _places(self, peft_config: Any, model: nn.Module) -> dict[str, Place]:
         modules = peft_config.stored.modules
         asked = tuple((name, entry.shape) for name, entry in modules.items())
-        if asked not in self._shelf.places:
+        if asked not in self._table.places:
             what = peft_config.base_model_name_or_path or CONFIG_NAME
-            self._shelf.places[asked] = check_fits(modules, model, what)
-        return self._shelf.places[asked]
+            self._table.places[asked] = check_fits(modules, model, what)
+        return self._table.places[asked]
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -86,12 +87,12 @@ class BsloraModel(BaseTuner):
     ) -> None:
         """Puts one module's part of an adapter on its layer, which is wrapped the first time."""
         if current_key in self._experts:
-            holder = target if isinstance(target, BsloraExperts) else BsloraExperts(target, self._shelf)
+            holder = target if isinstance(target, BsloraExperts) else BsloraExperts(target, self._table)
             for place in self._experts[current_key]:
                 self._put(peft_config, adapter_name, holder.layer(place), place.name)
             self._replaced(adapter_name, target_name, parent, target, holder)
             return
-        layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target, current_key, self._shelf)
+        layer = target if isinstance(target, BsloraLayer) else BsloraLayer(target, current_key, self._table)
         if current_key in self._layout.modules:
             self._put(peft_config, adapter_name, layer, current_key)
         else:
@@ -101,7 +102,7 @@ class BsloraModel(BaseTuner):
 
     def _put(self, peft_config: Any, adapter_name: str, layer: BsloraLayer, current_key: str) -> None:
         if peft_config.stays_coded:
-            if adapter_name not in self._shelf.adapters:
+            if adapter_name not in self._table.adapters:
                 layer.keep(adapter_name, self._resident(peft_config))
             return
         owners = {}
@@ -124,12 +125,12 @@ class BsloraModel(BaseTuner):
         """An adapter to be held as codes; `_remap_adapter_state_dict_for_load` brings them."""
         stored, named = peft_config.stored, peft_config.layout()
         names = None if stored is named else dict(zip(named.modules, stored.modules, strict=True))
-        return Resident(stored, peft_config.stored_dtype, self._shelf.decoded, self._shelf.device_of, names)
+        return Resident(stored, peft_config.stored_dtype, self._table.decoded, self._table.device_of, names)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT's; what is in codes is decoded to float32 where floats are cast to it, and now where it is active."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        resident = self._shelf.adapters.get(adapter_name)
+        resident = self._table.adapters.get(adapter_name)
         if resident is None:
             return
         if autocast_adapter_dtype and resident.like.dtype in HALF:
@@ -143,7 +144,7 @@ class BsloraModel(BaseTuner):
 
     def _make_ready(self) -> None:
         for name in self.active_adapters:
-            if (resident := self._shelf.adapters.get(name)) is not None and resident.is_filled:
+            if (resident := self._table.adapters.get(name)) is not None and resident.is_filled:
                 resident.ready()
 
     def put(self, adapter_name: str, peft_config: Any, tensors: Mapping[str, Tensor], autocast: bool) -> None:
@@ -158,8 +159,8 @@ class BsloraModel(BaseTuner):
         try:
             layers = dict.fromkeys(place.layer for place in self._places(peft_config, self.model).values())
             for key in (*layers, *peft_config.target_modules_to_tie):
-                known = key in self._shelf.layers
-                if known and key in layers and adapter_name in self._shelf.adapters:
+                known = key in self._table.layers
+                if known and key in layers and adapter_name in self._table.adapters:
                     continue  # an adapter in codes is registered once
                 parent, target, target_name = _get_submodules(self.model, key)
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, key)
@@ -176,7 +177,7 @@ class BsloraModel(BaseTuner):
             module.set_adapter(self.active_adapters, inference_mode=True)
 
     def _fill(self, adapter_name: str, peft_config: Any, tensors: Mapping[str, Tensor], autocast: bool) -> None:
-        resident = self._shelf.adapters.get(adapter_name)
+        resident = self._table.adapters.get(adapter_name)
         if resident is not None:
             resident.fill(split(tensors)[0], WEIGHTS_NAME)
             if autocast and resident.like.dtype in HALF:
@@ -184,7 +185,7 @@ class BsloraModel(BaseTuner):
             return
         whole = peft_config.put_together(tensors)
         for name in self._layout.modules:
-            layer = self._shelf.layers[name]
+            layer = self._table.layers[name]
             held = {key: whole[f"{PREFIX}{name}.bslora_{key}"] for key in self._layout.held_by(name)}
             layer.fill(adapter_name, held, autocast)
 
@@ -213,10 +214,10 @@ class BsloraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """What `save_pretrained` writes: codes as they came, floats in the dtype of storage wherever that loses nothing."""
-        shelf = shelf_of(model)
-        if shelf is not None and adapter_name in shelf.adapters:
+        table = table_of(model)
+        if table is not None and adapter_name in table.adapters:
             prefix = PREFIX if isinstance(model, PeftModel) else ""
-            return {prefix + name: tensor for name, tensor in shelf.adapters[adapter_name].codes.items()}
+            return {prefix + name: tensor for name, tensor in table.adapters[adapter_name].codes.items()}
         held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         tensors = scaled(held, config.scaling)
         stored = getattr(torch, config.dtype)
@@ -229,8 +230,8 @@ class BsloraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What `from_pretrained` puts on the model: codes, as they are or decoded."""
-        shelf = shelf_of(model)
-        resident = shelf.adapters.get(adapter_name) if shelf is not None else None
+        table = table_of(model)
+        resident = table.adapters.get(adapter_name) if table is not None else None
         if resident is None:
             tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
                 model, config, adapter_name, config.put_together(state_dict)
@@ -275,6 +276,6 @@ def _name_rows(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def shelf_of(model: nn.Module) -> Shelf | None:
+def table_of(model: nn.Module) -> AdapterTable | None:
     """What a model's layers share; None where it has none yet."""
-    return next((module.shelf for module in model.modules() if isinstance(module, BsloraLayer)), None)
+    return next((module.table for module in model.modules() if isinstance(module, BsloraLayer)), None)

@@ -158,7 +158,7 @@ def test_a_grouped_adapter_runs_in_peft(tmp_path: Path) -> None:
     source = write_lora(tmp_path / "lora", random_products(layers=3, kinds=kinds))
     (tmp_path / "groups.json").write_text('{"up": ["*.up_proj"], "attention": ["*.[1-2].self_attn.*"]}')
     recipe = Recipe(transform="ke", ranks=(2, 2, 2), groups=str(tmp_path / "groups.json"), shared_size=32)
-    record = compress(source, tmp_path / "out", recipe)
+    record = compress(source, tmp_path / "out", recipe, report_html=False)
     assert record["recipe"]["groups"].endswith("groups.json")
     form = load_compact(tmp_path / "out").form
     assert set(form.shared["intra"]) == {"up", "attention"}

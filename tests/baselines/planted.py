@@ -6,9 +6,10 @@ from functools import partial
 import torch
 
 from bslora_convert.baselines.baseline import Fitted
-from bslora_convert.baselines.prolora import Chunks, Side, prolora_parameters
+from bslora_convert.baselines.prolora import Chunks, RolledSide, prolora_parameters
 from bslora_convert.baselines.tied_lora import tl6_parameters
-from bslora_convert.baselines.vb_lora import Layout, vb_parameters
+from bslora_convert.baselines.vb_lora import vb_parameters
+from bslora_convert.baselines.vb_pieces import PieceLayout
 from bslora_convert.baselines.vector_bank import Mixing
 from bslora_convert.baselines.vera import projections, vera_parameters
 from bslora_convert.fit.source import Source, measure
@@ -126,7 +127,7 @@ def bank_planted(seed: int = 0, size: int = 6) -> tuple[dict[str, Factors], int]
     generator = torch.Generator().manual_seed(seed)
     kinds = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 128)}
     shapes = {name: kinds[kind] for name, (_, kind) in names(kinds=kinds).items()}
-    layout = Layout(shapes, 4, 32)
+    layout = PieceLayout(shapes, 4, 32)
     pieces = sum(sum(counts) for counts in layout.counts)
     bank = torch.randn(size, 32, generator=generator)
     first = torch.randint(size, (pieces,), generator=generator)
@@ -142,7 +143,7 @@ def chunks_planted(seed: int = 0, unshared: int = 1, shared: int = 2) -> tuple[d
     random, modules = drawn(seed), {}
     shapes = {name: KINDS[kind] for name, (_, kind) in names().items()}
     for name, shape in shapes.items():
-        sides = Side.of(shape[0], unshared, shared), Side.of(shape[1], unshared, shared)
+        sides = RolledSide.of(shape[0], unshared, shared), RolledSide.of(shape[1], unshared, shared)
         rows = [side.shared + side.chunks * side.unshared for side in sides]
         b, a = (random(row, length // side.chunks) for row, length, side in zip(rows, shape, sides, strict=True))
         modules[name] = regauged(Chunks(b, a, sides).delta(), random)

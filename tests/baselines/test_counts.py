@@ -5,7 +5,8 @@ import pytest
 from bslora_convert.baselines.prolora import prolora_parameters
 from bslora_convert.baselines.sharelora import unit_of
 from bslora_convert.baselines.tied_lora import tl6_parameters
-from bslora_convert.baselines.vb_lora import vb_parameters, vb_trained, vector_length
+from bslora_convert.baselines.vb_lora import vb_parameters, vb_trained
+from bslora_convert.baselines.vb_pieces import vector_length
 from bslora_convert.baselines.vera import vera_parameters
 from bslora_convert.modules.factors import Shape
 

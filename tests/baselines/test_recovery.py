@@ -8,7 +8,7 @@ import torch
 from bslora_convert.baselines import BASELINES
 from bslora_convert.baselines.prolora import fit_chunks
 from bslora_convert.baselines.tied_lora import fit_tl6
-from bslora_convert.baselines.vera import Side, fit_scales, projections
+from bslora_convert.baselines.vera import FrozenSide, fit_scales, projections
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import residual_energy
 from tests.baselines.planted import (
@@ -88,7 +88,7 @@ def test_alternation_never_rises() -> None:
         assert never_rises(history, energy)
     frozen = projections({"m": (24, 24)}, 40, 0)
     for rank in (1, 8, 40):
-        scales, history = fit_scales(terms[0], frozen.b[:, :rank], Side.of(frozen.a[:rank]))
+        scales, history = fit_scales(terms[0], frozen.b[:, :rank], FrozenSide.of(frozen.a[:rank]))
         assert len(history) > 1
         assert never_rises(history, energy)
         made = scales.delta(Factors(frozen.b[:, :rank].double(), frozen.a[:rank].double()))

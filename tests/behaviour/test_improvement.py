@@ -33,7 +33,7 @@ from bslora_convert.behaviour.writing import Writing
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm
-from bslora_convert.bslora.storage import named_tensors
+from bslora_convert.bslora.tensors import named_tensors
 from bslora_convert.cli import main
 from bslora_convert.conversion.request import Converted
 from bslora_convert.errors import InputError, RecipeError
@@ -53,7 +53,7 @@ def examples(session: BaseModelSession) -> list[Example]:
 @pytest.fixture(scope="module")
 def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compact") / "ke"
-    compress(LORA, out, Recipe(transform="ke", budget=0.2, shared_size=32))
+    compress(LORA, out, Recipe(transform="ke", budget=0.2, shared_size=32), report_html=False)
     return out
 
 
@@ -148,8 +148,10 @@ def test_codes_are_fitted_in_the_metric_and_take_no_more(tmp_path: Path, size: d
     recipe = Recipe(
         transform="ke", base_model=str(BASE), prompts=str(PROMPTS), metric="two-sided", shared_size=32, **size
     )
-    record = compress(LORA, tmp_path / "out", recipe)
-    plain = compress(LORA, tmp_path / "plain", recipe.but(base_model=None, prompts=None, metric="auto"))
+    record = compress(LORA, tmp_path / "out", recipe, report_html=False)
+    plain = compress(
+        LORA, tmp_path / "plain", recipe.but(base_model=None, prompts=None, metric="auto"), report_html=False
+    )
     assert record["evidence"]["metric"]["kept"] == "two-sided"
     assert record["compact"]["bytes"] <= 1.01 * plain["compact"]["bytes"]
     assert record["weight"]["relative_error"] > plain["weight"]["relative_error"]
@@ -168,7 +170,7 @@ def test_a_metric_that_does_not_help_is_dropped(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setitem(METRICS, "input", useless)  # type: ignore[arg-type]
     recipe = Recipe(transform="none", budget=0.25, base_model=str(BASE), prompts=str(PROMPTS), metric="input")
-    record = compress(LORA, tmp_path / "out", recipe)
+    record = compress(LORA, tmp_path / "out", recipe, report_html=False)
     assert record["evidence"]["metric"]["kept"] == "plain"
     assert any("the plain fit is kept" in note for note in record["notes"])
 
@@ -186,13 +188,15 @@ def test_distillation_on_the_rows_of_the_evidence(tmp_path: Path) -> None:
     recipe = Recipe(
         transform="none", budget=0.2, base_model=str(BASE), prompts=str(PROMPTS), metric="input", finetune=True
     )
-    record = compress(LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2))
+    record = compress(
+        LORA, tmp_path / "out", recipe, training=Training(max_steps=4, evaluate_every=2), report_html=False
+    )
     assert (record["training"]["training_rows"], record["training"]["heldout_rows"]) == (38, 13)
     assert record["evidence"]["proof"]["kl"] > 0
     with pytest.raises(InputError, match="can't be split into calibration"):
         short = tmp_path / "short.jsonl"
         short.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
-        compress(LORA, tmp_path / "none", recipe.but(prompts=str(short)))
+        compress(LORA, tmp_path / "none", recipe.but(prompts=str(short)), report_html=False)
 
 
 # ---------------------------------------------------------------------------------------------- distillation
@@ -202,7 +206,7 @@ def test_distillation_on_the_rows_of_the_evidence(tmp_path: Path) -> None:
 def test_distillation_lowers_the_heldout_kl(
     session: BaseModelSession, examples: list[Example], tmp_path: Path, epochs: int, rate: float, times: int
 ) -> None:
-    compress(LORA, tmp_path / "ke", Recipe(transform="ke", budget=0.6, shared_size=32))
+    compress(LORA, tmp_path / "ke", Recipe(transform="ke", budget=0.6, shared_size=32), report_html=False)
     form = load_compact(tmp_path / "ke").form
     before = {name: tensor.clone() for name, tensor in named_tensors(form).items()}
     training = Training(train="local", epochs=epochs, learning_rate=rate, evaluate_every=epochs)
@@ -224,8 +228,8 @@ def test_distillation_lowers_the_heldout_kl(
 def test_distillation_stays_in_the_codes(session: BaseModelSession, examples: list[Example], tmp_path: Path) -> None:
     recipe = Recipe(transform="ke", bytes=0.1, shared_size=32, finetune=str(PROMPTS), base_model=str(BASE))
     training = Training(epochs=4, learning_rate=3e-3, evaluate_every=5, max_length=96)
-    compress(LORA, tmp_path / "plain", recipe.but(finetune=None, base_model=None))
-    record = compress(LORA, tmp_path / "tuned", recipe, training=training)
+    compress(LORA, tmp_path / "plain", recipe.but(finetune=None, base_model=None), report_html=False)
+    record = compress(LORA, tmp_path / "tuned", recipe, training=training, report_html=False)
     assert record["training"]["heldout_kl_after"] < 0.7 * record["training"]["heldout_kl_before"]
     before, after = load_compact(tmp_path / "plain"), load_compact(tmp_path / "tuned")
     assert torch.equal(before.codes[WIDTHS_NAME], after.codes[WIDTHS_NAME])
@@ -497,7 +501,7 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
 
 
 def test_shared_needs_something_shared(session: BaseModelSession, examples: list[Example], tmp_path: Path) -> None:
-    compress(LORA, tmp_path / "none", Recipe(transform="none", budget=0.3))
+    compress(LORA, tmp_path / "none", Recipe(transform="none", budget=0.3), report_html=False)
     form = load_compact(tmp_path / "none").form
     with pytest.raises(RecipeError, match="has no such part"):
         trained(session, form, examples[8:], examples[:8], Training(train="shared"))

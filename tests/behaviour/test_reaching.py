@@ -72,7 +72,7 @@ def test_the_smallest_file_that_reaches_it(tmp_path: Path, rows: Path, aim: dict
 
 
 def test_a_size_that_is_far_off_does_not_choose_the_metric(tmp_path: Path, rows: Path) -> None:
-    record = compress(LORA, tmp_path / "out", recipe(rows, metric="auto", min_retention=0.9))
+    record = compress(LORA, tmp_path / "out", recipe(rows, metric="auto", min_retention=0.9), report_html=False)
     chosen, path = record["evidence"]["metric"], record["aim"]["path"]
     assert path[0]["retention"] < 0.7  # the first guess was far too small
     where = next(step for step in path if step["kl"] == chosen["kl"][chosen["kept"]])
@@ -86,11 +86,12 @@ def test_a_miss_says_what_was_reached_and_leaves_nothing(tmp_path: Path, rows: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_smaller_one_is_tried_distilled(tmp_path: Path, rows: Path) -> None:
     asked = recipe(rows, min_retention=0.97)
-    plain = compress(LORA, tmp_path / "plain", asked)
+    plain = compress(LORA, tmp_path / "plain", asked, report_html=False)
     training = Training(max_steps=8, learning_rate=3e-3, evaluate_every=4, train="all")
-    tuned = compress(LORA, tmp_path / "tuned", asked.but(finetune=True), training=training)
+    tuned = compress(LORA, tmp_path / "tuned", asked.but(finetune=True), training=training, report_html=False)
     assert [step["distilled"] for step in tuned["aim"]["path"]].count(True) == 1
     if tuned["aim"]["path"][-1]["met"]:
         assert tuned["compact"]["bytes"] < plain["compact"]["bytes"]
@@ -100,7 +101,7 @@ def test_a_smaller_one_is_tried_distilled(tmp_path: Path, rows: Path) -> None:
 
 def test_a_behaviour_needs_prompts(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="min_retention is measured on prompts"):
-        compress(LORA, tmp_path / "out", Recipe(min_retention=0.99))
+        compress(LORA, tmp_path / "out", Recipe(min_retention=0.99), report_html=False)
     with pytest.raises(RecipeError, match="max_kl is 0"):
         Recipe(max_kl=0)
     with pytest.raises(RecipeError, match="exclude each other"):

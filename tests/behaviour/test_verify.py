@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,16 @@ CONTRACT = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "compact"
+    compress(LORA, out, Recipe(transform="ke", budget=0.5, shared_size=32))
+    return out
+
+
 @pytest.fixture
-def compact(tmp_path: Path) -> Path:
-    compress(LORA, tmp_path / "compact", Recipe(transform="ke", budget=0.5, shared_size=32))
-    return tmp_path / "compact"
+def compact(converted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted, tmp_path / "compact"))
 
 
 def merged(model: Any, deltas: dict[str, torch.Tensor]) -> Any:
@@ -288,7 +295,7 @@ def test_saved_heads_and_tables_run_too(tmp_path: Path) -> None:
         tmp_path / "lora", products, extra={"base_model.model.lm_head.weight": head}, modules_to_save=["lm_head"],
         base_model_name_or_path=str(BASE),
     )  # fmt: skip
-    compress(tmp_path / "lora", tmp_path / "compact", Recipe(transform="none", budget=1.0))
+    compress(tmp_path / "lora", tmp_path / "compact", Recipe(transform="none", budget=1.0), report_html=False)
     record = verify(tmp_path / "compact", tmp_path / "lora", BASE, prompts=PROMPTS, limit=3, max_new_tokens=0)
     assert record["kl"] < 1e-5
     assert record["base_kl"] > 0.1
@@ -433,7 +440,12 @@ def test_the_real_adapter_on_its_base_model(smollm2: Path, real_adapter: Path, t
     )
     assert same["kl"] < 1e-6
     assert (same["agreement"], same["retention"]) == (1.0, 1.0)
-    compress(real_adapter, tmp_path / "small", Recipe(transform="none", ranks=(2, 0, 0), local_ranks="uniform"))
+    compress(
+        real_adapter,
+        tmp_path / "small",
+        Recipe(transform="none", ranks=(2, 0, 0), local_ranks="uniform"),
+        report_html=False,
+    )
     record = verify(
         tmp_path / "small", real_adapter, smollm2, prompts=FIXTURES / "word-problems.jsonl", limit=12, max_new_tokens=4
     )

@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("writing") / "none"
-    compress(LORA, out, Recipe(transform="none", budget=0.2))
+    compress(LORA, out, Recipe(transform="none", budget=0.2), report_html=False)
     return out
 
 
@@ -158,7 +158,7 @@ def test_time_ends_the_writing_and_the_record_says_of_how_many_rows(
     assert (record["training"]["training_rows"], record["training"]["heldout_rows"]) == (1, 1)
     assert any("2 of them in the time there was; the other 38 are left out" in note for note in record["notes"])
     recipe = Recipe(transform="none", budget=0.2, base_model=str(BASE), finetune=str(unanswered))
-    compressed = compress(LORA, tmp_path / "compressed", recipe, training=replace_rows(training))
+    compressed = compress(LORA, tmp_path / "compressed", recipe, training=replace_rows(training), report_html=False)
     assert compressed["training"]["completions"]["left_out"] == 38
     assert not list(tmp_path.glob(".*"))
 

@@ -70,16 +70,18 @@ def test_one_width(tmp_path: Path) -> None:
         assert set(record["coding"]["widths"]) == {str(bits)}
         errors.append(record["weight"]["relative_error"])
     assert errors == sorted(errors, reverse=True)
-    sixteen = compress(TINY, tmp_path / "float", Recipe(transform="ke", ranks=(4, 1, 1), dtype="bfloat16"))
+    sixteen = compress(
+        TINY, tmp_path / "float", Recipe(transform="ke", ranks=(4, 1, 1), dtype="bfloat16"), report_html=False
+    )
     assert errors[-1] == pytest.approx(sixteen["weight"]["relative_error"], rel=0.01)
 
 
 def test_an_error_that_one_width_can_not_reach_is_said(tmp_path: Path) -> None:
-    record = compress(TINY, tmp_path / "out", Recipe(transform="none", max_error=0.3, bits=3))
+    record = compress(TINY, tmp_path / "out", Recipe(transform="none", max_error=0.3, bits=3), report_html=False)
     assert record["weight"]["relative_error"] <= 0.3
     assert set(record["coding"]["widths"]) == {"3"}
     with pytest.raises(ThresholdMissed, match="can't be reached with --bits 2"):
-        compress(TINY, tmp_path / "none", Recipe(transform="none", max_error=0.05, bits=2))
+        compress(TINY, tmp_path / "none", Recipe(transform="none", max_error=0.05, bits=2), report_html=False)
     assert not (tmp_path / "none").exists()
 
 
@@ -102,7 +104,7 @@ def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
     products[name] = Product(type(zero)(torch.zeros_like(zero.b), zero.a))
     head = {"base_model.model.lm_head.weight": torch.randn(16, 64)}
     lora = write_lora(tmp_path / "lora", products, extra=head, modules_to_save=["lm_head"])
-    record = compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.3))
+    record = compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.3), report_html=False)
     assert record["compact"]["byte_ratio"] <= 0.3
     adapter = load_compact(tmp_path / "out")
     assert torch.equal(adapter.carried["lm_head.weight"], head["base_model.model.lm_head.weight"])
@@ -127,7 +129,7 @@ def test_wrong_use_names_the_field(fields: dict[str, Any], words: str) -> None:
 
 def test_too_small_a_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="bytes"):
-        compress(TINY, tmp_path / "out", Recipe(transform="ke", bytes=0.004))
+        compress(TINY, tmp_path / "out", Recipe(transform="ke", bytes=0.004), report_html=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -153,7 +155,7 @@ def test_what_fits_is_not_refused(tmp_path: Path) -> None:
     record = compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.09), report_html=False)
     assert record["weight"]["relative_error"] < 1
     with pytest.raises(RecipeError, match="no room for codes"):
-        compress(lora, tmp_path / "none", Recipe(transform="none", bytes=0.03))
+        compress(lora, tmp_path / "none", Recipe(transform="none", bytes=0.03), report_html=False)
 
 
 def test_damaged_directories_are_refused(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_any_store_of_fsspec(tmp_path: Path) -> None:
 
 
 def test_a_result_is_pushed_as_it_lies_here(here: Hub, tmp_path: Path) -> None:
-    compress(TINY / "gsm8k", tmp_path / "compact", Recipe(transform="none", budget=0.5))
+    compress(TINY / "gsm8k", tmp_path / "compact", Recipe(transform="none", budget=0.5), report_html=False)
     words = ["expand", str(tmp_path / "compact"), str(tmp_path / "lora"), "--push", "org/served"]
     dry = CliRunner().invoke(main, [*words, "--push-dry-run", "--json"])
     assert dry.exit_code == 0, dry.stderr
@@ -262,7 +262,7 @@ def test_a_directory_of_more_files_than_a_commit_takes() -> None:
 
 def test_what_fails_on_the_way_leaves_the_result_here(here: Hub, tmp_path: Path) -> None:
     write_lora(tmp_path / "lora", random_products(layers=1, rank=2))
-    compress(tmp_path / "lora", tmp_path / "compact", Recipe(transform="none", budget=0.9))
+    compress(tmp_path / "lora", tmp_path / "compact", Recipe(transform="none", budget=0.9), report_html=False)
     here.fails = True
     with pytest.raises(OutputError, match="written here, but not pushed"):
         push(tmp_path / "compact", "org/full")

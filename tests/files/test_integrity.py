@@ -21,7 +21,7 @@ BASE, LORA, PROMPTS = TINY / "base", TINY / "gsm8k", TINY / "gsm8k-heldout.jsonl
 
 @pytest.fixture(params=[Recipe(transform="ke", budget=0.5, shared_size=32), Recipe(transform="none", bytes=0.25)])
 def compact(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    compress(LORA, tmp_path / "compact", request.param)
+    compress(LORA, tmp_path / "compact", request.param, report_html=False)
     return tmp_path / "compact"
 
 

@@ -38,7 +38,7 @@ def lora(tmp_path: Path) -> Path:
 
 
 def test_all_that_matters_is_there_after_compress_and_expand(lora: Path, tmp_path: Path) -> None:
-    record = compress(lora, tmp_path / "compact", Recipe(transform="none"))
+    record = compress(lora, tmp_path / "compact", Recipe(transform="none"), report_html=False)
     expanded = expand(tmp_path / "compact", tmp_path / "expanded")
     for place, notes in ((tmp_path / "compact", record["notes"]), (tmp_path / "expanded", expanded["notes"])):
         for name in (*SILENT, *SAID):
@@ -55,7 +55,7 @@ def test_what_is_not_known_is_named(tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora", random_products(layers=1))
     (lora / "router.safetensors").write_text("x")
     (lora / "experts").mkdir()
-    notes = compress(lora, tmp_path / "out", Recipe(transform="none"))["notes"]
+    notes = compress(lora, tmp_path / "out", Recipe(transform="none"), report_html=False)["notes"]
     assert notes == ["not known, so not copied from the source's directory: experts/, router.safetensors"]
 
 

@@ -41,7 +41,7 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("transform", "options", "kernel_ranks"), PLANTED)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_planted_forms_come_back_at_their_own_ranks(
     transform: Kronecker | Slice | Gate, options: dict[str, object], kernel_ranks: tuple[int, int], seed: int
 ) -> None:
@@ -97,7 +97,7 @@ def test_gate_equals_truncated_svd_of_rank_plus_two(local: int) -> None:
 
 
 @pytest.mark.parametrize("transform", ["none", "ke", "ss", "gt", "auto"])
-@pytest.mark.parametrize("share", [0.8, 0.4459, 0.25])
+@pytest.mark.parametrize("share", [0.4459, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.8, 0.25))])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_never_above_the_budget(transform: str, share: float, uniform: bool) -> None:
     kinds = {name: (4 * out, 4 * width) for name, (out, width) in KINDS.items()}
@@ -114,7 +114,7 @@ def baseline(source: Source, parameters: int) -> float:
     return (allocate.lost_energy(source.spectra, ranks) / source.energy) ** 0.5
 
 
-@pytest.mark.parametrize("share", [0.4459, 0.25, 0.125])
+@pytest.mark.parametrize("share", [0.25, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.4459, 0.125))])
 def test_none_ke_and_auto_beat_uniform_svd_of_the_same_size(share: float) -> None:
     kinds = {name: (4 * out, 4 * width) for name, (out, width) in KINDS.items()}
     products = {
@@ -129,7 +129,9 @@ def test_none_ke_and_auto_beat_uniform_svd_of_the_same_size(share: float) -> Non
     assert fits["auto"].lost <= fits["none"].lost
 
 
-@pytest.mark.parametrize(("name", "size"), [("auto", 32), ("ke", 128)])  # at 128 growing alone overshoots intra
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param("auto", 32, marks=pytest.mark.slow), ("ke", 128)]
+)  # at 128 growing alone overshoots intra
 def test_the_search_finds_planted_ranks_at_the_planted_size(name: str, size: int) -> None:
     kinds = {name: (4 * out, 4 * width) for name, (out, width) in KINDS.items()}
     form = plant(Kronecker(size), (2, 4, 8), layers=4, kinds=kinds)

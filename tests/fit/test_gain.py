@@ -75,7 +75,7 @@ def test_scales_have_bounds() -> None:
     "options",
     [
         {"transform": "none", "bytes": 0.1},
-        {"transform": "ke", "bytes": 0.1},
+        pytest.param({"transform": "ke", "bytes": 0.1}, marks=pytest.mark.slow),
         {"transform": "ke", "ranks": (2, 1, 1), "bits": 3},
         {"transform": "gt", "ranks": (2, 1, 1), "bits": 6},
         {"transform": "ke", "budget": 0.3},

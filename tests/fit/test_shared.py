@@ -7,7 +7,7 @@ import torch
 
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.fit import shared
-from bslora_convert.fit.shared import Member, Own, Sum
+from bslora_convert.fit.residual import Member, Own, Sum
 from bslora_convert.modules.factors import Factors
 
 SHAPES = [(64, 64), (32, 64), (128, 64), (64, 128)]

@@ -26,7 +26,7 @@ from bslora_convert.bslora.resident import Resident
 from bslora_convert.bslora.storage import CodedAdapter, load_coded
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.peft import BsloraLayer, load_many
-from bslora_convert.peft.layer import Shelf
+from bslora_convert.peft.table import AdapterTable
 from tests.conftest import FIXTURES
 from tests.peft.routes import write
 
@@ -65,8 +65,8 @@ def tuned(library: Path, name: str, dtype: torch.dtype = torch.float32, **option
     return PeftModel.from_pretrained(base(dtype), str(library / name), **options).eval()
 
 
-def shelf(model: Any) -> Shelf:
-    return next(module.shelf for module in model.modules() if isinstance(module, BsloraLayer))
+def table(model: Any) -> AdapterTable:
+    return next(module.table for module in model.modules() if isinstance(module, BsloraLayer))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -75,11 +75,11 @@ def test_codes_do_what_floats_do_to_the_last_bit(library: Path, name: str) -> No
     expected = logits(floats)
     assert not torch.equal(expected, logits(base()))
     assert torch.equal(logits(codes), expected)
-    held = shelf(codes).adapters["default"]
+    held = table(codes).adapters["default"]
     assert held.is_decoded and not any("bslora" in key for key, _ in codes.named_parameters())
     stored = (library / name / WEIGHTS).stat().st_size
-    assert held.codes_bytes < stored < held.decoded_bytes == shelf(codes).decoded.bytes
-    shelf(codes).decoded.limit = 0  # module by module, from where each begins in the file
+    assert held.codes_bytes < stored < held.decoded_bytes == table(codes).decoded.bytes
+    table(codes).decoded.limit = 0  # module by module, from where each begins in the file
     assert torch.equal(logits(codes), expected) and not held.is_decoded
 
 
@@ -97,9 +97,9 @@ def test_half_precision(library: Path, dtype: torch.dtype, autocast: bool) -> No
     floats = tuned(library, "ke", dtype, resident="floats", autocast_adapter_dtype=autocast)
     codes = tuned(library, "ke", dtype, autocast_adapter_dtype=autocast)
     assert torch.equal(logits(codes), logits(floats))
-    held = shelf(codes).adapters["default"]
+    held = table(codes).adapters["default"]
     assert held.like.dtype == (torch.float32 if autocast else dtype)
-    assert held.decoded_bytes == shelf(codes).decoded.bytes
+    assert held.decoded_bytes == table(codes).decoded.bytes
     codes.half()
     floats.half()
     assert torch.equal(logits(codes), logits(floats)) and held.like.dtype == torch.float16
@@ -112,13 +112,13 @@ def test_every_row_of_a_batch_names_its_adapter(library: Path) -> None:
     codes = load_many(base(), library, names)
     mixed = ["ke", "__base__", "small", "ke"], ["none", "gt", "ke", "small"]
     expected = [logits(floats, adapter_names=rows) for rows in mixed]
-    one = max(held.decoded_bytes for held in codes.base_model._shelf.adapters.values())
+    one = max(held.decoded_bytes for held in codes.base_model._table.adapters.values())
     for room in (1 << 30, 2 * one, 0):  # of four adapters all, two or none stay decoded from layer to layer
-        shelf(codes).decoded.limit = room
+        table(codes).decoded.limit = room
         for rows, wanted in zip(mixed, expected, strict=True):
             assert torch.equal(logits(codes, adapter_names=rows), wanted)
-            assert shelf(codes).decoded.bytes <= room
-    shelf(codes).decoded.limit = 2 * one
+            assert table(codes).decoded.bytes <= room
+    table(codes).decoded.limit = 2 * one
     generated = codes.generate(input_ids=IDS, adapter_names=mixed[1], max_new_tokens=2, do_sample=False)
     again = floats.generate(input_ids=IDS, adapter_names=mixed[1], max_new_tokens=2, do_sample=False)
     assert torch.equal(generated, again)
@@ -138,7 +138,7 @@ def test_merging_and_taking_out_again(library: Path) -> None:
 def test_what_is_saved_is_the_file_that_it_came_from(library: Path, tmp_path: Path) -> None:
     model = load_many(base(), library, {"default": "ke", "other": "small"})
     expected = logits(model)
-    for held in shelf(model).adapters.values():
+    for held in table(model).adapters.values():
         held.half().float()
     model.save_pretrained(tmp_path / "saved")
     for place, name in ((tmp_path / "saved", "ke"), (tmp_path / "saved" / "other", "small")):
@@ -155,7 +155,7 @@ def test_a_deleted_adapter_is_gone(library: Path) -> None:
     for name in ("ke", "small"):
         model.set_adapter(name)
         logits(model)
-    held = shelf(model)
+    held = table(model)
     gone, codes = weakref.ref(held.adapters["ke"]), weakref.ref(held.adapters["ke"].codes["bslora_widths"])
     model.delete_adapter("ke")
     gc.collect()
@@ -205,8 +205,8 @@ def test_a_compiled_model_without_room_is_slower_and_no_other(narrow: Path) -> N
     model = load_many(one_layer(), narrow, ["first"], decoded_bytes=0)
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
-    assert shelf(model).decoded.bytes == 0
-    shelf(model).decoded.limit = 1 << 30
+    assert table(model).decoded.bytes == 0
+    table(model).decoded.limit = 1 << 30
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-4)
 
 
@@ -214,14 +214,14 @@ def test_copies_casts_and_states(library: Path) -> None:
     model = tuned(library, "ke")
     expected = logits(model)
     twin = copy.deepcopy(model)
-    assert shelf(twin) is not shelf(model) and torch.equal(logits(twin), expected)
+    assert table(twin) is not table(model) and torch.equal(logits(twin), expected)
     assert torch.equal(logits(tuned(library, "ke", low_cpu_mem_usage=True)), expected)
     other = tuned(library, "ke")
     codes = {key: tensor for key, tensor in other.state_dict().items() if "bslora_codes" in key}
     assert len(codes) == len(load_compact(library / "ke").codes)
     with torch.no_grad():
         next(tensor for key, tensor in codes.items() if "trellis" in key).zero_()
-    shelf(other).adapters["default"].float()  # numbers of the old codes are let go
+    table(other).adapters["default"].float()  # numbers of the old codes are let go
     assert not torch.equal(logits(other), expected)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), expected)
@@ -300,7 +300,7 @@ def calls(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("resident", ["codes", "floats"])
+@pytest.mark.parametrize("resident", ["codes", pytest.param("floats", marks=pytest.mark.slow)])
 def test_the_fortieth_adapter_costs_what_the_third_does(library: Path, resident: str) -> None:
     model = load_many(base(), library, {"0": "ke", "1": "ke"}, resident=resident)
 
@@ -326,7 +326,7 @@ def test_many_on_a_model_are_what_each_is_alone(library: Path) -> None:
     assert load_many(model, library, {"again": "ke"}, decoded_bytes=0) is model
     model.set_adapter("again")
     assert torch.equal(logits(model), logits(tuned(library, "ke")))
-    assert shelf(model).decoded.bytes == 0
+    assert table(model).decoded.bytes == 0
 
 
 def test_one_that_can_not_be_loaded_leaves_the_model_as_it_was(library: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_one_that_can_not_be_loaded_leaves_the_model_as_it_was(library: Path, tm
     (damaged / WEIGHTS).write_bytes((library / "small" / WEIGHTS).read_bytes())
     with pytest.raises(InputError, match="is expected"):
         load_many(model, tmp_path, ["damaged"])
-    assert list(model.peft_config) == ["ke"] == list(shelf(model).adapters)
+    assert list(model.peft_config) == ["ke"] == list(table(model).adapters)
     assert torch.equal(logits(model), expected)
 
 

@@ -49,11 +49,15 @@ def grid(layers: list[str], kinds: list[str]) -> dict[tuple[str, str], float]:
     ("layers", "kinds"),
     [
         ([str(i) for i in range(4)], KINDS),
-        ([str(i) for i in range(31)], KINDS),
+        pytest.param([str(i) for i in range(31)], KINDS, marks=pytest.mark.slow),
         ([str(i) for i in range(126)], KINDS),
         ([f"encoder.{i}" for i in range(12)] + [f"decoder.{i}" for i in range(12)], KINDS),
         ([f"vision_model.{i}" for i in range(24)] + [OUTSIDE], [*KINDS, "a.long.name.of.a.module.outside.of.layers"]),
-        ([str(i) for i in range(32)], [f"mlp.experts.{i}.{kind}" for i in range(128) for kind in ("up", "down")]),
+        pytest.param(
+            [str(i) for i in range(32)],
+            [f"mlp.experts.{i}.{kind}" for i in range(128) for kind in ("up", "down")],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_labels_of_maps_do_not_touch(layers: list[str], kinds: list[str], width: float) -> None:
@@ -69,7 +73,14 @@ def row(form: str, budget: float, error: float, kl: float) -> FormRow:
 
 
 @pytest.mark.parametrize("width", [plots.WIDE, plots.NARROW])
-@pytest.mark.parametrize(("lowest", "forms"), [(0.27, 14), (0.2, 14), (0.03, 14), (0.009, 60), (1e-5, 14)])
+@pytest.mark.parametrize(
+    ("lowest", "forms"),
+    [
+        (0.27, 14),
+        (0.03, 14),
+        *(pytest.param(*values, marks=pytest.mark.slow) for values in ((0.2, 14), (0.009, 60), (1e-5, 14))),
+    ],
+)
 def test_labels_of_comparisons_do_not_touch(lowest: float, forms: int, width: float) -> None:
     budgets = (0.5, 0.49, 0.25, 0.125, 0.12, 0.1)
     errors = np.geomspace(lowest, 0.28, len(budgets))

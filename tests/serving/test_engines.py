@@ -142,7 +142,10 @@ def test_layers_are_filled_as_far_as_the_base_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "lorax"])
 def test_real_peft_reads_it_as_well(tmp_path: Path, engine: str) -> None:
     compress(
-        FIXTURES / "tiny" / "gsm8k", tmp_path / "c", Recipe(transform="ke", budget=0.5, dtype="float32", shared_size=32)
+        FIXTURES / "tiny" / "gsm8k",
+        tmp_path / "c",
+        Recipe(transform="ke", budget=0.5, dtype="float32", shared_size=32),
+        report_html=False,
     )
     ids = torch.arange(2, 34)[None]
     found = []
@@ -229,7 +232,9 @@ def test_what_a_server_needs_is_said(tmp_path: Path) -> None:
 def test_the_error_against_the_original_is_no_less_than_it_is(tmp_path: Path) -> None:
     """Also after another truncation."""
     products = random_products(rank=6)
-    compress(write_lora(tmp_path / "lora", products), tmp_path / "c", Recipe(transform="none", budget=0.6))
+    compress(
+        write_lora(tmp_path / "lora", products), tmp_path / "c", Recipe(transform="none", budget=0.6), report_html=False
+    )
     record = expand(tmp_path / "c", tmp_path / "out", rank=2)
     _, pairs = read(tmp_path / "out")
     lost = energy = 0.0

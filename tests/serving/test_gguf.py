@@ -107,7 +107,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The trained tiny base, with a compact adapter of its own."""
     place = tmp_path_factory.mktemp("llama")
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32).eval()
-    compress(TINY / "gsm8k", place / "compact", Recipe(transform="ke", budget=0.6, dtype="float32", shared_size=32))
+    compress(
+        TINY / "gsm8k",
+        place / "compact",
+        Recipe(transform="ke", budget=0.6, dtype="float32", shared_size=32),
+        report_html=False,
+    )
     return Made(model, TINY / "base", write_base(model, TINY / "base", place / "base.gguf"), place / "compact")
 
 
@@ -147,7 +152,7 @@ def test_without_the_order_of_the_rows_it_would_be_wrong(llama: Made, tmp_path: 
 def test_the_real_adapter_on_its_real_base(smollm2: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     base = write_base(model, smollm2, tmp_path / "base.gguf")
-    compress(REAL_ADAPTER, tmp_path / "compact", Recipe(transform="none", bytes=0.125))
+    compress(REAL_ADAPTER, tmp_path / "compact", Recipe(transform="none", bytes=0.125), report_html=False)
     expand(tmp_path / "compact", tmp_path / "lora", dtype="float32")
     expand(tmp_path / "compact", tmp_path / "out", engine="llama.cpp", base_model=str(smollm2), dtype="q8_0")
     with_peft = PeftModel.from_pretrained(model, str(tmp_path / "lora"))

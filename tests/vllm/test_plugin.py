@@ -78,7 +78,12 @@ def helper_and_model() -> tuple[Any, Any]:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    compress(TINY / "gsm8k", tmp_path / "library" / "t", Recipe(transform="ke", budget=0.5, shared_size=32))
+    compress(
+        TINY / "gsm8k",
+        tmp_path / "library" / "t",
+        Recipe(transform="ke", budget=0.5, shared_size=32),
+        report_html=False,
+    )
     return tmp_path / "library"
 
 
