@@ -21,6 +21,8 @@ from bslora_convert.recipe.recipe import PARTS, Recipe
 from bslora_convert.recipe.scaling import Scaling
 from bslora_convert.recipe.training import OPTIONS, Training
 from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.verbs.compress import compress
+from tests.planting import random_products, write_lora
 from tests.recipes import by_file
 
 TAKEN = {  # verb -> the dataclasses that its options fill
@@ -115,3 +117,13 @@ def test_the_names_of_engines_are_those_of_the_engines() -> None:
 def test_no_option_stands_in_two_places_of_a_recipe() -> None:
     named = [name for kind in (*PARTS.values(), Recipe, Training) for name in options_of(kind)]
     assert sorted({name for name in named if named.count(name) > 1}) == ["seed"]
+
+
+def test_a_card_shows_the_options_that_no_flag_says(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=2))
+    compress(lora, tmp_path / "out", Recipe(transform="ss", budget=0.5, slice="top-left"), report_html=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--transform ss --budget 0.5 --recipe recipe.toml\n" in card
+    assert '\nslice = "top-left"\n' in card
+    compress(lora, tmp_path / "plain", Recipe(transform="ss", budget=0.5), report_html=False)
+    assert "recipe.toml" not in (tmp_path / "plain" / "README.md").read_text()

@@ -26,7 +26,7 @@ def exit_on_interrupts() -> None:
 def raise_interrupts() -> None:
     """From here on an interrupt is a KeyboardInterrupt, so that what was begun is cleaned up."""
     SEEN.clear()
-    _on_interrupts(_raise)
+    _on_interrupts(raise_interrupt)
 
 
 @contextmanager
@@ -61,6 +61,7 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
+def raise_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Takes a signal for an interrupt, which `heeded` knows of from then on."""
     SEEN.set()
     raise KeyboardInterrupt

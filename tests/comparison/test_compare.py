@@ -85,7 +85,7 @@ def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir() if path.is_file()} == {
         "comparison.json", "comparison.html", "error_by_size.svg", "error_by_size.png"
     }  # fmt: skip
-    best = winners(record)
+    best = winners(Comparison.from_dict(record))
     assert set(best) == {0.5, 0.1}
     original = load_lora(TINY / "gsm8k")
     saved = load_lora(out / "svd_adaptive-0.5")

@@ -1,11 +1,16 @@
 """Libraries made on the fly: small adapters of mixed ranks and types, some of them broken in different ways."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bslora_convert.library.jobs import Job, Result, failure
+from bslora_convert.process.interrupt import heeded
 from tests.planting import Product, random_products, write_lora
 
 KINDS = {"self_attn.q_proj": (24, 24), "self_attn.v_proj": (12, 24), "mlp.up_proj": (48, 24), "mlp.down_proj": (24, 48)}
@@ -71,3 +76,17 @@ def tree(out: Path) -> dict[str, bytes]:
 
 
 __all__ = ["BROKEN", "KINDS", "Product", "make_library", "tree"]
+
+
+def takes_an_interrupt_for_damage(job: Job) -> Result:
+    """Work whose library makes an error of its own of an interrupt that comes while it reads."""
+    try:
+        with heeded():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except KeyboardInterrupt:
+                raise ValueError("damaged") from None
+    except ValueError as error:
+        return failure(job, "failed", "ValueError", str(error), final=True)
+    raise AssertionError

@@ -22,16 +22,17 @@ from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.each import for_each
+from bslora_convert.library.engines.local import run_local
 from bslora_convert.library.items import Item, check_ids, safe_ids, shard_of
-from bslora_convert.library.jobs import marker_of
+from bslora_convert.library.jobs import Job, marker_of
 from bslora_convert.library.manifest import read_manifest
 from bslora_convert.library.serving import serving
 from bslora_convert.process import interrupt
 from bslora_convert.process.progress import silent
-from bslora_convert.verbs.batch import is_failed, resume
+from bslora_convert.verbs.batch import resume
 from bslora_convert.verbs.capacity import capacity
 from tests.conftest import FIXTURES
-from tests.library.making import make_library, tree
+from tests.library.making import make_library, takes_an_interrupt_for_damage, tree
 from tests.planting import random_products, write_lora
 from tests.recipes import by_file
 
@@ -92,7 +93,7 @@ def test_one_of_them_is_what_compress_writes(
     library: tuple[Path, dict[str, tuple[str, str]]], whole: Path, tmp_path: Path
 ) -> None:
     name = "tenant-0/good-000"
-    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, recorded_as="source")
+    compress(library[0] / name, tmp_path / "alone", RECIPE, report_html=False, recorded_as=str(library[0] / name))
     for path in (tmp_path / "alone").iterdir():
         assert path.read_bytes() == (whole / name / path.name).read_bytes(), path.name
 
@@ -137,12 +138,12 @@ def count_done(out: Path) -> int:
     return len(list(out.glob("*/*/fidelity.json")))
 
 
-def goes_on(library: Path, out: Path, whole: Path) -> dict[str, Any]:
+def goes_on(library: Path, out: Path, whole: Path) -> Any:
     """Ends a stopped run in this process: the tree is that of a whole one."""
     summary = batch(library, out, RECIPE, workers=0, report_html=False)
     assert tree(out) == tree(whole)
     assert not list(out.rglob(".*partial*"))
-    return dict(summary)
+    return summary
 
 
 def test_a_killed_parent_costs_nothing(
@@ -156,7 +157,7 @@ def test_a_killed_parent_costs_nothing(
     assert not (out / "summary.json").exists()
     time.sleep(1.0)  # its workers see that it is gone
     summary = goes_on(library[0], out, whole)
-    assert is_failed(summary)  # the library holds bad adapters
+    assert summary.is_failed  # the library holds bad adapters
     assert summary["skipped"] > 5
     assert summary["ok"] + summary["skipped"] == 45
 
@@ -204,6 +205,12 @@ def test_an_interrupt_leaves_whole_results_and_goes_on(
     done = tree(out)
     assert done == {name: content for name, content in tree(whole).items() if name in done}
     goes_on(library[0], out, whole)
+
+
+def test_a_worker_that_is_ended_calls_no_adapter_damaged(tmp_path: Path) -> None:
+    job = Job(Item("a", str(tmp_path)), str(tmp_path), {}, {}, "", "")
+    (result,) = run_local(takes_an_interrupt_for_damage, [job], 1)
+    assert (result.error, result.final) == ("WorkerDied", False)
 
 
 def test_what_batch_did_not_make_is_not_replaced(tmp_path: Path) -> None:
@@ -341,7 +348,7 @@ def test_two_shards_equal_one_run(tmp_path: Path) -> None:
     first = batch(tmp_path / "in", tmp_path / "two", RECIPE, workers=0, shard=(1, 2), report_html=False)
     second = batch(tmp_path / "in", tmp_path / "two", RECIPE, workers=0, shard=(2, 2), report_html=False)
     assert (first["pending"], second["pending"]) == (10, 0)
-    assert [is_failed(done) for done in (first, second)] == [False, False]  # what another shard has to do is no failure
+    assert [done.is_failed for done in (first, second)] == [False, False]  # what another shard has to do is no failure
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     strip = {"seconds", "status"}
     one, two = (

@@ -15,6 +15,7 @@ from typing import Any
 from bslora_convert.behaviour.loaded import base_kept, keep_base
 from bslora_convert.library.jobs import Job, Result, Work, failure
 from bslora_convert.library.options import BASE
+from bslora_convert.process.interrupt import raise_interrupt
 from bslora_convert.process.quiet import quiet_as_the_parent
 
 MEMORY_FACTOR = 8  # of the weights file: float32 copies, the form, what is read back
@@ -108,7 +109,7 @@ def _work(work: Work, pipe: Connection) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's goes to everyone; the parent decides
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, raise_interrupt)
     torch.set_num_threads(1)
     quiet_as_the_parent()
     keep_base()
@@ -121,10 +122,6 @@ def _work(work: Work, pipe: Connection) -> None:
             pipe.send(work(job))
         except (KeyboardInterrupt, BrokenPipeError):
             return
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _stop(running: Sequence[Worker]) -> None:
