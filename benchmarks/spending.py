@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bslora_convert import Recipe, compress, verify
+from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.coding import components
 from bslora_convert.modules.names import kind_of
 from bslora_convert.process.progress import silent
@@ -25,7 +26,7 @@ from bslora_convert.process.progress import silent
 
 def powers(options: argparse.Namespace) -> Table:
     """E‖x‖²‖g‖² of each kind of module, and a number of its update."""
-    session = open_session(options.lora, options.base_model, "cpu", "auto", silent)
+    session = BaseModelSession(read_adapter(options.lora), options.base_model, "cpu", "auto", silent)
     factors = {name: module.local for name, module in session.adapter.form.modules.items()}
     rows = session.encode(Prompts.read(options.fed)).examples
     moments = collect(session.base, session.reference, factors, rows, 8, gradients=True)

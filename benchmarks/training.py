@@ -20,9 +20,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, compress, load_compact
+from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.distill import Trainer
 from bslora_convert.behaviour.prompts import Example, Prompts, batches
-from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.training_rows import TrainingRows
 from bslora_convert.conversion.request import Converted
 
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--place", type=Path, default=Path("build/training"))
     options = parser.parse_args()
-    session = open_session(options.lora, options.base_model)
+    session = BaseModelSession(read_adapter(options.lora), options.base_model)
     examples = session.encode(Prompts.read(options.prompts, 8 * options.steps)).examples
     steps: dict[str, Callable[[Sequence[Example]], Any]] = {
         f"LoRA {options.rank} in PEFT": lora_step(options.base_model, options.rank, session.base.pad)

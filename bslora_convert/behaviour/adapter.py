@@ -8,7 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, load_compact
+from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, CompactAdapter, load_compact
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
@@ -29,11 +29,17 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of_lora(cls, lora: LoraAdapter, path: Path) -> Self:
-        """A LoRA that was read, as a form of local parts only."""
+    def of_lora(cls, lora: LoraAdapter, path: Path, sha256: str) -> Self:
+        """A LoRA that was read, as a form of local parts only. sha256: of its weights."""
         modules = {n: Module(module.shape, module.factors(), {}, module.kind) for n, module in lora.modules.items()}
         name = lora.config.raw.get("base_model_name_or_path")
-        return cls(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256(lora.weights))
+        return cls(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256)
+
+    @classmethod
+    def of_compact(cls, compact: CompactAdapter) -> Self:
+        """A compact adapter that was read."""
+        name, digest = compact.config.get("base_model_name_or_path"), sha256(compact.path / WEIGHTS_NAME)
+        return cls(compact.path, "bslora", compact.form, compact.carried, name, digest, compact.notes)
 
 
 def read_adapter(
@@ -49,11 +55,9 @@ def read_adapter(
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     if (path / CONFIG_NAME).is_file() and read_json(path / CONFIG_NAME).get("peft_type") == PEFT_TYPE:
-        compact = load_compact(path, accept_changed=accept_changed)
-        name = compact.config.get("base_model_name_or_path")
-        digest = sha256(path / WEIGHTS_NAME)
-        return Adapter(path, "bslora", compact.form, compact.carried, name, digest, compact.notes)
-    return Adapter.of_lora(load_lora(path, alpha=alpha, rslora=rslora), path)
+        return Adapter.of_compact(load_compact(path, accept_changed=accept_changed))
+    lora = load_lora(path, alpha=alpha, rslora=rslora)
+    return Adapter.of_lora(lora, path, sha256(lora.weights))
 
 
 def check_pair(first: Adapter, second: Adapter) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch import nn
 
-from bslora_convert.behaviour.adapter import Adapter, check_pair, read_adapter
+from bslora_convert.behaviour.adapter import Adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge_all
 from bslora_convert.behaviour.known import Known
@@ -46,8 +45,15 @@ class BaseModelSession:
     known, bare: what the original and the base alone predict, each row run once.
     """
 
-    def __init__(self, reference: Adapter, base_model: str, device: str, dtype: str, progress: Progress) -> None:
-        """Loads the base model.
+    def __init__(
+        self,
+        reference: Adapter,
+        base_model: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Progress = silent,
+    ) -> None:
+        """Loads the base model. reference: the original adapter.
 
         :raises InputError: when it is missing or not the one that the adapter was made for.
         """
@@ -120,22 +126,3 @@ class BaseModelSession:
         finally:
             for one in attached.values():
                 one.remove()
-
-
-def open_session(
-    source: str | Path | Adapter,
-    base_model: str,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Progress = silent,
-    beside: Adapter | None = None,
-    scaling: Mapping[str, Any] | None = None,
-) -> BaseModelSession:
-    """The base model with an adapter on it; beside: an adapter that must be of the same base.
-
-    scaling: what `load_lora` is told of a configuration that lacks it.
-    """
-    reference = source if isinstance(source, Adapter) else read_adapter(source, **(scaling or {}))
-    if beside is not None:
-        check_pair(beside, reference)
-    return BaseModelSession(reference, base_model, device, dtype, progress)

@@ -63,10 +63,12 @@ def analyze(
     activations = None
     if rows is not None:
         from bslora_convert.behaviour.activations import activation_pools
-        from bslora_convert.behaviour.session import open_session
+        from bslora_convert.behaviour.adapter import Adapter
+        from bslora_convert.behaviour.session import BaseModelSession
 
-        session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=asked.given)
-        pools = activation_pools(session, rows)
+        reference = Adapter.of_lora(adapter, Path(lora), measured["source"]["sha256"])
+        with BaseModelSession(reference, str(asked.base_model), asked.device, "auto", progress) as session:
+            pools = activation_pools(session, rows)
         activations = {"rows": len(rows.rows), **_rmi(source, pools)}
     record = Analysis(**measured, activations=activations, sizes=sizes(source, adapter, Path(lora)), recommendation=[])
     record = replace(record, recommendation=recommendation.sentences(record))

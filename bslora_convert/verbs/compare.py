@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
+from bslora_convert.behaviour.adapter import Adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.divergence import Divergence, diverge_all
 from bslora_convert.behaviour.memory import free_bytes
 from bslora_convert.behaviour.prompts import Prompts
-from bslora_convert.behaviour.session import BaseModelSession, open_session
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SUFFIX, as_strong
 from bslora_convert.errors import RecipeError
@@ -69,17 +70,17 @@ def compare(
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if asked.dtype == "auto" else getattr(torch, asked.dtype)
-    found = _fitted(adapter, storage, asked, progress)
+    digest, found = sha256(adapter.weights), _fitted(adapter, storage, asked, progress)
     if rows is not None:
-        scaling = asked.given
-        session = open_session(lora, str(asked.base_model), asked.device, "auto", progress, scaling=scaling)
-        found = _with_behaviour(found, session, rows)
+        reference = Adapter.of_lora(adapter, Path(lora), digest)
+        with BaseModelSession(reference, str(asked.base_model), asked.device, "auto", progress) as session:
+            found = _with_behaviour(found, session, rows)
     record = Comparison(
         schema_version=SCHEMA_VERSION,
         tool_version=__version__,
         source={
             "path": str(adapter.path),
-            "sha256": sha256(adapter.weights),
+            "sha256": digest,
             "parameters": adapter.parameters,
             "modules": len(adapter.modules),
         },

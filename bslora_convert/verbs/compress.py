@@ -78,10 +78,10 @@ def compress(
     measured = _measured(adapter, recipe)
     read = time.perf_counter()
     run = TrainingRun(training, out, began)
-    made, used, extras = _converted(resolve(source), adapter, measured, recipe, files, run, progress)
+    origin = Origin(adapter, measured, sha256(adapter.weights), recorded_as or str(adapter.path))
+    made, used, extras = _converted(resolve(source), origin, recipe, files, run, progress)
     if recipe.calibration.finetune is not None and not is_writer():
         return Fidelity.from_dict(written_by_another(out))
-    origin = Origin(adapter, measured, sha256(adapter.weights), recorded_as or str(adapter.path))
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
         seconds = {"read": read - began, "fit": fitted - read} if recorded_as is None else None
@@ -118,10 +118,10 @@ def _measured(adapter: LoraAdapter, recipe: Recipe) -> Source:
 
 
 def _converted(
-    source: Path, adapter: LoraAdapter, measured: Source, recipe: Recipe, files: Mapping[str, Prompts], run: TrainingRun,
-    progress: Progress,
-) -> tuple[Converted, Recipe, Extras]:  # fmt: skip
+    source: Path, origin: Origin, recipe: Recipe, files: Mapping[str, Prompts], run: TrainingRun, progress: Progress
+) -> tuple[Converted, Recipe, Extras]:
     """The conversion, the recipe that it is of, and the records of how it came about."""
+    adapter, measured = origin.adapter, origin.measured
     if isinstance(adapter, OfficialSource):
         return as_found(adapter, recipe)
     request = Request.of(recipe, measured, adapter)
@@ -130,10 +130,10 @@ def _converted(
         return *_nearest(convert(measured, request, progress), recipe), Extras()
     from bslora_convert.behaviour.adapter import Adapter
     from bslora_convert.behaviour.converting import convert_on_base
-    from bslora_convert.behaviour.session import open_session
+    from bslora_convert.behaviour.session import BaseModelSession
 
-    reference = Adapter.of_lora(adapter, source)
-    with open_session(reference, base_model, recipe.device, "auto", progress) as session:
+    reference = Adapter.of_lora(adapter, source, origin.sha256)
+    with BaseModelSession(reference, base_model, recipe.device, "auto", progress) as session:
         made, extras = convert_on_base(session, measured, request, recipe.calibration, files, run)
     return *_nearest(made, recipe), extras
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.behaviour.adapter import read_adapter
+from bslora_convert.behaviour.adapter import Adapter, check_pair
 from bslora_convert.behaviour.checkpoints import STATE, directory_of, forget, has_completions, has_state
 from bslora_convert.behaviour.distill import distill
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts, Row
-from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
 from bslora_convert.conversion.request import Converted
 from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.address import resolve
+from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import recorded
 from bslora_convert.fit.convert import Source, measure
@@ -72,9 +73,10 @@ def finetune(
     shared = _shared(rows, held)
     pair = _Pair.read(compact, reference, asked.accept_changed)
     read = time.perf_counter()
-    beside = read_adapter(compact, accept_changed=asked.accept_changed)
+    reference_adapter = Adapter.of_lora(pair.source, resolve(reference), sha256(pair.source.weights))
+    check_pair(Adapter.of_compact(pair.student), reference_adapter)
     run, checkpoints = TrainingRun(training, out, began), directory_of(out) / STATE
-    with open_session(reference, base_model, asked.device, asked.base_dtype, progress, beside) as session:
+    with BaseModelSession(reference_adapter, base_model, asked.device, asked.base_dtype, progress) as session:
         split = TrainingRows.of_files(session, rows, held, run, closed=asked.resume and checkpoints.is_dir())
         start = Converted(pair.student.form, pair.student.codes)
         done = distill(session, start, split, run, checkpoints=checkpoints, resume=asked.resume)

@@ -73,10 +73,11 @@ def test_activations_and_other_adapters(tmp_path: Path) -> None:
 
 def test_activation_sums_are_those_of_the_outputs() -> None:
     from bslora_convert.behaviour.activations import activation_pools
+    from bslora_convert.behaviour.adapter import read_adapter
     from bslora_convert.behaviour.prompts import Prompts
-    from bslora_convert.behaviour.session import open_session
+    from bslora_convert.behaviour.session import BaseModelSession
 
-    session = open_session(TINY / "gsm8k", str(TINY / "base"))
+    session = BaseModelSession(read_adapter(TINY / "gsm8k"), str(TINY / "base"))
     prompts = Prompts.read(TINY / "gsm8k-heldout.jsonl", 3)
     pools = activation_pools(session, prompts)
     name = "model.layers.0.self_attn.q_proj"

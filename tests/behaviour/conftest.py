@@ -2,7 +2,8 @@
 
 import pytest
 
-from bslora_convert.behaviour.session import BaseModelSession, open_session
+from bslora_convert.behaviour.adapter import read_adapter
+from bslora_convert.behaviour.session import BaseModelSession
 from tests.conftest import FIXTURES
 
 TINY = FIXTURES / "tiny"
@@ -11,4 +12,4 @@ BASE, LORA, PROMPTS = TINY / "base", TINY / "banking77", TINY / "banking77-heldo
 
 @pytest.fixture(scope="module")
 def session() -> BaseModelSession:
-    return open_session(LORA, str(BASE))
+    return BaseModelSession(read_adapter(LORA), str(BASE))

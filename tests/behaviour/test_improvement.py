@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bslora_convert import Recipe, Training, compress, finetune, load_compact
+from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.attach import Attached
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.distill import Distilled, distill
 from bslora_convert.behaviour.divergence import kl_sums
 from bslora_convert.behaviour.prompts import Example, Prompts, read_prompts
-from bslora_convert.behaviour.session import BaseModelSession, open_session
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.split import split
 from bslora_convert.behaviour.student import Student
 from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun, split_heldout
@@ -455,7 +456,7 @@ def test_recomputing_activations_changes_nothing(
     found = []
     for free in (1 << 40, 0):
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
-        fresh = open_session(LORA, str(BASE))
+        fresh = BaseModelSession(read_adapter(LORA), str(BASE))
         found.append(trained(fresh, form, examples[8:], examples[:8], training))
     assert not any("recomputed" in note for note in found[0].notes)
     assert any("recomputed" in note for note in found[1].notes)

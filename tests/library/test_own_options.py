@@ -12,8 +12,9 @@ from torch import nn
 
 from bslora_convert import Recipe, batch, compress
 from bslora_convert.behaviour import loaded
+from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.model import BaseModel
-from bslora_convert.behaviour.session import open_session
+from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import local
@@ -163,7 +164,7 @@ def test_nothing_is_kept_unless_it_is_asked_for(loads: list[str]) -> None:
 
 
 def test_a_workshop_that_is_closed_leaves_nothing_on_the_base() -> None:
-    session = open_session(TINY / "gsm8k", str(BASE), "cpu")
+    session = BaseModelSession(read_adapter(TINY / "gsm8k"), str(BASE), "cpu")
     model = session.base.model
     assert any(module._forward_hooks for module in model.modules())
     next(model.modules()).train()
