@@ -17,6 +17,7 @@ from bslora_convert.recipe.expanding import ExpandOptions
 from bslora_convert.recipe.files import DESCRIBED, read_options
 from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import SECTIONS, flag_of, options_of
+from bslora_convert.recipe.output import OutputOptions
 from bslora_convert.recipe.recipe import PARTS, Recipe
 from bslora_convert.recipe.scaling import Scaling
 from bslora_convert.recipe.training import OPTIONS, Training
@@ -26,7 +27,7 @@ from tests.planting import random_products, write_lora
 from tests.recipes import by_file
 
 TAKEN = {  # verb -> the dataclasses that its options fill
-    "compress": (*PARTS.values(), Recipe, Training),
+    "compress": (*PARTS.values(), Recipe, Training, OutputOptions),
     "batch": (*PARTS.values(), Recipe, Training, BatchOptions),
     "finetune": (Training, FinetuneOptions),
     "verify": (VerifyOptions,),

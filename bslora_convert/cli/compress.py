@@ -7,11 +7,12 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training
-from bslora_convert.cli.options import Command, chosen, overwrite_option, recipe_file_option, report_option, takes
+from bslora_convert.cli.options import Command, chosen, recipe_file_option, takes
 from bslora_convert.cli.pushing import look_at_push, push_options, pushed
 from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
+from bslora_convert.recipe.output import OutputOptions
 from bslora_convert.recipe.recipe import PARTS, Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.results.adapter import Fidelity
@@ -20,10 +21,8 @@ from bslora_convert.results.adapter import Fidelity
 @click.command(cls=Command)
 @click.argument("lora_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@takes(*PARTS.values(), Recipe, Training, verb="compress")
+@takes(*PARTS.values(), Recipe, Training, OutputOptions, verb="compress")
 @recipe_file_option
-@report_option
-@overwrite_option
 @push_options
 @verb
 def compress(
@@ -31,8 +30,6 @@ def compress(
     lora_dir: Path,
     out_dir: Path,
     recipe_file: Path | None,
-    report_html: bool,
-    overwrite: bool,
     push: str | None,
     push_dry_run: bool,
     **options: Any,
@@ -50,10 +47,11 @@ def compress(
       bslora-convert compress ./my-lora ./proved --min-retention 0.99 --base-model ./base --prompts rows.jsonl
       bslora-convert compress ./my-lora ./tuned --bytes 0.0625 --base-model ./base --finetune train.jsonl --max-minutes 10
     """
-    recipe, training, _ = chosen(options, recipe_file)
+    recipe, training, rest = chosen(options, recipe_file)
+    how = OutputOptions(**rest)
     files = recipe.calibration.files.values()
     look_at_push(push, push_dry_run)
-    look([lora_dir], out=out_dir, overwrite=overwrite, files=files, base_model=recipe.calibration.base_model)
+    look([lora_dir], out=out_dir, overwrite=how.overwrite, files=files, base_model=recipe.calibration.base_model)
     from bslora_convert.verbs.compress import compress as run
 
     with goes_on(out_dir, resumable=False), output.bar("compress") as progress:
@@ -62,8 +60,8 @@ def compress(
             out_dir,
             recipe,
             training=training,
-            overwrite=overwrite,
-            report_html=report_html,
+            overwrite=how.overwrite,
+            report_html=how.report_html,
             progress=progress,
         )
         uploaded = pushed(out_dir, push, push_dry_run)

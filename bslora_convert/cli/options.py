@@ -93,13 +93,6 @@ class Command(click.Command):
 
 
 RECIPE_FILE = "recipe_file"
-overwrite_option = click.option(
-    "--overwrite", is_flag=True, cls=Flag, section=OUTPUT, help="Replace an earlier result in OUT_DIR."
-)
-report_option = click.option(
-    "--report-html/--no-report-html", default=True, cls=Flag, section=OUTPUT,
-    help="Write report.html beside the adapter.  [default: on]",
-)  # fmt: skip
 recipe_file_option = click.option(
     "--recipe",
     RECIPE_FILE,

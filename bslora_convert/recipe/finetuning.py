@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bslora_convert.recipe.options import OUTPUT, accept_changed_option, base_dtype_option, device_option, option
 from bslora_convert.recipe.options import TRAINING as SECTION
+from bslora_convert.recipe.options import accept_changed_option, base_dtype_option, device_option, option
+from bslora_convert.recipe.output import OutputOptions
 
 
 @dataclass(frozen=True, slots=True)
-class FinetuneOptions:
+class FinetuneOptions(OutputOptions):
     """heldout: a share of the rows in place of the training's, or a file of rows. base_dtype: that the base model runs in."""
 
     heldout: float | str | Path | None = option(
@@ -17,7 +18,5 @@ class FinetuneOptions:
     )  # fmt: skip
     resume: bool = option(False, "Go on where an interrupted run stopped.", SECTION)
     accept_changed: bool = accept_changed_option()
-    report_html: bool = option(True, "Write report.html beside the adapter.", OUTPUT)
-    overwrite: bool = option(False, "Replace an earlier result in OUT_DIR.", OUTPUT)
     device: str = device_option()
     base_dtype: str = base_dtype_option(flag="--dtype")
