@@ -17,7 +17,7 @@ class BatchOptions:
     """
 
     workers: int = option(1, "Run this many processes, one thread each; 0 = in this one.", LIBRARY, usual="the cores")
-    engine: str = option("local", "Run jobs here.", LIBRARY, choices=ENGINE_NAMES)
+    engine: str = option("local", "Run jobs in processes here, or on Ray.", LIBRARY, choices=ENGINE_NAMES)
     shard: tuple[int, int] = option((1, 1), "Do only the I-th of N parts, from 1.", LIBRARY, metavar="I/N", between="/")
     resume: bool = option(True, "Skip what is done for the same source and recipe.", LIBRARY)
     retry_failed: bool = option(False, "Try bad input of an earlier run again.", LIBRARY)

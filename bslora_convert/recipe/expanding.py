@@ -33,7 +33,7 @@ class ExpandOptions:
     )  # fmt: skip
     format: str | None = option(
         None, "Write this format: gguf for llama.cpp, mlx for MLX-LM, official for the BSLoRA authors' code.", FORM,
-        choices=FORMATS, usual="lora",
+        choices=FORMATS, usual="the engine's, else lora",
     )  # fmt: skip
     rank: int | str | None = option(
         None, "Re-truncate to at most N, or fill every module up to the largest rank.", FORM, metavar="N|uniform"
