@@ -247,6 +247,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_python_api_is_functions_whatever_was_imported_before() -> None:
     code = (
         "import bslora_convert.verbs.compress, bslora_convert.verbs.expand, bslora_convert.verbs.inspect, bslora_convert.recipe\n"

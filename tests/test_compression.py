@@ -149,6 +149,7 @@ def test_gate_by_hand_is_truncated_svd_of_rank_plus_two(real_adapter: Path, tmp_
     assert errors[0]["relative_error"] == pytest.approx(errors[1]["relative_error"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_max_error_holds_for_what_was_written(real_adapter: Path, tmp_path: Path) -> None:
     recipe = Recipe(transform="none", max_error=0.3)
     record = compress(real_adapter, tmp_path / "out", recipe, report_html=False)

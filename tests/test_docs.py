@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from _pytest.mark import ParameterSet
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,7 @@ SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 PLACE = {"compress": 1, "expand": 1, "finetune": 1, "batch": 1}
 # Read and not run: another machine's store, and Ray, which tests/library runs.
 ELSEWHERE = ("s3://", "--engine ray")
+LONG = ("analyze", "batch", "compare", "finetune")
 
 
 def fenced(page: Path, language: str) -> Iterator[str]:
@@ -58,13 +60,19 @@ def shape_of(words: list[str]) -> tuple[str, ...]:
     return words[0], *sorted(word for word in words if word.startswith("--"))
 
 
-RUN = [
-    *{
-        shape_of(words): (page, words)
-        for page, words in reversed(TYPED)
-        if not any(mark in " ".join(words) for mark in ELSEWHERE)
-    }.values()
-]
+def runs() -> Iterator[ParameterSet]:
+    """A command of each shape, the first there is; of verbs that take long one shape is tried always, the others are slow."""
+    shapes, verbs = set(), set()
+    for page, words in TYPED:
+        if shape_of(words) in shapes or any(mark in " ".join(words) for mark in ELSEWHERE):
+            continue
+        again = words[0] in LONG and words[0] in verbs
+        yield pytest.param(page, words, marks=pytest.mark.slow if again else ())
+        shapes.add(shape_of(words))
+        verbs.add(words[0])
+
+
+RUN = [*runs()]
 
 
 def label(value: object) -> str:
@@ -108,7 +116,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_pages_hold_commands() -> None:
     assert len(RUN) > 25
-    assert {words[0] for _, words in RUN} == set(main.commands)
+    assert {run.values[1][0] for run in RUN if not run.marks} == set(main.commands)  # type: ignore[index]
 
 
 def test_every_command_of_a_block_is_one(place: Path) -> None:

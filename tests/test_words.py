@@ -143,7 +143,7 @@ def test_a_screen_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch) ->
         (("compress", "--device", "tpu"), "--device is 'tpu'"),
         (("compress", "--max-minutes", "-1"), "--max-minutes is -1.0"),
         (("compress", "--max-steps", "4"), "give --finetune and --base-model"),
-        (("compress", "--bytes", "0.0001"), "--bytes is 0.0001"),
+        (("compress", "--bytes", "0.0001"), "--bytes: 3 of the source"),
         (("batch", "--max-failures", "0"), "--max-failures is 0"),
         (("batch", "--shard", "3/2"), "--shard is 3/2"),
         (("batch", "--workers", "-1"), "--workers is -1"),

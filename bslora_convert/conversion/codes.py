@@ -120,8 +120,8 @@ class _Coder:
         self.components = Components.of(source, fit.form, request.target, counted)
 
     def _said(self, _: str, /, done: int = 0, total: int = 0, words: str = "") -> None:
-        attempt = f"attempt {self.attempts}" if self.attempts > 1 else ""
-        self.progress(f"{'coding' if self.attempts else 'measuring'} {self.transform}", done, total, attempt)
+        attempt = f", attempt {self.attempts}" if self.attempts > 1 else ""
+        self.progress(f"{'coding' if self.attempts else 'measuring'} {self.transform}{attempt}", done, total, words)
 
     def code(self, bits: int | None = None, lost: float | None = None) -> CodedForm:
         """The codes within so many bits, or of so much energy lost."""
@@ -150,7 +150,8 @@ class _Coder:
         room = allowed - coded_bytes(EMPTY_CODES, carried)
         if room <= 0:
             beside = " and the tensors carried along" if carried else ""
-            raise RecipeError(f"bytes: {allowed:,} bytes leave no room for codes beside the header{beside}", "bytes")
+            whole = f"{allowed:,} of the source's {self.request.source_bytes:,} bytes"
+            raise RecipeError(f"bytes: {whole} leave no room for codes beside the header{beside}", "bytes")
 
         def trial(setting: float, lost: float, made: Made, vectors: Sequence[Vector]) -> Trial[Made]:
             return Trial(setting, coded_bytes(sizes(vectors), carried), lost, made)

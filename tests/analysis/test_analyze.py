@@ -50,6 +50,7 @@ def test_everything_is_written_and_the_record_is_the_json(tmp_path: Path) -> Non
     assert "not empty" in stderr
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     for name in ("first", "second"):
         analyze(TINY / "gsm8k", tmp_path / name, draws=2, seed=5)

@@ -419,6 +419,7 @@ def test_broken_configurations_are_refused(compact: Callable[[str], Path], tmp_p
         bslora_convert.peft.BsloraConfig(**{**config, "train": "some", "peft_type": None})
 
 
+@pytest.mark.slow
 def test_registering_twice_is_once_and_not_importing_is_a_key_error(compact: Callable[[str], Path]) -> None:
     register()
     register()
