@@ -69,8 +69,7 @@ def finetune(
         )
     began = time.perf_counter()
     progress("reading")
-    rows, held = _rows(prompts, asked, training)
-    shared = _shared(rows, held)
+    rows, held, shared = _rows(prompts, asked, training)
     pair = _Pair.read(compact, reference, asked.accept_changed)
     read = time.perf_counter()
     reference_adapter = Adapter.of_lora(pair.source, resolve(reference), sha256(pair.source.weights))
@@ -98,12 +97,15 @@ def finetune(
     return record
 
 
-def _rows(prompts: str | Path, asked: FinetuneOptions, training: Training) -> tuple[Prompts, Prompts | None]:
-    """The rows of the prompt file, and those of a held-out file."""
+def _rows(
+    prompts: str | Path, asked: FinetuneOptions, training: Training
+) -> tuple[Prompts, Prompts | None, tuple[str, ...]]:
+    """The rows of the prompt file, those of a held-out file, and a note where some stand in both."""
     rows = Prompts.read(prompts, **training.reading)
     if asked.heldout is None:
-        return rows, None
-    return rows, Prompts.read(str(asked.heldout), **{**training.reading, "limit": training.max_heldout})
+        return rows, None, ()
+    held = Prompts.read(str(asked.heldout), **{**training.reading, "limit": training.max_heldout})
+    return rows, held, _shared(rows, held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +131,11 @@ class _Pair:
         return cls(student, source, measured)
 
 
-def _shared(rows: Prompts, held: Prompts | None) -> tuple[str, ...]:
+def _shared(rows: Prompts, held: Prompts) -> tuple[str, ...]:
     """A note where some held-out rows are trained on as well.
 
     :raises RecipeError: where all of them are.
     """
-    if held is None:
-        return ()
     trained = {(_said(row), row.completion) for row in rows.rows}
     both = sum((_said(row), row.completion) in trained for row in held.rows)
     if both == len(held.rows):
