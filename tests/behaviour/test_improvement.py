@@ -345,10 +345,13 @@ def step_of(state: Path) -> int:
 def test_resuming_after_a_kill_ends_as_an_uninterrupted_run(compact: Path, tmp_path: Path) -> None:
     often = by_file(tmp_path / "often.toml", evaluate_every=2)
 
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(PROMPTS.read_text().splitlines(keepends=True)[:30]))
+
     def command(name: str, *more: str) -> list[str]:
         return [
             sys.executable, "-m", "bslora_convert", "finetune", str(compact), str(tmp_path / name), "--reference", str(LORA),
-            "--base-model", str(BASE), "--prompts", str(PROMPTS), "--max-steps", "12", "--epochs", "9", *often,
+            "--base-model", str(BASE), "--prompts", str(few), "--max-steps", "12", "--epochs", "9", *often,
             "--learning-rate", "0.005", "--train", "all", "-q", *more,
         ]  # fmt: skip
 

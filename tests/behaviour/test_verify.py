@@ -365,22 +365,11 @@ def test_thresholds_are_a_gate(compact: Path) -> None:
 # ---------------------------------------------------------------------------------------------- tasks and texts
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["boolq", "svamp"],  # one by likelihood, one by generation
-        pytest.param(
-            ["piqa", "social_i_qa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "gsm8k"],
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["one of each sort", "the others"],
-)
-def test_tasks_run_offline_through_the_harness(
-    compact: Path, monkeypatch: pytest.MonkeyPatch, names: list[str]
-) -> None:
+@pytest.mark.slow
+def test_tasks_run_offline_through_the_harness(compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = ["boolq", "piqa", "social_i_qa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "gsm8k", "svamp"]
     record = verify(
         compact, LORA, BASE, tasks=[f"local_{name}" for name in names], task_data=FIXTURES / "tasks", limit=1,
         max_accuracy_drop=1.0,

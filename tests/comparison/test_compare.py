@@ -130,7 +130,7 @@ def test_forms_without_some_modules_are_saved_as_adapters_that_load(form: str, t
 @pytest.mark.parametrize(
     ("form", "planted"),
     [
-        ("bslora_ke", plant(Kronecker(64), (1, 4, 8), layers=4, kinds=TWICE)),
+        pytest.param("bslora_ke", plant(Kronecker(64), (1, 4, 8), layers=4, kinds=TWICE), marks=pytest.mark.slow),
         pytest.param("bslora_ss", plant(Slice.covering(KINDS.values()), (1, 2, 4), layers=3), marks=pytest.mark.slow),
         ("bslora_ke_inter", plant(Kronecker(32), (0, 0, 8), layers=3)),
         pytest.param("bslora_ke_intra", plant(Kronecker(32), (0, 8, 0), layers=3), marks=pytest.mark.slow),
