@@ -177,8 +177,10 @@ def test_a_killed_worker_is_one_failed_item(
     workers[0].kill()
     summary = json.loads(process.communicate(timeout=200)[0])
     assert process.returncode == 1
-    assert summary["errors"].get("WorkerDied", 0) <= 1
-    assert summary["ok"] + summary["errors"].get("WorkerDied", 0) == 45
+    died = summary["errors"].get("WorkerDied", 0)
+    assert died <= 1
+    assert summary["ok"] in (45 - died, 45)  # it may have been at one of the bad ones
+    assert summary["ok"] + summary["failed"] + summary["refused"] == 50
     goes_on(library[0], out, whole)
 
 
