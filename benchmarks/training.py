@@ -24,7 +24,7 @@ from bslora_convert.behaviour.adapter import read_adapter
 from bslora_convert.behaviour.distill import Trainer
 from bslora_convert.behaviour.prompts import Example, Prompts, batches
 from bslora_convert.behaviour.session import BaseModelSession
-from bslora_convert.behaviour.training_rows import TrainingRows
+from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
 from bslora_convert.conversion.request import Converted
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,7 +65,7 @@ def main() -> None:
         compress(options.lora, options.place / name, Recipe(transform=name, ranks=ranks), overwrite=True)
         form = load_compact(options.place / name).form
         start, rows_of = Converted(form), TrainingRows(examples, examples[:1])
-        run = Trainer(session, start, rows_of, Training(), None, 0.0)
+        run = Trainer(session, start, rows_of, TrainingRun(Training(), options.place, 0.0), None)
         steps[f"distil {name}"] = lambda rows, run=run: run.one_step(iter([rows]))
     found = dict.fromkeys(steps, 0.0)
     for start in range(0, len(examples), 8):

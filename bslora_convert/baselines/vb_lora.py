@@ -42,13 +42,11 @@ from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, Made, OutOfReach, rounded
 from bslora_convert.baselines.peft_files import save_peft
-from bslora_convert.baselines.vb_pieces import PieceLayout, vector_length
+from bslora_convert.baselines.vb_pieces import TOPK, PieceLayout, saved, vector_length
 from bslora_convert.baselines.vector_bank import Mixing, assign, exchanged, starts, update_bank
 from bslora_convert.fit.source import Source
-from bslora_convert.lora.keys import PREFIX
 from bslora_convert.modules.factors import Factors, Shape
 
-TOPK = 2
 LARGEST_SEARCH = 1 << 26  # pieces times vectors up to which the source's own rank is tried
 ROUNDS = 6  # of alternation, at most
 TOLERANCE = 1e-2  # share of the objective that a round must take off it to be followed by another
@@ -273,7 +271,7 @@ def _fitted(source: Source, state: BankState, storage: torch.dtype) -> Fitted:
         }
         tensors = {"base_model.vblora_vector_bank": bank.to(storage)}
         for name, kept in stored.items():
-            tensors |= _saved(name, shapes[name], kept, layout, size)
+            tensors |= saved(name, shapes[name], kept, layout, size)
         save_peft(directory, config, own, tensors)
 
     settings = {
@@ -285,19 +283,3 @@ def _fitted(source: Source, state: BankState, storage: torch.dtype) -> Fitted:
     linear = all(source.kind(name) == "linear" for name in shapes)  # PEFT's VB-LoRA has no embeddings
     stored_numbers = vb_parameters(shapes, layout.rank, layout.length, size)
     return Fitted(Made(list(shapes), make), stored_numbers, settings, save if linear else None)
-
-
-def _saved(name: str, shape: Shape, mixing: Mixing, layout: PieceLayout, size: int) -> dict[str, Tensor]:
-    """One module's tensors in PEFT's names and shapes: indices (…, 2), shares (…, 1) of the first."""
-    out, width = shape
-    index_dtype = torch.uint8 if size < 2**8 else torch.int16 if size < 2**15 else torch.int32
-    grids = {"A": (layout.rank, width // layout.length), "B": (out // layout.length, layout.rank)}
-    counts = [math.prod(grid) for grid in grids.values()]
-    indices = torch.stack([mixing.first, mixing.second], dim=-1).to(index_dtype).split(counts)
-    shares = mixing.share[:, None].float().split(counts)
-    tensors = {}
-    for (side, grid), pair, share in zip(grids.items(), indices, shares, strict=True):
-        key = f"{PREFIX}{name}.vblora_logits_{side}"
-        tensors[f"{key}_topk_indices"] = pair.reshape(*grid, TOPK)
-        tensors[f"{key}_topk_weights"] = share.reshape(*grid, TOPK - 1)
-    return tensors

@@ -1,4 +1,4 @@
-"""How VB-LoRA cuts factors into pieces of one length, and which length that is."""
+"""How VB-LoRA cuts factors into pieces of one length, which length that is, and how PEFT names what is stored of them."""
 
 import math
 from collections.abc import Mapping
@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from bslora_convert.baselines.baseline import OutOfReach
+from bslora_convert.baselines.vector_bank import Mixing
+from bslora_convert.lora.keys import PREFIX
 from bslora_convert.modules.factors import Factors, Shape
 
 LONGEST = 256  # of a bank's vectors, the length that the paper uses
 SHORTEST = 8  # below it the indices outweigh the bank
+
+TOPK = 2  # vectors of a mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +73,19 @@ def vector_length(shapes: Mapping[str, Shape]) -> int:
             f"{SHORTEST} is the least of use"
         )
     return length
+
+
+def saved(name: str, shape: Shape, mixing: Mixing, layout: PieceLayout, size: int) -> dict[str, Tensor]:
+    """One module's tensors in PEFT's names and shapes: indices (…, 2), shares (…, 1) of the first."""
+    out, width = shape
+    index_dtype = torch.uint8 if size < 2**8 else torch.int16 if size < 2**15 else torch.int32
+    grids = {"A": (layout.rank, width // layout.length), "B": (out // layout.length, layout.rank)}
+    counts = [math.prod(grid) for grid in grids.values()]
+    indices = torch.stack([mixing.first, mixing.second], dim=-1).to(index_dtype).split(counts)
+    shares = mixing.share[:, None].float().split(counts)
+    tensors = {}
+    for (side, grid), pair, share in zip(grids.items(), indices, shares, strict=True):
+        key = f"{PREFIX}{name}.vblora_logits_{side}"
+        tensors[f"{key}_topk_indices"] = pair.reshape(*grid, TOPK)
+        tensors[f"{key}_topk_weights"] = share.reshape(*grid, TOPK - 1)
+    return tensors

@@ -43,7 +43,6 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble, named_tensors
 from bslora_convert.conversion.request import Converted
 from bslora_convert.process.progress import Progress
-from bslora_convert.recipe.training import Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -75,7 +74,7 @@ def distill(
 
     :raises InputError: when checkpoints are of another run or damaged.
     """
-    trainer = Trainer(session, start, rows, run.training, checkpoints, run.began)
+    trainer = Trainer(session, start, rows, run, checkpoints)
     if resume and checkpoints is not None and (checkpoints / STATE_NAME).is_file():
         trainer.go_on(checkpoints)
     elif checkpoints is not None and trainer.accelerator.is_main_process:
@@ -91,15 +90,14 @@ class Trainer:
         session: BaseModelSession,
         start: Converted,
         rows: TrainingRows,
-        training: Training,
+        run: TrainingRun,
         checkpoints: Path | None,
-        began: float,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        self.base, self.reference, self.training = session.base, session.reference, training
-        self.known = session.known
-        self.rows, self.checkpoints, self.began = rows, checkpoints, began
+        training = self.training = run.training
+        self.base, self.reference, self.known = session.base, session.reference, session.known
+        self.rows, self.checkpoints, self.began = rows, checkpoints, run.began
         self.layout = Layout.of(start.form)
         coded = coded_tensors(start.codes, self.layout.tensors()) if start.codes else {}
         self.quantiser = Quantiser(next(start.form.tensors()).dtype, coded)
@@ -118,16 +116,10 @@ class Trainer:
         self.best = {name: tensor.clone() for name, tensor in tensors.items()}
         self.state, self.evaluation_seconds = RunState(), 0.0
         self.notes: list[str] = []
-        self.steps = self._planned()
+        self.steps = training.steps_over(len(rows.train))
         longest = max(len(example.ids) for example in rows.train)
         if enable_checkpointing(self.base.model, min(len(rows.train), training.batch_size), longest, self.base.device):
             self.notes.append("activations are recomputed in the backward pass: they would not fit in the free memory")
-
-    def _planned(self) -> int:
-        """Optimiser steps that the run takes at most."""
-        per_epoch = max(1, math.ceil(len(self.rows.train) / (self.training.batch_size * self.training.accumulate)))
-        planned = max(1, round(self.training.epochs * per_epoch))
-        return min(planned, self.training.max_steps) if self.training.max_steps else planned
 
     def finish(self, progress: Progress) -> Distilled:
         """Trains to the end and returns the best state."""
@@ -137,7 +129,7 @@ class Trainer:
         order = self._order()
         for _ in range(self.state.step * self.training.accumulate):
             next(order)
-        while self.state.step < self.steps and not self._out_of_time() and self.state.stale < self.training.patience:
+        while self.state.step < self.steps and self._spent() < 1 and self.state.stale < self.training.patience:
             row = self.one_step(order)
             if row is None:
                 self.notes.append(
@@ -157,9 +149,6 @@ class Trainer:
 
     def _said(self, row: Mapping[str, Any]) -> str:
         return f"loss {row['loss']:.4f}, held-out KL {self.state.lowest:.5f}, {row['tokens_per_second']:.0f} tokens/s"
-
-    def _out_of_time(self) -> bool:
-        return self._spent() >= 1
 
     def _spent(self) -> float:
         """Share of the minutes that is gone, one more evaluation counted in; 0 where they are not limited."""

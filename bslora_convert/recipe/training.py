@@ -95,6 +95,11 @@ class Training:
             if (value := getattr(self, one.name)) != one.default and one.name != "seed"
         }
 
+    def steps_over(self, rows: int) -> int:
+        """Optimiser steps that a run on so many rows takes at most."""
+        planned = max(1, round(self.epochs * max(1, math.ceil(rows / (self.batch_size * self.accumulate)))))
+        return min(planned, self.max_steps) if self.max_steps else planned
+
     def rate_at(self, share: float) -> float:
         """Learning rate at a share of the run: linear warm-up, then half a cosine down to a hundredth."""
         if share < self.warmup:
