@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bslora_convert import Recipe, compress, load_compact, load_into
 from bslora_convert.modules.names import kind_of, layer_of
 from bslora_convert.peft import BsloraConfig, Init
-from bslora_convert.peft.fresh import TARGETS, targets
+from bslora_convert.peft.fresh import DEFAULT_TARGETS, targets
 
 ROOT = Path(__file__).parents[1]
 PARTS = ["train", "convert", "ablate", "speed", "show"]
@@ -68,7 +68,9 @@ class Gated(nn.Module):
 
 def lora(rank: int) -> Callable[[Any], PeftModel]:
     """PEFT's, alpha twice the rank."""
-    return lambda model: get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS)))
+    return lambda model: get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(DEFAULT_TARGETS))
+    )
 
 
 def tied(rank: int, sides: str, group: Callable[[str], object], gated: bool = False) -> Callable[[Any], PeftModel]:
@@ -102,13 +104,13 @@ def bslora(transform: str, ranks: tuple[int, int, int], **options: Any) -> Calla
 
 def vera(model: Any) -> PeftModel:
     """PEFT's."""
-    return get_peft_model(model, VeraConfig(r=64, target_modules=list(TARGETS), save_projection=False))
+    return get_peft_model(model, VeraConfig(r=64, target_modules=list(DEFAULT_TARGETS), save_projection=False))
 
 
 def vb_lora(model: Any) -> PeftModel:
     """PEFT's, sub-vectors as long as divides every side."""
-    length = math.gcd(*(side for entry in targets(model, list(TARGETS), {}).values() for side in entry.shape))
-    config = VBLoRAConfig(r=4, num_vectors=90, vector_length=length, topk=2, target_modules=list(TARGETS))
+    length = math.gcd(*(side for entry in targets(model, list(DEFAULT_TARGETS), {}).values() for side in entry.shape))
+    config = VBLoRAConfig(r=4, num_vectors=90, vector_length=length, topk=2, target_modules=list(DEFAULT_TARGETS))
     return get_peft_model(model, config)
 
 

@@ -18,7 +18,7 @@ from bslora_convert.recipe.files import DESCRIBED, read_options
 from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import SECTIONS, flag_of, options_of
 from bslora_convert.recipe.output import OutputOptions
-from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
 from bslora_convert.recipe.scaling import Scaling
 from bslora_convert.recipe.training import OPTIONS, Training
 from bslora_convert.recipe.verifying import VerifyOptions
@@ -27,8 +27,8 @@ from tests.planting import random_products, write_lora
 from tests.recipes import by_file
 
 TAKEN = {  # verb -> the dataclasses that its options fill
-    "compress": (*PARTS.values(), Recipe, Training, OutputOptions),
-    "batch": (*PARTS.values(), Recipe, Training, BatchOptions),
+    "compress": (*RECIPE_PARTS.values(), Recipe, Training, OutputOptions),
+    "batch": (*RECIPE_PARTS.values(), Recipe, Training, BatchOptions),
     "finetune": (Training, FinetuneOptions),
     "verify": (VerifyOptions,),
     "compare": (CompareOptions,),
@@ -50,7 +50,7 @@ def flags(verb: str) -> dict[str, click.Option]:
 def test_every_field_is_a_flag_or_in_the_recipes_file(verb: str) -> None:
     for kind in TAKEN[verb]:
         for field in fields(kind):
-            if not field.init or field.name in PARTS:
+            if not field.init or field.name in RECIPE_PARTS:
                 continue
             assert field.name in flags(verb) or field.name in DESCRIBED, f"{kind.__name__}.{field.name}"
 
@@ -116,7 +116,7 @@ def test_the_names_of_engines_are_those_of_the_engines() -> None:
 
 
 def test_no_option_stands_in_two_places_of_a_recipe() -> None:
-    named = [name for kind in (*PARTS.values(), Recipe, Training) for name in options_of(kind)]
+    named = [name for kind in (*RECIPE_PARTS.values(), Recipe, Training) for name in options_of(kind)]
     assert sorted({name for name in named if named.count(name) > 1}) == ["seed"]
 
 
@@ -128,3 +128,17 @@ def test_a_card_shows_the_options_that_no_flag_says(tmp_path: Path) -> None:
     assert '\nslice = "top-left"\n' in card
     compress(lora, tmp_path / "plain", Recipe(transform="ss", budget=0.5), report_html=False)
     assert "recipe.toml" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["epochs = 'x'", "learning-rate = '3'", "batch-size = 1.5", "chat-template = 'no'", "groups = 3", "patience = true",
+     "max-steps = 2.5", "heldout = 'half'"],
+)  # fmt: skip
+def test_a_wrong_type_in_a_recipe_file_is_named(tmp_path: Path, text: str) -> None:
+    lora, file = write_lora(tmp_path / "lora", random_products(layers=1)), tmp_path / "recipe.toml"
+    file.write_text(text + "\n")
+    done = CliRunner().invoke(main, ["compress", str(lora), str(tmp_path / "out"), "--recipe", str(file)])
+    assert done.exit_code == 2, done.output
+    assert text.partition(" ")[0] in done.stderr.replace("_", "-")
+    assert "internal error" not in done.stderr

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach, largest
 from bslora_convert.baselines.blocks import TINY, Blocks, CodedFactors, Grid, affine, in_blocks, sign
-from bslora_convert.baselines.quantised import in_codes
+from bslora_convert.baselines.quantised import quantised_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
 from bslora_convert.modules.lowrank import residual_energy
@@ -92,7 +92,7 @@ def _fitted(source: Source, shares: Mapping[str, Tensor], ratio: float, bits: in
         strong_codes = code_strong(b[:k], a[:k], STRONG[bits])
         return CodedFactors((strong_codes, (WEAK.encode(b[k:]), WEAK.encode(a[k:]))))
 
-    return in_codes(source, code, {"bits": f"{bits} and 1", "ρ": round(ratio, 4)})
+    return quantised_in(source, code, {"bits": f"{bits} and 1", "ρ": round(ratio, 4)})
 
 
 def _lost(source: Source, fitted: Fitted) -> float:

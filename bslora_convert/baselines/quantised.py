@@ -34,7 +34,7 @@ def coded(grid: Grid, factors: Factors, scaling: float = 1.0) -> CodedFactors:
     return CodedFactors(((grid.encode(factors.b.float().T), grid.encode(factors.a.float())),), scaling)
 
 
-def in_codes(
+def quantised_in(
     source: Source, code: Callable[[str], CodedFactors], settings: Mapping[str, object] | None = None
 ) -> Fitted:
     """The fit that codes each module so."""
@@ -57,7 +57,7 @@ def whole(grid: Grid, source: Source, budget: int, storage: torch.dtype, seed: i
         delta = source.deltas[name]
         return coded(grid, delta.stored, delta.scaling)
 
-    return in_codes(source, code)
+    return quantised_in(source, code)
 
 
 def truncated(name: str, adaptive: bool, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
@@ -77,7 +77,7 @@ def truncated(name: str, adaptive: bool, source: Source, budget: int, storage: t
         return coded(grid, source.svds[module].truncate([source.deltas[module].factors()], ranks[module]))
 
     settings = {"rank": max(ranks.values()), "least rank": min(ranks.values())}
-    return in_codes(source, code, settings)
+    return quantised_in(source, code, settings)
 
 
 def bytes_of(grid: Grid, source: Source, ranks: Mapping[str, int]) -> int:

@@ -75,11 +75,14 @@ def distill(
     :raises InputError: when checkpoints are of another run or damaged.
     """
     trainer = Trainer(session, start, rows, run, checkpoints)
-    if resume and checkpoints is not None and (checkpoints / STATE_NAME).is_file():
-        trainer.go_on(checkpoints)
-    elif checkpoints is not None and trainer.accelerator.is_main_process:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return trainer.finish(session.progress)
+    try:
+        if resume and checkpoints is not None and (checkpoints / STATE_NAME).is_file():
+            trainer.go_on(checkpoints)
+        elif checkpoints is not None and trainer.accelerator.is_main_process:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return trainer.finish(session.progress)
+    finally:
+        trainer.student.attached.remove()
 
 
 class Trainer:
@@ -246,7 +249,6 @@ class Trainer:
             trained = {name: best[name] for name in self.student.trained}
             best, codes = best | self.quantiser.round(trained), self.quantiser.encoded(trained)
         form = assemble(self.layout, best).to(self.quantiser.dtype)
-        self.student.attached.remove()
         record = {
             "steps": self.state.step,
             "kept_step": self.state.kept_step,

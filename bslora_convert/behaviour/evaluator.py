@@ -1,6 +1,6 @@
 """A source converted on its base model: in the metric of its prompts that does best on the validation rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.fit.source import Source
-from bslora_convert.metric.metric import METRICS, PLAIN_NAME
+from bslora_convert.metric.metric import METRICS, PLAIN_NAME, Moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +57,21 @@ class Evaluator:
         return proof_of(self.rows(form, self.split.test), self.seed)
 
     @cached_property
-    def sources(self) -> Mapping[str, Source]:
-        """The source in each metric that may be chosen, but for the plain one; the calibration rows are run once."""
-        names = list(METRICS) if self.metric == "auto" else [self.metric]
-        factors = {name: delta.factors() for name, delta in self.source.deltas.items()}
+    def moments(self) -> Mapping[str, Moments]:
+        """What the modules' factors see on the calibration rows, which are run once."""
         session, examples = self.session, self.split.calibration
-        moments = collect(
+        factors = {name: delta.factors() for name, delta in self.source.deltas.items()}
+        return collect(
             session.base, session.reference, factors, examples, self.split.batch_size,
-            names != ["input"], lambda done: session.progress("reading the metric", done, len(examples)),
+            self.metric != "input", lambda done: session.progress("reading the metric", done, len(examples)),
         )  # fmt: skip
-        return {
-            name: self.source.measured_in({one: METRICS[name](factors[one], moments[one]) for one in factors})
-            for name in names
-        }
+
+    def sources(self) -> Iterator[tuple[str, Source]]:
+        """The source in each metric that may be chosen, but for the plain one, by name: one at a time."""
+        for name in METRICS if self.metric == "auto" else [self.metric]:
+            metric = METRICS[name]
+            deltas = self.source.deltas.items()
+            yield name, self.source.measured_in({one: metric(d.factors(), self.moments[one]) for one, d in deltas})
 
     def plain(self, request: Request) -> Evaluated:
         """The conversion in the plain metric."""
@@ -84,7 +86,7 @@ class Evaluator:
         """
         best = plain or self.plain(request)
         kl = dict(best.kl)
-        for name, source in self.sources.items():
+        for name, source in self.sources():
             converted = convert(source, request, self.session.progress)
             rows = self.rows(converted.form, self.split.validation)
             kl[name] = float(means(rows).kl)

@@ -40,7 +40,7 @@ USUAL = 0.03  # missed retention against lost energy, of adapters that were look
 USUAL_KL = 0.5  # of the bare base
 MOST_LOST = 0.9  # share of the energy that a first guess may lose
 
-Made = Converted | Distilled
+Outcome = Converted | Distilled
 Distil = Callable[[Converted], Distilled]
 
 
@@ -49,7 +49,7 @@ class Reached:
     """The smallest result of a behaviour. chosen: how it was converted; made: what is to be written. record: how it was found."""
 
     chosen: Evaluated
-    made: Made
+    made: Outcome
     record: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -111,7 +111,7 @@ class _Walk:
 
     evaluator: Evaluator
     request: Request
-    steps: list[tuple[Made, dict[str, Any]]] = field(default_factory=list)
+    steps: list[tuple[Outcome, dict[str, Any]]] = field(default_factory=list)
     chosen: Evaluated | None = None
     refused: RecipeError | None = None
     tightened: float = 1.0
@@ -142,7 +142,7 @@ class _Walk:
         """What may be missed on the validation rows."""
         return self.tightened * self.measure.missed(self.limit)
 
-    def path_to(self, made: Made) -> list[dict[str, Any]]:
+    def path_to(self, made: Outcome) -> list[dict[str, Any]]:
         """Every step, with the one that was kept marked."""
         return [{**step, "kept": one is made} for one, step in self.steps]
 
@@ -150,7 +150,7 @@ class _Walk:
         """A proof missed so much: from now on less may be missed."""
         self.tightened *= STRICTER * min(1.0, self.measure.missed(self.limit) / missed)
 
-    def candidates(self, distil: Distil | None) -> Iterator[Made]:
+    def candidates(self, distil: Distil | None) -> Iterator[Outcome]:
         """Results to prove, the smallest first.
 
         :raises ThresholdMissed: when there is none.
@@ -216,7 +216,7 @@ class _Walk:
         """What rows miss at their bound."""
         return self.measure.missed(bound_of(rows, self.measure, self.evaluator.seed))
 
-    def measured(self, made: Made, rows: Sequence[RowSums]) -> float:
+    def measured(self, made: Outcome, rows: Sequence[RowSums]) -> float:
         """What a result misses at its bound on the validation rows, taken down as a step."""
         bound = bound_of(rows, self.measure, self.evaluator.seed)
         missed = self.measure.missed(bound)

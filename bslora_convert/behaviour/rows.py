@@ -8,7 +8,7 @@ import numpy as np
 from bslora_convert.behaviour.intervals import resampled_sums
 from bslora_convert.behaviour.prompts import Example
 
-MEASURES = ("kl", "base_kl", "retention", "agreement")
+MEASURED = ("kl", "base_kl", "retention", "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +69,4 @@ def resampled_means(rows: Sequence[RowSums], seed: int = 0) -> Means:
 
 def measures(found: Means) -> dict[str, float]:
     """The measures by name, of one sample."""
-    return {name: float(getattr(found, name)) for name in MEASURES}
+    return {name: float(getattr(found, name)) for name in MEASURED}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,11 @@ def load_state(directory: Path, training: Training) -> tuple[RunState, dict[str,
                 f"{directory / STATE_NAME}: was trained with {name} {options.get(name)!r}, now {value!r}; "
                 "give the same options or leave --resume out"
             )
-    try:
-        return RunState(**found), read_tensors(directory / TENSORS_NAME)
-    except TypeError as error:
-        raise not_of_this_run(directory, error) from None
+    if set(found) != {one.name for one in fields(RunState)}:
+        raise not_of_this_run(directory, f"{STATE_NAME} holds {', '.join(sorted(found))}")
+    return RunState(**found), read_tensors(directory / TENSORS_NAME)
 
 
-def not_of_this_run(directory: Path, error: Exception) -> InputError:
+def not_of_this_run(directory: Path, error: object) -> InputError:
     """The error of a state that does not fit."""
     return InputError(f"{directory}: not a checkpoint of this adapter ({error})")

@@ -161,7 +161,7 @@ def load_compact(path: str | FilePath, *, accept_changed: bool = False) -> Compa
 def load_coded(path: str | FilePath, *, accept_changed: bool = False) -> CodedAdapter | CompactAdapter:
     """As `load_compact`, but what is in codes stays so."""
     read = _read(path, accept_changed)
-    if not in_codes(read.config):
+    if not has_codes(read.config):
         return _decoded(read)
     dtype = decoded_dtype(read.config, read.directory / CONFIG_NAME)
     check_codes(read.codes, read.layout.tensors(), dtype, read.directory / WEIGHTS_NAME)
@@ -204,14 +204,14 @@ def _read(path: str | FilePath, accept_changed: bool) -> _Read:
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
     layout = Layout.parse(config, config_path)
-    codes = {name: tensors.pop(name) for name in NAMES if name in tensors} if in_codes(config) else {}
+    codes = {name: tensors.pop(name) for name in NAMES if name in tensors} if has_codes(config) else {}
     return _Read(directory, config, layout, codes, tensors, state)
 
 
 def _decoded(read: _Read) -> CompactAdapter:
     config_path, weights_path = read.directory / CONFIG_NAME, read.directory / WEIGHTS_NAME
     config, layout = read.config, read.layout
-    if in_codes(config):
+    if has_codes(config):
         taken = from_file(read.codes, layout.tensors(), decoded_dtype(config, config_path), weights_path)
     else:
         taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in layout.tensors()}
@@ -255,7 +255,7 @@ def check_version(config: Mapping[str, Any], where: object) -> None:
         raise InputError(f"{where}: coding is {coding!r}, this version reads {CODING}; convert the LoRA again")
 
 
-def in_codes(config: Mapping[str, Any]) -> bool:
+def has_codes(config: Mapping[str, Any]) -> bool:
     """Whether the adapter of a configuration, which has been checked, is in codes."""
     return config.get("coding") is not None
 

@@ -16,7 +16,7 @@ from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import flag_of
-from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.results.library import BatchPlan, BatchSummary, Capacity
 
@@ -26,7 +26,7 @@ SHOWN = 5  # bad adapters whose reasons are printed
 @click.command(cls=Command)
 @click.argument("library")
 @click.argument("out", type=click.Path(path_type=Path), required=False)
-@takes(*PARTS.values(), Recipe, Training, BatchOptions, verb="compress")
+@takes(*RECIPE_PARTS.values(), Recipe, Training, BatchOptions, verb="compress")
 @recipe_file_option
 @push_options
 @verb

@@ -13,7 +13,7 @@ from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
 from bslora_convert.recipe.output import OutputOptions
-from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.results.adapter import Fidelity
 
@@ -21,7 +21,7 @@ from bslora_convert.results.adapter import Fidelity
 @click.command(cls=Command)
 @click.argument("lora_dir", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@takes(*PARTS.values(), Recipe, Training, OutputOptions, verb="compress")
+@takes(*RECIPE_PARTS.values(), Recipe, Training, OutputOptions, verb="compress")
 @recipe_file_option
 @push_options
 @verb

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -17,14 +17,12 @@ from bslora_convert.coding.plan import plan
 from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.floats import fit_grouped
 from bslora_convert.conversion.request import Converted, Request, cast
-from bslora_convert.conversion.solve import BYTES, ERROR, Search, Trial, solve_size
+from bslora_convert.conversion.solve import BYTES, ERROR, Made, Search, Trial, solve_size
 from bslora_convert.errors import RecipeError
 from bslora_convert.fit.convert import outline, shares
 from bslora_convert.fit.source import Fit, Source
 from bslora_convert.process.progress import Progress
 from bslora_convert.recipe.structure import Structure
-
-Made = TypeVar("Made")
 
 HEAD_START = 0.985  # of the energy that may be lost: where the first attempt is aimed at, as codes lose what their widths promise
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
@@ -55,7 +53,7 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
     found: list[Candidate] = []
     refused: RecipeError | None = None
     plain: Fit | None = None
-    for structure in request.structure.each():
+    for structure in _structures(source, request):
         try:
             fit = _float_fit(source, structure, request, numbers, progress)
             if plain is not None and (not fit.form.shared or fit.lost > (1 - WORTH_CODING) * plain.lost):
@@ -82,6 +80,14 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
     return Converted(form, codes, best.notes, reached if target.error is not None else None)
 
 
+def _structures(source: Source, request: Request) -> list[Structure]:
+    """What may be taken; ranks by hand that name shared parts leave no choice about having them."""
+    ranks, found = request.target.ranks, request.structure.each()
+    if len(found) > 1 and ranks is not None and any(ranks[1:]) and source.sharing:
+        return [one for one in found if one.transform != "none"]
+    return found
+
+
 def _numbers(source: Source, request: Request) -> int:
     """Numbers of a float fit whose shared parts suit codes: as many as the target's share of the file holds at few bits each."""
     target = request.target
@@ -92,7 +98,7 @@ def _numbers(source: Source, request: Request) -> int:
         share = target.bytes / request.source_bytes
     else:
         return target.numbers or 0
-    width = 8 * next(iter(source.deltas.values())).stored.b.dtype.itemsize
+    width = 8 * request.source_dtype.itemsize
     return math.floor(min(max(share * width / TYPICAL_WIDTH, LEAST_SHARE), 1.0) * source.parameters)
 
 
@@ -172,7 +178,7 @@ class _Coder:
             planned, allowed, 1 / room, lambda known, wanted: follow(known[-1].made, known[-1], wanted), BYTES
         ).best
         if sized is not None:
-            first = 1 / -(-sized.made // 8)
+            first = 1 / max(-(-sized.made // 8), 1)
             found = solve_size(
                 coded, allowed, first, lambda known, wanted: follow(known[-1].made.bits, known[-1], wanted), BYTES
             )
@@ -215,6 +221,8 @@ def _follow_lost(known: Sequence[Trial[CodedForm]], wanted: float) -> float:
     """What is lost goes with what was to be lost; where some of it no width can keep, by the line through the last two trials."""
     last = known[-1]
     slope, lost = last.value * last.setting, 1 / last.setting
+    if slope <= 0:  # nothing is lost: less precise codes may do as well
+        return last.setting / LARGEST_STEP
     if len(known) > 1:
         rise, run = last.value - known[-2].value, lost - 1 / known[-2].setting
         slope = max(rise / run, LEAST_SLOPE * slope)

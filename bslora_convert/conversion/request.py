@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.errors import RecipeError
-from bslora_convert.fit.source import Source
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.recipe.recipe import Recipe
@@ -21,7 +20,8 @@ from bslora_convert.recipe.target import Target
 class Request:
     """structure, target: of the recipe, for this source. dtype: of the numbers that readers get. seed: of random starts.
 
-    carried: whole weights that travel along; they take bytes of the file. source_bytes: of the source's file.
+    carried: whole weights that travel along; they take bytes of the file. source_bytes: of the source's file. source_dtype: of
+    most of its numbers.
     """
 
     structure: Structure
@@ -30,15 +30,16 @@ class Request:
     seed: int = 0
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     source_bytes: int = 0
+    source_dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, recipe: Recipe, source: Source, adapter: LoraAdapter) -> Self:
-        """What a recipe asks for, of one adapter, read and measured."""
-        slot = step_of(max(delta.rank for delta in source.deltas.values()))
-        size = adapter.weights.stat().st_size
-        structure, target = recipe.resolved(source.parameters, size, slot)
+    def of(cls, recipe: Recipe, adapter: LoraAdapter) -> Self:
+        """What a recipe asks for, of one adapter."""
+        modules, size = adapter.modules.values(), adapter.weights.stat().st_size
+        slot = step_of(max(module.rank for module in modules))
+        structure, target = recipe.resolved(sum(module.rank * sum(module.shape) for module in modules), size, slot)
         dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
-        return cls(structure, target, dtype, recipe.seed, adapter.carried, size)
+        return cls(structure, target, dtype, recipe.seed, adapter.carried, size, adapter.dtype)
 
     def of_bytes(self, size: int) -> Self:
         """The same for a file of so many bytes."""

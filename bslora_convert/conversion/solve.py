@@ -111,13 +111,13 @@ def solve_size(
     for count in range(1, tolerance.trials + 1):
         trial = evaluate(setting)
         found.take(setting, trial)
-        said = (trial.value, trial.cost) if trial is not None else None
-        if _is_over(found, tolerance, bounds) or said in before:
+        again = trial is not None and (trial.value, trial.cost) in before
+        if _is_over(found, tolerance, bounds) or (again and trial is not None and trial.value <= limit):
             break
-        if said is not None:
-            before.add(said)
-        if found.lax is None and count >= tolerance.misses:
-            setting = strictest
+        if trial is not None:
+            before.add((trial.value, trial.cost))
+        if found.lax is None and (again or count >= tolerance.misses) and math.isfinite(strictest):
+            setting = strictest  # steps that change nothing, or too many of them
         else:
             setting = min(max(_next(found, count, follow, tolerance), laxest), strictest)
     return found

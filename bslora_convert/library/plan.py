@@ -37,7 +37,7 @@ class LibraryPlan:
         return sum(job.bytes for job in self.jobs)
 
 
-def plan(
+def plan_library(
     items: Sequence[Item], out: Path, made_with: MadeWith, asked: BatchOptions, progress: Progress = silent
 ) -> LibraryPlan:
     """Looks at every item: its headers, and a hash of its files."""

@@ -30,7 +30,7 @@ from bslora_convert.bslora.storage import (
 )
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.record import CHANGED, integrity
-from bslora_convert.peft.fresh import DEFAULT_RANKS, SCALING, TARGETS, Fresh, fields
+from bslora_convert.peft.fresh import DEFAULT_RANKS, DEFAULT_TARGETS, SCALING, Fresh, fields
 from bslora_convert.peft.initial import Init
 from bslora_convert.recipe.checks import check_choice, is_number
 from bslora_convert.recipe.training import TRAINED
@@ -114,7 +114,7 @@ class BsloraConfig(PeftConfig):
         model: nn.Module,
         transform: str = "ke",
         ranks: Sequence[int] | str = DEFAULT_RANKS,
-        target_modules: Sequence[str] | str = TARGETS,
+        target_modules: Sequence[str] | str = DEFAULT_TARGETS,
         *,
         init: Init | str = "kaiming_normal",
         scaling: float = SCALING,

@@ -27,7 +27,7 @@ from bslora_convert.recipe.checks import check_choice, check_whole
 from bslora_convert.recipe.structure import LARGEST_RANK, Structure
 from bslora_convert.recipe.target import RankTriple
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's
 SCALING = 2.0  # of every part: what the authors' code multiplies by, whatever lora_alpha says
 DEFAULT_RANKS: RankTriple = (2, 4, 16)
 

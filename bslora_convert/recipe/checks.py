@@ -19,10 +19,10 @@ def check_whole(field: str, value: object, low: int, high: int) -> None:
         raise RecipeError(f"{field} is {value!r}: a whole number from {low} to {high} is allowed", field)
 
 
-def check_count(field: str, value: float | None) -> None:
-    """:raises RecipeError: when the value is given and below one."""
-    if value is not None and value < 1:
-        raise RecipeError(f"{field} is {value}: a positive whole number is allowed", field)
+def check_count(field: str, value: object) -> None:
+    """:raises RecipeError: when the value is given and no whole number from one on."""
+    if value is not None and not (is_whole(value) and value >= 1):
+        raise RecipeError(f"{field} is {value!r}: a positive whole number is allowed", field)
 
 
 def check_on_base(base_model: object, prompts: object) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.jsonfile import parsed, read_json
 from bslora_convert.recipe.options import SECTIONS, Option, flag_of, key_of, name_of, options_of
-from bslora_convert.recipe.recipe import PARTS, Recipe
+from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
 from bslora_convert.recipe.target import TARGETS
 from bslora_convert.recipe.training import OPTIONS, Training
 
 Described = dict[str, tuple[Field[Any], Option]]
 DESCRIBED: Described = {  # every option of a recipe's file
-    name: described for kind in (*PARTS.values(), Training, Recipe) for name, described in options_of(kind).items()
+    name: described
+    for kind in (*RECIPE_PARTS.values(), Training, Recipe)
+    for name, described in options_of(kind).items()
 }
 VERBS = ("compress", "finetune")  # who takes some of them as flags
 

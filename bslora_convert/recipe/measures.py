@@ -10,16 +10,15 @@ from bslora_convert.recipe.options import flag_of
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One measure. name: its field in records. option: the limit's name in Python. text: what it is, for a reader."""
+    """One measure. name: its field in records. option: the limit's name in Python. text: what it is, for a reader.
+
+    more_is_better: whether the limit is a least value; otherwise it is a greatest one.
+    """
 
     name: str
     option: str
     text: str
-
-    @property
-    def more_is_better(self) -> bool:
-        """Whether the limit is a least value; otherwise it is a greatest one."""
-        return self.option.startswith("min_")
+    more_is_better: bool = False
 
     @property
     def bound(self) -> str:
@@ -40,9 +39,9 @@ class Measure:
         return 1 - value if self.more_is_better else value
 
 
-RETENTION = Measure("retention", "min_retention", "share of the adapter's effect kept")
+RETENTION = Measure("retention", "min_retention", "share of the adapter's effect kept", more_is_better=True)
 KL = Measure("kl", "max_kl", "KL to the original")
-AGREEMENT = Measure("agreement", "min_agreement", "share of tokens with the same first choice")
+AGREEMENT = Measure("agreement", "min_agreement", "share of tokens with the same first choice", more_is_better=True)
 ACCURACY_DROP = Measure("accuracy_drop", "max_accuracy_drop", "largest drop of a task's score")
 
 ON_PROMPTS = {measure.option: measure for measure in (RETENTION, KL, AGREEMENT)}

@@ -19,7 +19,13 @@ from bslora_convert.recipe.storage import Storage
 from bslora_convert.recipe.structure import Structure
 from bslora_convert.recipe.target import TARGETS, Asked, Target, resolved
 
-PARTS = {"structure": Structure, "asked": Asked, "calibration": Calibration, "storage": Storage, "scaling": Scaling}
+RECIPE_PARTS = {
+    "structure": Structure,
+    "asked": Asked,
+    "calibration": Calibration,
+    "storage": Storage,
+    "scaling": Scaling,
+}
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -39,7 +45,7 @@ class Recipe:
 
     def __init__(self, **options: Any) -> None:
         """options: by the names of the parts' fields, and device and seed."""
-        for name, part in PARTS.items():
+        for name, part in RECIPE_PARTS.items():
             own = {one.name: options.pop(one.name) for one in fields(part) if one.name in options}
             object.__setattr__(self, name, part(**own))
         for name, default in OWN.items():
@@ -103,7 +109,7 @@ class Recipe:
         """Every option by name, as used; a target that nobody asked for is none."""
         found = {
             one.name: getattr(getattr(self, name), one.name)
-            for name, part in PARTS.items()
+            for name, part in RECIPE_PARTS.items()
             for one in fields(part)
             if one.init
         }

@@ -68,6 +68,10 @@ class Structure:
                     f"max_rank is {self.max_rank!r}: slot, none or a whole number from 1 to {LARGEST_RANK} is allowed",
                     "max_rank",
                 )
+        if not isinstance(self.groups, str):
+            raise RecipeError(
+                f"groups is {self.groups!r}: layer, auto or the path of a file of groups is allowed", "groups"
+            )
         check_whole("min_shared", self.min_shared, 0, LARGEST_RANK)
         check_whole("shared_size", self.shared_size, 1, 1 << 20)
         for field, value, plain, of, what in (

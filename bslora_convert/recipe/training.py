@@ -5,13 +5,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bslora_convert.errors import RecipeError
-from bslora_convert.recipe.checks import check_choice, check_count
+from bslora_convert.recipe.checks import check_choice, check_count, is_number
 from bslora_convert.recipe.options import RUNNING, option, options_of
 from bslora_convert.recipe.options import TRAINING as SECTION
 
 TRAINED = ("local", "shared", "all")
 FILE: dict[str, Any] = {"verbs": ()}  # the recipe file alone
 BY_NAME: dict[str, Any] = {"verbs": ("finetune",)}  # the verb of that name, and the recipe file
+
+WHOLE = (
+    "max_steps", "batch_size", "accumulate", "limit", "max_length", "max_new_tokens", "max_heldout", "evaluate_every", "patience",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +57,25 @@ class Training:
 
     def __post_init__(self) -> None:
         check_choice("train", self.train, TRAINED)
-        least = {
-            "max_steps": 0, "epochs": 0, "max_minutes": 0, "learning_rate": 0, "temperature": 0, "clip": 0,
-        }  # fmt: skip
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > bound):
-                raise RecipeError(f"{name} is {value}: a number above {bound} is allowed", name)
         for name in (
-            "batch_size",
-            "accumulate",
-            "limit",
-            "max_length",
-            "max_new_tokens",
-            "max_heldout",
-            "evaluate_every",
-            "patience",
+            "epochs",
+            "max_minutes",
+            "learning_rate",
+            "temperature",
+            "clip",
+            "warmup",
+            "heldout",
+            "hidden_weight",
         ):
+            value = getattr(self, name)
+            if value is not None and not is_number(value):
+                raise RecipeError(f"{name} is {value!r}: a finite number is allowed", name)
+        if not isinstance(self.chat_template, bool):
+            raise RecipeError(f"chat_template is {self.chat_template!r}: true or false is allowed", "chat_template")
+        for name in ("epochs", "max_minutes", "learning_rate", "temperature", "clip"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise RecipeError(f"{name} is {value}: a number above 0 is allowed", name)
+        for name in WHOLE:
             check_count(name, getattr(self, name))
         for name in ("warmup", "heldout"):
             if not 0 <= getattr(self, name) < 1:

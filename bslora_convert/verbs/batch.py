@@ -36,7 +36,7 @@ from bslora_convert.library.jobs import (
     marker_of,
 )
 from bslora_convert.library.made_with import MadeWith, read_made_with, settle
-from bslora_convert.library.plan import LibraryPlan, plan
+from bslora_convert.library.plan import LibraryPlan, plan_library
 from bslora_convert.library.summary import summarise
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.batching import BatchOptions
@@ -76,7 +76,7 @@ def batch(
     items = discover(str(library))
     _check_place(items, out)
     own = shard_of(items, asked.shard)
-    found = plan(own, out, made_with, asked, progress)
+    found = plan_library(own, out, made_with, asked, progress)
     if asked.dry_run:
         return _dry(found, items, own)
     _make(out)

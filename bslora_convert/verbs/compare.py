@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.behaviour.adapter import Adapter
-from bslora_convert.behaviour.attach import Attached
-from bslora_convert.behaviour.divergence import Divergence, diverge_all
+from bslora_convert.behaviour.divergence import Divergence
 from bslora_convert.behaviour.memory import free_bytes
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.session import BaseModelSession
@@ -161,30 +159,14 @@ def _row(name: str, budget: float, source: Source, storage: torch.dtype, seed: i
 def _with_behaviour(found: Sequence[Found], session: BaseModelSession, prompts: Prompts) -> list[Found]:
     """The same with behaviour on the prompts in the rows that were fitted."""
     examples = session.encode(prompts).examples
-    carried = session.adapter.carried  # a saved head is every form's
     fits = {str(index): fitted for index, (_, fitted) in enumerate(found) if fitted is not None}
     most = ATTACHED_SHARE * free_bytes(session.base.device)
     measured: dict[str, Divergence] = {}
 
-    def tell(before: int, present: int, done: int) -> None:
-        session.progress("measuring behaviour", before * len(examples) + done * present, len(fits) * len(examples))
-
     for names in handfuls({name: _floats(fitted) for name, fitted in fits.items()}, most / 4):
-        attached = {
-            name: Attached(session.base.model, _as_form(fits[name], session.adapter.form), carried, name, enabled=False)
-            for name in names
-        }
-        measured |= diverge_all(
-            session.base,
-            session.known,
-            session.bare,
-            attached,
-            examples,
-            prompts.batch_size,
-            partial(tell, len(measured), len(names)),
-        )
-        for adapter in attached.values():
-            adapter.remove()
+        forms = {name: _as_form(fits[name], session.adapter.form) for name in names}
+        before, whole = len(measured) * len(examples), len(fits) * len(examples)
+        measured |= session.measure(forms, examples, prompts.batch_size, "measuring behaviour", before, whole)
     return [
         (replace(row, functional=_behaviour(measured[str(index)], len(examples))), fitted)
         if fitted is not None

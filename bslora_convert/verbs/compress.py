@@ -10,8 +10,10 @@ Where the source is in the authors' BSLoRA layout there is nothing to fit: see `
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bslora_convert.behaviour.checkpoints import forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
@@ -38,6 +40,9 @@ from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.report.conversion import publish
 from bslora_convert.results.adapter import Fidelity
+
+if TYPE_CHECKING:
+    from bslora_convert.behaviour.session import BaseModelSession
 
 FINEST_ERROR = 1e-4  # to which an error that could be reached is recorded
 
@@ -75,11 +80,15 @@ def compress(
     files = {name: Prompts.read(path, **training.reading) for name, path in recipe.calibration.files.items()}
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
-    measured = _measured(adapter, recipe)
-    read = time.perf_counter()
-    run = TrainingRun(training, out, began)
-    origin = Origin(adapter, measured, sha256(adapter.weights), recorded_as or str(adapter.path))
-    made, used, extras = _converted(resolve(source), origin, recipe, files, run, progress)
+    digest, request, run = sha256(adapter.weights), Request.of(recipe, adapter), TrainingRun(training, out, began)
+    with _session(resolve(source), adapter, digest, recipe, progress) or nullcontext() as session:
+        measured = _measured(adapter, recipe.device, request)
+        read = time.perf_counter()
+        if isinstance(adapter, OfficialSource):
+            made, used, extras = as_found(adapter, recipe)
+        else:
+            made, used, extras = _converted(measured, request, recipe, session, files, run, progress)
+    origin = Origin(adapter, measured, digest, recorded_as or str(adapter.path))
     if recipe.calibration.finetune is not None and not is_writer():
         return Fidelity.from_dict(written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -107,34 +116,38 @@ def _check(recipe: Recipe, training: Training) -> None:
         need("analysis", "groups auto", "groups")
 
 
-def _measured(adapter: LoraAdapter, recipe: Recipe) -> Source:
+def _session(
+    source: Path, adapter: LoraAdapter, digest: str, recipe: Recipe, progress: Progress
+) -> "BaseModelSession | None":
+    """The base model with the source on it, before anything is fitted: one that does not fit costs no more than looking at it."""
+    base_model = recipe.calibration.base_model
+    if base_model is None:
+        return None
+    from bslora_convert.behaviour.adapter import Adapter
+    from bslora_convert.behaviour.session import BaseModelSession
+
+    return BaseModelSession(Adapter.of_lora(adapter, source, digest), base_model, recipe.device, "auto", progress)
+
+
+def _measured(adapter: LoraAdapter, device: str, request: Request) -> Source:
     """The adapter's deltas with their SVDs, on the device where they are fitted: codes are searched on the CPU."""
-    in_codes = recipe.asked.chooses_precision or recipe.storage.bits is not None
-    device = pick_device(recipe.device)
+    where = pick_device(device)
     with modules_over_cores():
-        measured = measure(adapter.to("cpu" if in_codes else device).modules, adapter.kinds)
+        measured = measure(adapter.to("cpu" if request.target.is_coded else where).modules, adapter.kinds)
     check_magnitude(measured, adapter.weights)
     return measured
 
 
 def _converted(
-    source: Path, origin: Origin, recipe: Recipe, files: Mapping[str, Prompts], run: TrainingRun, progress: Progress
-) -> tuple[Converted, Recipe, Extras]:
+    measured: Source, request: Request, recipe: Recipe, session: "BaseModelSession | None", files: Mapping[str, Prompts],
+    run: TrainingRun, progress: Progress,
+) -> tuple[Converted, Recipe, Extras]:  # fmt: skip
     """The conversion, the recipe that it is of, and the records of how it came about."""
-    adapter, measured = origin.adapter, origin.measured
-    if isinstance(adapter, OfficialSource):
-        return as_found(adapter, recipe)
-    request = Request.of(recipe, measured, adapter)
-    base_model = recipe.calibration.base_model
-    if base_model is None:
+    if session is None:
         return *_nearest(convert(measured, request, progress), recipe), Extras()
-    from bslora_convert.behaviour.adapter import Adapter
     from bslora_convert.behaviour.converting import convert_on_base
-    from bslora_convert.behaviour.session import BaseModelSession
 
-    reference = Adapter.of_lora(adapter, source, origin.sha256)
-    with BaseModelSession(reference, base_model, recipe.device, "auto", progress) as session:
-        made, extras = convert_on_base(session, measured, request, recipe.calibration, files, run)
+    made, extras = convert_on_base(session, measured, request, recipe.calibration, files, run)
     return *_nearest(made, recipe), extras
 
 

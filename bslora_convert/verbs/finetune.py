@@ -70,7 +70,7 @@ def finetune(
     began = time.perf_counter()
     progress("reading")
     rows, held, shared = _rows(prompts, asked, training)
-    pair = _Pair.read(compact, reference, asked.accept_changed)
+    pair = _Sides.read(compact, reference, asked.accept_changed)
     read = time.perf_counter()
     reference_adapter = Adapter.of_lora(pair.source, resolve(reference), sha256(pair.source.weights))
     check_pair(Adapter.of_compact(pair.student), reference_adapter)
@@ -109,7 +109,7 @@ def _rows(
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _Sides:
     """The compact adapter that is trained, the LoRA that it came from, and that one's deltas measured."""
 
     student: CompactAdapter
@@ -117,7 +117,7 @@ class _Pair:
     measured: Source
 
     @classmethod
-    def read(cls, compact: Path, reference: str | Path, accept_changed: bool) -> "_Pair":
+    def read(cls, compact: Path, reference: str | Path, accept_changed: bool) -> "_Sides":
         """:raises InputError: when one is missing or damaged, or they don't belong together."""
         student = load_compact(compact, accept_changed=accept_changed)
         source = load_lora(reference)

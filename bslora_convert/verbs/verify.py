@@ -66,7 +66,7 @@ def verify(
         check_saved(compact)
     progress("reading")
     rows = _rows(asked)
-    pair = _Pair.read(compact, asked)
+    pair = _Compared.read(compact, asked)
     saving = Saving.plan(pair.compact, asked, pair.is_another)
     if saving is not None:
         saving.check(pair.reference, pair.base_model, len(rows.rows) if rows is not None else None, asked)
@@ -87,7 +87,7 @@ def _rows(asked: VerifyOptions) -> Prompts | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _Compared:
     """The two adapters and the name of their base model. is_another: whether the reference is not what the compact one is of."""
 
     name: str | Path
@@ -98,7 +98,7 @@ class _Pair:
     is_another: bool
 
     @classmethod
-    def read(cls, compact: str | Path, asked: VerifyOptions) -> "_Pair":
+    def read(cls, compact: str | Path, asked: VerifyOptions) -> "_Compared":
         """:raises InputError: when one is missing or damaged, or they don't belong together."""
         first = read_adapter(compact, accept_changed=asked.accept_changed)
         known = recorded(first.path) if first.kind == "bslora" else {}
@@ -118,7 +118,7 @@ class _Pair:
         return cls(compact, first, reference, second, base_model, another)
 
 
-def _measured(pair: _Pair, rows: Prompts | None, asked: VerifyOptions, progress: Progress) -> Verification:
+def _measured(pair: _Compared, rows: Prompts | None, asked: VerifyOptions, progress: Progress) -> Verification:
     """Every measure, on the base model."""
     first, second = pair.compact, pair.reference
     with ExitStack() as stack:  # whoever takes the base next finds nothing on it

@@ -116,3 +116,19 @@ def test_the_same_again_ends_the_search() -> None:
 @pytest.mark.parametrize("tolerance", [ERROR, BYTES, BEHAVIOUR])
 def test_tolerances_are_shares(tolerance: Any) -> None:
     assert 0 < tolerance.close <= tolerance.aimed <= 1 < tolerance.narrow
+
+
+def test_a_step_that_changes_nothing_leads_to_the_strictest() -> None:
+    """Small adapters have few sizes: the same value just above the limit, and one far below it."""
+
+    def make(setting: float) -> Trial[float]:
+        return Trial(setting, 1.005 if setting < 1.5 else 0.5, setting, setting)
+
+    found = solve_size(make, 1.0, 1.0, _follow_lost, ERROR, (0.0, 1e12))
+    assert found.best is not None and found.best.value == 0.5
+    assert found.best.setting < 1e12  # and something laxer is sought from there
+
+
+def test_nothing_lost_is_made_less_precise() -> None:
+    found = solve_size(lambda s: Trial(s, 0.0, s, None), 1.0, 1.0, _follow_lost, ERROR, (0.0, 1e12))
+    assert found.best is not None
