@@ -15,6 +15,7 @@ from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.conversion.writing import Extras
 from bslora_convert.fit.source import Source
 from bslora_convert.recipe.calibration import Calibration
+from bslora_convert.results.adapter import EvidenceRecord
 
 
 def convert_on_base(
@@ -40,7 +41,7 @@ def convert_on_base(
     result, extras = best.converted, Extras(notes=(*split.notes, *best.notes))
     if distil is not None:
         result, extras = _trained(result, distil(result), extras)
-    evidence = {"rows": split.counts, "metric": best.metric, "proof": evaluator.proof(result.form)}
+    evidence = EvidenceRecord(rows=split.counts, metric=best.metric, proof=evaluator.proof(result.form))
     return result, replace(extras, evidence=evidence)
 
 
@@ -69,7 +70,7 @@ def _of_behaviour(evaluator: Evaluator, request: Request, distil: Distil | None)
     """The smallest conversion of the behaviour that is asked for."""
     found = convert_to_behaviour(evaluator, request, distil)
     split = evaluator.split
-    evidence = {"rows": split.counts, "metric": found.chosen.metric, "proof": found.record["proofs"][-1]}
+    evidence = EvidenceRecord(rows=split.counts, metric=found.chosen.metric, proof=found.record.proofs[-1])
     extras = Extras(evidence=evidence, aim=found.record, notes=(*split.notes, *found.chosen.notes, *found.notes))
     if isinstance(found.made, Distilled):
         return _trained(found.chosen.converted, found.made, extras)

@@ -43,6 +43,7 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble, named_tensors
 from bslora_convert.conversion.request import Converted
 from bslora_convert.process.progress import Progress
+from bslora_convert.results.adapter import TrainingRecord
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -53,7 +54,7 @@ class Distilled:
 
     form: BsloraForm
     log: tuple[Mapping[str, Any], ...]
-    record: Mapping[str, Any]
+    record: TrainingRecord
     notes: tuple[str, ...] = ()
     codes: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -249,23 +250,23 @@ class Trainer:
             trained = {name: best[name] for name in self.student.trained}
             best, codes = best | self.quantiser.round(trained), self.quantiser.encoded(trained)
         form = assemble(self.layout, best).to(self.quantiser.dtype)
-        record = {
-            "steps": self.state.step,
-            "kept_step": self.state.kept_step,
-            "heldout_kl_before": self.state.before,
-            "heldout_kl_after": self.state.lowest,
-            "heldout_rows": len(self.rows.heldout),
-            "training_rows": len(self.rows.train),
-            "tokens_per_second": self.state.tokens / self.state.seconds if self.state.seconds else 0.0,
-            "peak_bytes": peak_bytes(self.base.device),
-            "trained": self.training.train,
-            "trained_parameters": sum(p.numel() for p in self.student.parameters()),
-            "device": self.base.device.type,
-            "processes": self.accelerator.num_processes,
-            "dtype": str(self.base.model.dtype).removeprefix("torch."),
-            "options": self.training.to_dict(),
-            **({"completions": dict(self.rows.completions)} if self.rows.completions else {}),
-        }
+        record = TrainingRecord(
+            steps=self.state.step,
+            kept_step=self.state.kept_step,
+            heldout_kl_before=self.state.before,
+            heldout_kl_after=self.state.lowest,
+            heldout_rows=len(self.rows.heldout),
+            training_rows=len(self.rows.train),
+            tokens_per_second=self.state.tokens / self.state.seconds if self.state.seconds else 0.0,
+            peak_bytes=peak_bytes(self.base.device),
+            trained=self.training.train,
+            trained_parameters=sum(p.numel() for p in self.student.parameters()),
+            device=self.base.device.type,
+            processes=self.accelerator.num_processes,
+            dtype=str(self.base.model.dtype).removeprefix("torch."),
+            options=self.training.to_dict(),
+            completions=dict(self.rows.completions) if self.rows.completions else None,
+        )
         if self.state.kept_step == 0:
             self.notes.append("no state was better on the held-out rows than the starting one, which is kept")
         return Distilled(form, tuple(self.state.log), record, (*self.rows.notes, *self.notes), codes)

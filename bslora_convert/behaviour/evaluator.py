@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from bslora_convert.behaviour.calibrate import collect
 from bslora_convert.behaviour.prompts import Example
@@ -15,6 +14,7 @@ from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.fit.source import Source
 from bslora_convert.metric.metric import METRICS, PLAIN_NAME, Moments
+from bslora_convert.results.adapter import MetricRecord, ProofRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Evaluated:
     kept: str
 
     @property
-    def metric(self) -> dict[str, Any]:
+    def metric(self) -> MetricRecord:
         """What a record says of the metric."""
-        return {"kl": dict(self.kl), "kept": self.kept}
+        return MetricRecord(kl=dict(self.kl), kept=self.kept)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ class Evaluator:
         found = self.session.measure({"the result": form}, examples, self.split.batch_size, "measuring behaviour")
         return found["the result"].rows
 
-    def proof(self, form: BsloraForm) -> dict[str, Any]:
+    def proof(self, form: BsloraForm) -> ProofRecord:
         """What a form does on the test rows."""
         return proof_of(self.rows(form, self.split.test), self.seed)
 

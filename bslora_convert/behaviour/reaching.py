@@ -11,7 +11,7 @@ Sizes that are far off are converted in the plain metric; the first one that is 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -27,6 +27,7 @@ from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.conversion.solve import BEHAVIOUR, Trial, solve_size
 from bslora_convert.errors import RecipeError, ThresholdMissed
 from bslora_convert.recipe.measures import AGREEMENT, KL, RETENTION, Measure
+from bslora_convert.results.adapter import AimRecord, ProofRecord, StepRecord
 
 GAIN = 3.0  # times less that is missed once distilled, as a rule
 LOOKS = 3  # results that are proved at most
@@ -50,7 +51,7 @@ class Reached:
 
     chosen: Evaluated
     made: Outcome
-    record: Mapping[str, Any]
+    record: AimRecord
     notes: tuple[str, ...] = ()
 
 
@@ -63,14 +64,14 @@ def convert_to_behaviour(evaluator: Evaluator, request: Request, distil: Distil 
     :raises RecipeError: when nothing can be made of the adapter.
     """
     walk = _Walk(evaluator, request)
-    proofs: list[dict[str, Any]] = []
+    proofs: list[ProofRecord] = []
     for made in islice(walk.candidates(distil), LOOKS):
         found = evaluator.proof(made.form)
-        proof = {**found, "met": walk.measure.is_met(found[walk.measure.name], walk.limit)}
+        proof = replace(found, met=walk.measure.is_met(found[walk.measure.name], walk.limit))
         proofs.append(proof)
-        if proof["met"]:
+        if proof.met:
             assert walk.chosen is not None  # something was made
-            record = {"asked": {walk.measure.option: walk.limit}, "path": walk.path_to(made), "proofs": proofs}
+            record = AimRecord(asked={walk.measure.option: walk.limit}, path=walk.path_to(made), proofs=proofs)
             count = len(evaluator.split.validation)
             few = (few_words(walk.asked, count, "validation rows"),) if too_few(count) else ()
             return Reached(walk.chosen, made, record, few)
@@ -111,7 +112,7 @@ class _Walk:
 
     evaluator: Evaluator
     request: Request
-    steps: list[tuple[Outcome, dict[str, Any]]] = field(default_factory=list)
+    steps: list[tuple[Outcome, StepRecord]] = field(default_factory=list)
     chosen: Evaluated | None = None
     refused: RecipeError | None = None
     tightened: float = 1.0
@@ -142,9 +143,9 @@ class _Walk:
         """What may be missed on the validation rows."""
         return self.tightened * self.measure.missed(self.limit)
 
-    def path_to(self, made: Outcome) -> list[dict[str, Any]]:
+    def path_to(self, made: Outcome) -> list[StepRecord]:
         """Every step, with the one that was kept marked."""
-        return [{**step, "kept": one is made} for one, step in self.steps]
+        return [replace(step, kept=one is made) for one, step in self.steps]
 
     def tighten(self, missed: float) -> None:
         """A proof missed so much: from now on less may be missed."""
@@ -221,15 +222,10 @@ class _Walk:
         bound = bound_of(rows, self.measure, self.evaluator.seed)
         missed = self.measure.missed(bound)
         taken = coded_bytes(made.codes, self.request.carried)
-        step = {
-            "bytes": taken,
-            "byte_ratio": taken / self.size,
-            "transform": made.form.transform_name,
-            "distilled": isinstance(made, Distilled),
-            **measures(means(rows)),
-            "bound": bound,
-            "met": missed <= self.allowed,
-        }
+        step = StepRecord(
+            bytes=taken, byte_ratio=taken / self.size, transform=made.form.transform_name,
+            distilled=isinstance(made, Distilled), **measures(means(rows)), bound=bound, met=missed <= self.allowed, kept=False,
+        )  # fmt: skip
         self.steps.append((made, step))
         return missed
 
@@ -247,23 +243,23 @@ class _Walk:
 
 def _unreached(walk: _Walk, trained: bool) -> str:
     """Why no size reaches it."""
-    last = max((step for _, step in walk.steps), key=lambda step: (step["byte_ratio"], step["distilled"]))
+    last = max((step for _, step in walk.steps), key=lambda step: (step.byte_ratio, step.distilled))
     name, count = walk.measure.name, len(walk.evaluator.split.validation)
     said = (
-        f"{walk.asked} is not reached on the {count} validation rows: {last['byte_ratio']:.1%} of the bytes have a {name} of "
-        f"{last[name]:.5g}, with 95 % certainty {walk.measure.bound} {last['bound']:.5g} of all rows"
+        f"{walk.asked} is not reached on the {count} validation rows: {last.byte_ratio:.1%} of the bytes have a {name} of "
+        f"{last[name]:.5g}, with 95 % certainty {walk.measure.bound} {last.bound:.5g} of all rows"
     )
     if walk.measure.is_met(last[name], walk.limit):
         return f"{said}; more rows of --prompts would bring the two together"
     return f"{said}; ask for less{'' if trained else ', or add --finetune'}, or raise --max-rank"
 
 
-def _unproved(walk: _Walk, proof: Mapping[str, Any], trained: bool) -> str:
+def _unproved(walk: _Walk, proof: ProofRecord, trained: bool) -> str:
     """Why none is proved."""
     name = walk.measure.name
     low, high = proof[f"{name}_ci95"]
     return (
-        f"{walk.asked} holds on the validation rows and not on the {proof['rows']} test rows: {name} {proof[name]:.5g} "
+        f"{walk.asked} holds on the validation rows and not on the {proof.rows} test rows: {name} {proof[name]:.5g} "
         f"({low:.5g} to {high:.5g} with 95 % certainty); give more rows of --prompts, ask for less"
         f"{'' if trained else ', or add --finetune'}"
     )

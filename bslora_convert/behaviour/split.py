@@ -7,7 +7,6 @@ test          give the figures that are reported; they are held out of everythin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from bslora_convert.behaviour.rows import RowSums, means, measures, resampled_me
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.writing import Writing, order_of_need
 from bslora_convert.errors import InputError
+from bslora_convert.results.adapter import ProofRecord
 
 VALIDATION = TEST = 0.2  # shares of the rows
 LEAST_ROWS = 3
@@ -38,11 +38,15 @@ class RowSplit:
         return {part: len(getattr(self, part)) for part in ("calibration", "validation", "test")}
 
 
-def proof_of(rows: Sequence[RowSums], seed: int) -> dict[str, Any]:
+def proof_of(rows: Sequence[RowSums], seed: int) -> ProofRecord:
     """What was measured on the test rows, with 95 % intervals over rows."""
     drawn = resampled_means(rows, seed)
-    intervals = {f"{name}_ci95": list(two_sided(getattr(drawn, name))) for name in ("kl", "retention", "agreement")}
-    return {"rows": len(rows), **measures(means(rows)), **intervals}
+    kl, retention, agreement = (list(two_sided(values)) for values in (drawn.kl, drawn.retention, drawn.agreement))
+    found = measures(means(rows))
+    return ProofRecord(
+        rows=len(rows), kl=found["kl"], base_kl=found["base_kl"], retention=found["retention"],
+        agreement=found["agreement"], kl_ci95=kl, retention_ci95=retention, agreement_ci95=agreement,
+    )  # fmt: skip
 
 
 def split_rows(session: BaseModelSession, prompts: Prompts, seed: int, writing: Writing) -> RowSplit:

@@ -37,15 +37,15 @@ from bslora_convert.version import __version__
 class Extras:
     """What there is beside the fit: the records of evidence, training and de-duplication, the training's steps, notes.
 
-    aim: how a behaviour that was asked for was sought.
+    evidence: how rows of prompts were used. aim: how a behaviour that was asked for was sought.
     """
 
-    evidence: Mapping[str, Any] | None = None
-    training: Mapping[str, Any] | None = None
+    evidence: EvidenceRecord | None = None
+    training: TrainingRecord | None = None
     log: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
-    deduplication: Mapping[str, Any] | None = None
-    aim: Mapping[str, Any] | None = None
+    deduplication: dict[str, int] | None = None
+    aim: AimRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,10 @@ def write_result(
         coding=fidelity.coding(measured, compact, kept.least_error) if compact.codes else None,
         baselines=fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         functional=None,
-        aim=AimRecord.from_dict(extras.aim)
-        if extras.aim is not None
-        else AimRecord(asked=asked_in(recipe), path=[], proofs=[]),
-        evidence=EvidenceRecord.from_dict(extras.evidence) if extras.evidence else None,
-        training=TrainingRecord.from_dict(extras.training) if extras.training else None,
-        deduplication=dict(extras.deduplication) if extras.deduplication else None,
+        aim=extras.aim or AimRecord(asked=asked_in(recipe), path=[], proofs=[]),
+        evidence=extras.evidence,
+        training=extras.training,
+        deduplication=extras.deduplication,
         notes=list(dict.fromkeys(notes)),
         seconds=_seconds(seconds, time.perf_counter() - began),
     )

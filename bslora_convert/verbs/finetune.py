@@ -32,7 +32,7 @@ from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.training import Training
 from bslora_convert.report.conversion import publish
-from bslora_convert.results.adapter import Fidelity
+from bslora_convert.results.adapter import EvidenceRecord, Fidelity
 
 
 def finetune(
@@ -71,6 +71,8 @@ def finetune(
     progress("reading")
     rows, held, shared = _rows(prompts, asked, training)
     pair = _Sides.read(compact, reference, asked.accept_changed)
+    known = recorded(compact)
+    evidence = EvidenceRecord.from_dict(known["evidence"]) if known.get("evidence") else None
     read = time.perf_counter()
     reference_adapter = Adapter.of_lora(pair.source, resolve(reference), sha256(pair.source.weights))
     check_pair(Adapter.of_compact(pair.student), reference_adapter)
@@ -81,9 +83,8 @@ def finetune(
         done = distill(session, start, split, run, checkpoints=checkpoints, resume=asked.resume)
     if not is_writer():
         return Fidelity.from_dict(written_by_another(out))
-    known = recorded(compact)
     notes = (*pair.student.notes, *known.get("notes", ()), *shared, *done.notes)
-    extras = Extras(known.get("evidence"), done.record, done.log, notes)
+    extras = Extras(evidence, done.record, done.log, notes)
     recipe = {**known.get("recipe", {}), "finetune": str(prompts), "base_model": str(base_model)}
     source = replace(pair.source, carried=pair.student.carried)
     origin = Origin(source, pair.measured, session.adapter.sha256, str(source.path))
