@@ -227,20 +227,18 @@ class Trainer:
         # What was read is what is stored; coding it again might move it.
         present = self.student.rounded(self.quantiser) if self.state.step else nullcontext()
         with torch.no_grad(), present:
-            own = self.rows.heldout[self.share]
-            sums = kl_sums(self.base, self.known, self.student.attached, own, self.training.batch_size)
-        total, tokens = self._summed(*sums)
+            own, size = self.rows.heldout[self.share], self.training.batch_size
+            total, tokens = self._summed(*kl_sums(self.base, self.known, self.student.attached, own, size))
         self.evaluation_seconds = time.perf_counter() - began
         return total / tokens
 
     def _evaluate(self) -> float:
         """Held-out KL of the present state, which becomes the best one where it is lower."""
         kl = self._heldout()
+        self.state.stale += 1
         if kl < self.state.lowest:
             self.state.lowest, self.state.kept_step, self.state.stale = kl, self.state.step, 0
             self.best = {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
-        else:
-            self.state.stale += 1
         return kl
 
     def _result(self) -> Distilled:

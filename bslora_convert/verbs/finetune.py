@@ -78,9 +78,8 @@ def finetune(
     check_pair(Adapter.of_compact(pair.student), reference_adapter)
     run, checkpoints = TrainingRun(training, out, began), directory_of(out) / STATE
     with BaseModelSession(reference_adapter, base_model, asked.device, asked.base_dtype, progress) as session:
-        split = TrainingRows.of_files(session, rows, held, run, closed=asked.resume and checkpoints.is_dir())
-        start = Converted(pair.student.form, pair.student.codes)
-        done = distill(session, start, split, run, checkpoints=checkpoints, resume=asked.resume)
+        rows_of = TrainingRows.of_files(session, rows, held, run, closed=asked.resume and checkpoints.is_dir())
+        done = distill(session, pair.start, rows_of, run, checkpoints=checkpoints, resume=asked.resume)
     if not is_writer():
         return Fidelity.from_dict(written_by_another(out))
     notes = (*pair.student.notes, *known.get("notes", ()), *shared, *done.notes)
@@ -116,6 +115,11 @@ class _Sides:
     student: CompactAdapter
     source: LoraAdapter
     measured: Source
+
+    @property
+    def start(self) -> Converted:
+        """What the training begins with."""
+        return Converted(self.student.form, self.student.codes)
 
     @classmethod
     def read(cls, compact: Path, reference: str | Path, accept_changed: bool) -> "_Sides":
