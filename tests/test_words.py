@@ -94,7 +94,7 @@ def test_a_path_that_is_no_utf8_ends_in_words_too(lora: Path, tmp_path: Path) ->
 
 
 def test_notes_in_the_card_are_not_markdown() -> None:
-    from bslora_convert.report.page import environment, plain
+    from bslora_convert.report.environment import environment, plain
 
     assert plain("rows of a_b*c`[x](y)|\n# <b>") == r"rows of a\_b\*c\`\[x\](y)\| \# \<b\>"
     capital = environment().from_string("{{ note | sentence }}").render(note="rows of My.JSONL were cut")
@@ -324,7 +324,7 @@ def test_the_installed_command_begins_where_the_module_does() -> None:
 
 
 def test_few_items_are_called_few() -> None:
-    from bslora_convert.report.page import with_functional
+    from bslora_convert.report.functional import with_functional
     from bslora_convert.report.verdict import behaviour
 
     task = {

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from bslora_convert.modules.names import kind_of, layer_of
 from bslora_convert.report import commands
+from bslora_convert.report.environment import environment
 from bslora_convert.report.labels import LETTER, LINE, beside, every, short_layers, tail
-from bslora_convert.report.page import environment
 from bslora_convert.report.plots import (
     INK,
     MUTED,

@@ -9,8 +9,8 @@ from bslora_convert.recipe.files import call, to_toml
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.report import verdict
+from bslora_convert.report.environment import environment
 from bslora_convert.report.metadata import front_matter, metadata, model_class
-from bslora_convert.report.page import environment
 from bslora_convert.results.adapter import Fidelity
 
 FILE = "recipe.toml"  # of the invocation, where options have no flag

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from bslora_convert.comparison.winners import error, winners
 from bslora_convert.report import advice
+from bslora_convert.report.environment import environment
 from bslora_convert.report.labels import LETTER, LINE
-from bslora_convert.report.page import environment
 from bslora_convert.report.plots import NARROW, STYLE, WIDE, Picture, data_uri, log_ticks, save
 from bslora_convert.results.analysis import Comparison, FormRow
 

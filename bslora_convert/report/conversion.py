@@ -8,7 +8,7 @@ from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.conversion.writing import Written
 from bslora_convert.files.card import CARD_NAME
 from bslora_convert.files.record import FIDELITY_NAME, seal
-from bslora_convert.report import card, page
+from bslora_convert.report import card
 from bslora_convert.results.adapter import Fidelity
 
 REPORT_NAME = "report.html"
@@ -21,6 +21,8 @@ def publish(place: Path, written: Written, *, html: bool = True) -> Fidelity:
     if written.log:
         (place / TRAINING_NAME).write_text("".join(json.dumps(row) + "\n" for row in written.log), encoding="utf-8")
     if html:
+        from bslora_convert.report import page  # loads matplotlib, which a refusal need not wait for
+
         shown = page.render(record, written.spectra, written.log, config.get("base_model_name_or_path"))
         (place / REPORT_NAME).write_text(shown, encoding="utf-8")
     (place / CARD_NAME).write_text(card.render(record, config), encoding="utf-8")

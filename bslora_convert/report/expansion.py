@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.files.card import CARD_NAME
+from bslora_convert.report.environment import environment
 from bslora_convert.report.metadata import front_matter, metadata, model_class
-from bslora_convert.report.page import environment
 from bslora_convert.results.adapter import Expanded
 
 BASE = "BASE_MODEL"

@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from bslora_convert.report import commands
-from bslora_convert.report.page import environment
+from bslora_convert.report.environment import environment
 from bslora_convert.report.plots import GRID, PART_COLOURS, STYLE, WIDE, picture
 from bslora_convert.results.library import BatchSummary
 

@@ -2,64 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
-import jinja2
 import numpy as np
 from torch import Tensor
 
-from bslora_convert.behaviour.intervals import too_few
 from bslora_convert.modules.names import kind_of, layer_of
 from bslora_convert.report import commands, plots, verdict
+from bslora_convert.report.environment import environment
 from bslora_convert.report.labels import short_layers
 from bslora_convert.report.plots import Picture
 from bslora_convert.results.adapter import Fidelity, ModuleRecord
-from bslora_convert.results.behaviour import Verification
 
-FUNCTIONAL_BEGIN, FUNCTIONAL_END = "<!-- functional -->", "<!-- /functional -->"
 MANY = 12  # kinds that have a line each in the plot of spectra
-
-
-@cache
-def environment() -> jinja2.Environment:
-    """Jinja environment of the package's templates; everything is escaped in HTML, and in Markdown what passes `plain`."""
-    made = jinja2.Environment(
-        loader=jinja2.PackageLoader("bslora_convert.report"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_encodable,
-    )
-    made.filters["plain"] = plain
-    made.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
-    made.tests["few"] = too_few
-    made.filters["words"] = lambda name: name.replace("_", " ")
-    made.filters["percent"] = lambda value: f"{value:.2%}"
-    made.filters["count"] = lambda value: f"{value:,}"
-    made.filters["size"] = size
-    return made
-
-
-def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))
-
-
-def _encodable(value: Any) -> Any:
-    """Names of files are bytes to the system; those that are no UTF-8 are shown by their numbers."""
-    return value.encode("utf-8", "backslashreplace").decode() if type(value) is str else value
-
-
-def size(count: float) -> str:
-    """Bytes for a reader: 9.8 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def render(
@@ -115,28 +70,6 @@ def render(
             worst=sorted(modules, key=lambda module: -module.relative_error)[:12],
         )
     )
-
-
-def with_functional(page: str, functional: Verification) -> str:
-    """A page of this kind with what `verify` found, in place of the hint or of an earlier run; other pages stay as they are."""
-    before, begin, rest = page.partition(FUNCTIONAL_BEGIN)
-    _, end, after = rest.partition(FUNCTIONAL_END)
-    if not begin or not end:
-        return page
-    urgent, notes = verdict.attention(functional.notes)
-    shown = (
-        environment()
-        .get_template("functional.html")
-        .render(
-            f=functional,
-            verdict=verdict.behaviour(functional),
-            intervals=verdict.intervals(functional),
-            thresholds=verdict.thresholds(functional),
-            urgent=urgent,
-            notes=notes,
-        )
-    )
-    return f"{before}{begin}\n{shown}\n{end}{after}"
 
 
 def _error_grid(

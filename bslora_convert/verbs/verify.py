@@ -26,7 +26,7 @@ from bslora_convert.files.store import as_written, is_url
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
-from bslora_convert.report import page as report
+from bslora_convert.report.functional import with_functional
 from bslora_convert.results.behaviour import AdapterRecord, GenerationRecord, PromptsRecord, TaskRecord, Verification
 
 SCHEMA_VERSION = 1
@@ -72,7 +72,7 @@ def verify(
         saving.check(pair.reference, pair.base_model, len(rows.rows) if rows is not None else None, asked)
     record = _measured(pair, rows, asked, progress)
     if saving is not None:
-        saving.keep(record, report.with_functional)
+        saving.keep(record, with_functional)
     return record
 
 

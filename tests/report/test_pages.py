@@ -13,7 +13,7 @@ from bslora_convert.cli import main
 from bslora_convert.cli.verb import Output
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.report import verdict
-from bslora_convert.report.page import with_functional
+from bslora_convert.report.functional import with_functional
 from bslora_convert.results.behaviour import Verification
 from bslora_convert.results.library import BatchSummary
 from bslora_convert.verbs.analyze import analyze

@@ -10,7 +10,7 @@ import pytest
 
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.report import verdict
-from bslora_convert.report.page import size
+from bslora_convert.report.environment import size
 from bslora_convert.results.adapter import Fidelity
 from bslora_convert.verbs.compress import compress
 from tests.planting import random_products, write_lora
