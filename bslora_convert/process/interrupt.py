@@ -62,6 +62,11 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def raise_interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Takes a signal for an interrupt, which `heeded` knows of from then on."""
+    """Takes a signal for an interrupt, which `heeded` knows of from then on.
+
+    torch, the first that a verb imports, aborts or goes on at an exception in its import: nothing is begun then, so it ends here.
+    """
+    if getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False):
+        _exit(number, frame)
     SEEN.set()
     raise KeyboardInterrupt
