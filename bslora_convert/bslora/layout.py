@@ -6,7 +6,7 @@ configuration, and a model can be prepared for it, before a single number is rea
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property, lru_cache
 from sys import intern
 from typing import Any, cast
@@ -14,6 +14,9 @@ from typing import Any, cast
 from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm
 from bslora_convert.bslora.transforms import TRANSFORMS, Slice, Transform
 from bslora_convert.errors import InputError
+from bslora_convert.initialisation.initial import Initial
+from bslora_convert.initialisation.kept import Origin, check_places
+from bslora_convert.initialisation.stream import SEEDS, Place
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import natural_order
 
@@ -22,12 +25,16 @@ LARGEST_SIDE = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One adapted module: shape (out, in), local rank, and its group on each level that it shares on."""
+    """One adapted module: shape (out, in), local rank, and its group on each level that it shares on.
+
+    initial: where the random initialisation stands that its A is stored against, if any.
+    """
 
     shape: Shape
     rank: int
     groups: Mapping[str, str] = field(default_factory=dict)
     kind: str = "linear"
+    initial: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +47,31 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The whole adapter; `shared[level][group]`."""
+    """The whole adapter; `shared[level][group]`.
+
+    origin: of the draws of modules that are stored against their random initialisation; None where none is.
+    """
 
     transform: Transform | None
     modules: Mapping[str, Entry]
     shared: Mapping[str, Mapping[str, Group]]
+    origin: Origin | None = None
 
     @classmethod
-    def of(cls, form: BsloraForm) -> "Layout":
-        """The layout of a form."""
+    def of(cls, form: BsloraForm, initial: Initial | None = None) -> "Layout":
+        """The layout of a form. initial: the random initialisation that its codes are against, if any."""
+        places: Mapping[str, Place] = {} if initial is None else initial.places
         entries = {
-            name: Entry(m.shape, m.local.rank, {level: path.group for level, path in m.paths.items()}, m.kind)
+            name: Entry(
+                m.shape, m.local.rank, {level: path.group for level, path in m.paths.items()}, m.kind, places.get(name)
+            )
             for name, m in sorted(form.modules.items(), key=lambda item: natural_order(item[0]))
         }
         shared = {
             level: {group: Group(pair.rank, _kernel_rank(form, level, group)) for group, pair in groups.items()}
             for level, groups in form.shared.items()
         }
-        return cls(form.transform, entries, shared)
+        return cls(form.transform, entries, shared, None if initial is None else initial.origin)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: object) -> "Layout":
@@ -79,15 +93,21 @@ class Layout:
             for group in groups:
                 if (level, group) not in used:
                     raise InputError(f"{where}: shared.{level}[{group}] has no module")
-        return cls(transform, entries, shared)
+        return cls(transform, entries, shared, _parse_origin(config.get("initialisation"), entries, where))
 
     def renamed(self, names: Mapping[str, str]) -> "Layout":
         """The same under other names of its modules."""
-        return Layout(self.transform, {names[name]: entry for name, entry in self.modules.items()}, self.shared)
+        return replace(self, modules={names[name]: entry for name, entry in self.modules.items()})
+
+    @property
+    def initial(self) -> dict[str, Place]:
+        """Where the random initialisation of modules stands that are stored against it."""
+        return {name: entry.initial for name, entry in self.modules.items() if entry.initial is not None}
 
     def to_config(self) -> dict[str, Any]:
         """The fields of the configuration that `parse` reads."""
         return {
+            **({} if self.origin is None else {"initialisation": asdict(self.origin)}),
             "transform": transform_to_dict(self.transform),
             "shared": {
                 level: {
@@ -98,6 +118,7 @@ class Layout:
             "modules": {
                 name: {"shape": list(entry.shape), "rank": entry.rank}
                 | ({"kind": entry.kind} if entry.kind != "linear" else {})
+                | ({"initial": list(astuple(entry.initial))} if entry.initial is not None else {})
                 | dict(entry.groups)
                 for name, entry in self.modules.items()
             },
@@ -132,10 +153,16 @@ class Layout:
             shapes |= {f"{level}_own_{key}": shape for key, shape in own.items()}
         return shapes
 
-    def tensors(self) -> Iterator[tuple[str, Shape]]:
+    def stored_by(self, name: str) -> dict[str, Shape]:
+        """Shapes of what is stored under a module: what it holds, and local_T (r, r₀) where A is stored against draws."""
+        entry = self.modules[name]
+        mix = {} if entry.initial is None else {"local_T": (entry.rank, entry.initial.rank)}
+        return mix | self.held_by(name)
+
+    def stored(self) -> Iterator[tuple[str, Shape]]:
         """Every stored tensor's key, without PEFT's prefix, and its shape."""
         for name in self.modules:
-            for tensor, shape in self.held_by(name).items():
+            for tensor, shape in self.stored_by(name).items():
                 yield f"{name}.bslora_{tensor}", shape
 
 
@@ -215,10 +242,37 @@ def _parse_entry(
     for level, group in groups.items():
         if not isinstance(group, str) or group not in shared.get(level, {}):
             raise InputError(f"{where}: {level} is {group!r}, the name of a group in shared.{level} is expected")
-    return _entry((shape[0], shape[1]), value["rank"], tuple(groups.items()), kind)
+    initial = _parse_place(value["initial"], kind, where) if "initial" in value else None
+    return _entry((shape[0], shape[1]), value["rank"], tuple(groups.items()), kind, initial)
 
 
 @lru_cache(1 << 12)
-def _entry(shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str) -> Entry:
+def _entry(
+    shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str, initial: Place | None
+) -> Entry:
     """One object for all modules that are alike, in a thousand adapters on one model."""
-    return Entry(shape, rank, dict(groups), kind)
+    return Entry(shape, rank, dict(groups), kind, initial)
+
+
+def _parse_place(value: Any, kind: str, where: str) -> Place:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(one) is int and one >= 0 for one in value)
+    if not whole or not 0 < value[1] < LARGEST_SIDE:
+        raise InputError(f"{where}: initial is {value!r}, a first draw and a rank are expected")
+    if kind != "linear":
+        raise InputError(f"{where}: initial is given for an {kind}, whose A is not drawn")
+    return Place(*value)
+
+
+def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Origin | None:
+    places = {name: entry.initial for name, entry in entries.items() if entry.initial is not None}
+    if value is None and not places:
+        return None
+    if not isinstance(value, dict) or set(value) != {"seed", "checksum"} or not all(
+        type(one) is int and 0 <= one < SEEDS for one in value.values()
+    ):
+        raise InputError(f"{where}: initialisation is {value!r}, an object with seed and checksum is expected")
+    if not places:
+        raise InputError(f"{where}: initialisation is given, but no module has a place in it")
+    shapes = {name: entries[name].shape for name in places}
+    check_places(places, shapes, where)
+    return Origin(**value)

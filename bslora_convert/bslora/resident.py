@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bslora_convert.bslora.codes.coded import SCALES
+from bslora_convert.bslora.codes.composed import decoded_form
 from bslora_convert.bslora.codes.file import (
     FLOATS_NAME,
     NAMES,
@@ -20,7 +21,6 @@ from bslora_convert.bslora.codes.file import (
     WIDTHS_NAME,
     Start,
     check_codes,
-    decoded,
     starts,
 )
 from bslora_convert.bslora.codes.widths import WIDTHS
@@ -60,7 +60,8 @@ class Resident(nn.Module):
         self._names, self._apart = names, _apart()
         self._parts: dict[str, Parts] = {}
         self._starts: tuple[dict[str, int], Tensor] | None = None  # as tensors: a thousand adapters may need theirs
-        self._numbers = sum(rows * columns for _, (rows, columns) in layout.tensors())
+        held = (shape for name in layout.modules for shape in layout.held_by(name).values())
+        self._numbers = sum(rows * columns for rows, columns in held)
         self.register_buffer("like", torch.empty(0, dtype=torch.float32), persistent=False)
 
     def fill(self, codes: Mapping[str, Tensor], what: object) -> None:
@@ -69,7 +70,7 @@ class Resident(nn.Module):
         :raises InputError: naming `what`, when they are damaged.
         """
         codes = {name: tensor.detach().cpu() for name, tensor in codes.items()}
-        check_codes(codes, self.layout.tensors(), self._stored, what)
+        check_codes(codes, self.layout, self._stored, what)
         self._cache.drop(self)
         self._starts = None
         for name in NAMES:
@@ -158,7 +159,7 @@ class Resident(nn.Module):
 
     def _whole(self) -> dict[str, Parts]:
         with torch.inference_mode(False), torch.no_grad():
-            tensors = decoded(self.codes, list(self.layout.tensors()), self._stored)
+            tensors = decoded_form(self.codes, self.layout, self._stored)
             moved = Moved(self.like.dtype)
             return {name: self._put(name, tensors.__getitem__, moved) for name in self._names or self.layout.modules}
 
@@ -178,7 +179,7 @@ class Resident(nn.Module):
 
     def _run(self, held: Sequence[tuple[str, Shape]], start: Start) -> dict[str, Tensor]:
         """Tensors that follow each other in the file."""
-        return decoded(self.codes, held, self._stored, start, self._numbers)
+        return decoded_form(self.codes, self.layout, self._stored, held, start, self._numbers)
 
     def _start(self, module: str) -> Start:
         """Where the file's tensors of a module begin."""
@@ -193,7 +194,7 @@ class Resident(nn.Module):
         return Start(vector, scale, dict(zip(WIDTHS, numbers, strict=True)))
 
     def _tensors_of(self, module: str) -> list[tuple[str, Shape]]:
-        return [(f"{module}.bslora_{name}", shape) for name, shape in self.layout.held_by(module).items()]
+        return [(f"{module}.bslora_{name}", shape) for name, shape in self.layout.stored_by(module).items()]
 
     def _put(self, name: str, tensor: Callable[[str], Tensor], moved: Moved) -> Parts:
         device = self._device_of(name)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import GROUP
-from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes, from_file
+from bslora_convert.bslora.codes.composed import from_file
+from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble, named_tensors
@@ -43,6 +44,7 @@ from bslora_convert.files.tensorfile import (
     read_tensors,
     write_tensors,
 )
+from bslora_convert.initialisation.initial import Initial
 from bslora_convert.lora.fields import inherited
 from bslora_convert.lora.targets import target_fields
 from bslora_convert.modules.factors import Shape
@@ -69,6 +71,11 @@ class CompactAdapter:
     path: FilePath
     codes: Mapping[str, Tensor] = field(default_factory=dict)
     integrity: str = NO_RECORD
+
+    @property
+    def layout(self) -> Layout:
+        """What the file consists of."""
+        return Layout.parse(self.config, self.path / CONFIG_NAME)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,14 +111,16 @@ def save_compact(
     carried: Mapping[str, Tensor],
     *,
     codes: Mapping[str, Tensor] | None = None,
+    initial: Initial | None = None,
 ) -> None:
     """Writes the two files into an existing directory.
 
     source_config: the LoRA's raw PEFT configuration, from which base model and task are taken over.
     carried: tensors that are not part of the form, by name without PEFT's prefix.
     codes: the tensors of `coding.file` that the form was decoded from; written in its place.
+    initial: the random initialisation that the codes are against, if any.
     """
-    layout, named = Layout.of(form), dict(codes or named_tensors(form))
+    layout, named = Layout.of(form, initial), dict(codes or named_tensors(form))
     tensors = {PREFIX + name: tensor for name, tensor in named.items()}
     tensors |= {PREFIX + name: tensor for name, tensor in carried.items()}
     config = {
@@ -164,7 +173,7 @@ def load_coded(path: str | FilePath, *, accept_changed: bool = False) -> CodedAd
     if not has_codes(read.config):
         return _decoded(read)
     dtype = decoded_dtype(read.config, read.directory / CONFIG_NAME)
-    check_codes(read.codes, read.layout.tensors(), dtype, read.directory / WEIGHTS_NAME)
+    check_codes(read.codes, read.layout, dtype, read.directory / WEIGHTS_NAME)
     _check_passengers(read)
     return CodedAdapter(read.layout, read.codes, dtype, read.tensors, read.config)
 
@@ -212,9 +221,9 @@ def _decoded(read: _Read) -> CompactAdapter:
     config_path, weights_path = read.directory / CONFIG_NAME, read.directory / WEIGHTS_NAME
     config, layout = read.config, read.layout
     if has_codes(config):
-        taken = from_file(read.codes, layout.tensors(), decoded_dtype(config, config_path), weights_path)
+        taken = from_file(read.codes, layout, decoded_dtype(config, config_path), weights_path)
     else:
-        taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in layout.tensors()}
+        taken = {key: _take(weights_path, read.tensors, key, shape) for key, shape in layout.stored()}
     _check_passengers(read)
     dtypes = {tensor.dtype for tensor in taken.values()}
     if len(dtypes) > 1:

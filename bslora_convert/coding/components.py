@@ -14,17 +14,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from bslora_convert.bslora.codes.coded import bits_of
+from bslora_convert.bslora.codes.coded import Vector, bits_of
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Items
 from bslora_convert.coding.encode import distortions, lost_shares
+from bslora_convert.coding.widths import ALONE, Widths, options
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
@@ -34,8 +35,7 @@ from bslora_convert.modules.lowrank import Grams, ProductSvd
 from bslora_convert.recipe.target import Target
 
 SIZE_POWER = 0.4
-# Widths of a component's two sides: option 1 + k is PAIRS[k], option 0 leaves the component out.
-PAIRS = tuple(product(WIDTHS, repeat=2))
+KAPPA, KAPPA_U = 4.0, False  # experiment
 
 Counted = Callable[
     [Iterable["LocalComponents"]], Iterable["LocalComponents"]
@@ -53,6 +53,21 @@ class LocalComponents:
     shape: Shape
     svd: ProductSvd
     items: Items
+    drawn: int = 0
+
+    @property
+    def options(self) -> Sequence[Widths]:
+        """Of each component; item k + 1 is option k, item 0 leaves the component out."""
+        return options(bool(self.drawn))
+
+    def vectors(self, kept: Sequence[Widths]) -> list[Vector]:
+        """Width and length of every vector of these components."""
+        out, width = self.shape
+        mixed = any(mix for _, mix, _ in kept)
+        found: list[Vector] = []
+        for column, mix, row in kept:
+            found += [(column, out), *([(mix, self.drawn)] if mixed else []), (row, width)]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +111,14 @@ def _local(
             most = min(most, max(target.most_rank - shared_rank(form, name), 0))
         given = None if target.chooses_ranks else module.local.rank
         count = min(int((svd.energies > 0).sum()), most) if given is None else min(given, len(svd.energies))
-        left, right = _lost_shares(metric, module.shape, lambda: svd.truncate([wanted()], count))
+        made = cache(lambda: svd.truncate([wanted()], count))
+        left, right = _lost_shares(metric, module.shape, made)
         energies = weights[name] * svd.energies[:count].double().cpu().numpy()
-        return LocalComponents(module.shape, svd, _component_items(energies, module.shape, left, right, target))
+        base = source.initial.base(name) if source.initial is not None and target.width is None else None
+        if base is None:
+            return LocalComponents(module.shape, svd, _component_items(energies, module.shape, left, right, target))
+        items = _against(energies, module.shape, left, right, made().a, base, target)
+        return LocalComponents(module.shape, svd, items, len(base))
 
     return local
 
@@ -126,8 +146,42 @@ def _component_items(energies: np.ndarray, shape: Shape, left: np.ndarray, right
         other = np.array(WIDTHS) != target.width
         kept[:, other[:, None] | other] = np.inf
     taken = np.add.outer(*([float(bits_of(length, width)) for width in WIDTHS] for length in shape)).reshape(1, -1)
-    bits = np.pad(np.broadcast_to(taken, (len(energies), len(PAIRS))), ((0, 0), (1, 0)))
-    return Items(bits, np.column_stack([np.maximum(energies, dropped), kept.reshape(-1, len(PAIRS))]))
+    bits = np.pad(np.broadcast_to(taken, (len(energies), len(ALONE))), ((0, 0), (1, 0)))
+    return Items(bits, np.column_stack([np.maximum(energies, dropped), kept.reshape(-1, len(ALONE))]))
+
+
+def _against(
+    energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, rows: Tensor, base: Tensor, target: Target
+) -> Items:
+    """Options of the components of a module whose A was drawn as `base` (r₀, in). rows: their right vectors (r, in)."""
+    (out, width), drawn = shape, len(base)
+    along = rows.double() @ base.double().T
+    gram = base.double() @ base.double().T
+    within = (along * torch.linalg.solve(gram, along.T).T).sum(1)
+    outside = (1 - within / rows.double().square().sum(1)).clamp(0, 1).cpu().numpy()[:, None]
+    response = 1 - outside + KAPPA * outside
+    places = {w: k for k, w in enumerate(WIDTHS)}
+    short, wide = distortions(drawn).numpy(), distortions(width).numpy()
+    chosen = options(True)
+    u = np.array([places[w[0]] for w in chosen])
+    mixed = np.array([w[1] != 0 for w in chosen])
+    t = np.array([places.get(w[1], 0) for w in chosen])
+    absent = np.array([w[2] == 0 for w in chosen])
+    r = np.array([places.get(w[2], 0) for w in chosen])
+    d_u = np.broadcast_to(left, (len(energies), len(WIDTHS)))[:, u]
+    d_row = np.broadcast_to(right, (len(energies), len(WIDTHS)))[:, r]
+    d_rest = wide[r] / (1 - wide[r]) if target.unbiased else wide[r]
+    noise = np.where(mixed, (1 - outside) * short[t] + np.where(absent, 0.0, outside * d_rest), d_row)
+    gone = np.where(mixed & absent, KAPPA * outside, 0.0)
+    kept = response - gone if KAPPA_U else np.where(mixed & absent, 1 - outside, 1.0)
+    lost = energies[:, None] * (gone + d_u * kept + (1 - d_u) * noise)
+    bits = np.array([
+        0.0, *(bits_of(out, a) + bits_of(drawn, b) + bits_of(width, c) for a, b, c in chosen)
+    ])
+    whole = energies[:, None] * response
+    if not target.chooses_ranks:
+        whole = np.full_like(whole, math.inf)
+    return Items(np.broadcast_to(bits, (len(energies), len(bits))), np.column_stack([whole, lost]))
 
 
 def _vectors(form: BsloraForm, weights: Mapping[str, float]) -> Vectors:

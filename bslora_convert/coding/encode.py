@@ -27,8 +27,9 @@ from torch.nn.functional import pad
 
 from bslora_convert.bslora.codes.coded import GROUP, SCALES, Coded, groups_of, spread
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables, windows_of
-from bslora_convert.bslora.codes.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import NONE, WIDTHS
 from bslora_convert.coding.viterbi import paths, paths_on_device
+from bslora_convert.coding.widths import Widths
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, residual_energy
@@ -61,6 +62,11 @@ class Encoded:
         """As of `Coded`."""
         return replace(self, coded=self.coded.scaled(by))
 
+    def chosen(self, other: "Encoded", mask: Tensor) -> "Encoded":
+        """Scales of `other` where the mask (n,) says so; both are of the same codes."""
+        scales = torch.where(mask[:, None], other.coded.scales, self.coded.scales)
+        return replace(self, coded=replace(self.coded, scales=scales))
+
     def decode(self) -> Tensor:
         """(n, L) float32: what the codes decode to."""
         found = self.values * spread(self.coded.scales, self.values.shape[1])
@@ -75,7 +81,7 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
     like: scales (n, groups) that may fit better than those of the vectors' own size: of codes that they were decoded from.
     unbiased: every vector's scales such that ⟨x, x̂⟩ = ‖x‖² instead of least error.
 
-    :raises ValueError: for a width that is not one of WIDTHS.
+    :raises ValueError: for a width that is neither one of WIDTHS nor none.
     """
     n, length = vectors.shape
     vectors = vectors.float()
@@ -85,8 +91,10 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
     values = torch.zeros(n, length)
     exact = None
     for width in sorted(set(widths)):
+        if width == NONE:
+            continue
         if width not in WIDTHS:
-            raise ValueError(f"width {width}: one of {WIDTHS} is allowed")
+            raise ValueError(f"width {width}: one of {NONE, *WIDTHS} is allowed")
         chosen = named == width
         own = vectors[chosen.to(vectors.device)]
         if width == 16:
@@ -186,11 +194,50 @@ def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Rows of A (r, in) in codes: rest, and what they are made of A's random initialisation `base` (r₀, in): mix (r, r₀)."""
+
+    rest: Encoded
+    mix: Encoded | None = None
+    base: Tensor | None = None
+
+    def scaled(self, by: Tensor) -> "CodedRows":
+        """The same codes under scales times `by` (r, 1)."""
+        return replace(self, rest=self.rest.scaled(by), mix=None if self.mix is None else self.mix.scaled(by))
+
+    def decode(self) -> Tensor:
+        """(r, in) float32."""
+        if self.mix is None or self.base is None:
+            return self.rest.decode()
+        return torch.addmm(self.rest.decode(), self.mix.decode(), self.base)
+
+
+def code_rows(
+    rows: Tensor, mix_widths: Sequence[int], rest_widths: Sequence[int], base: Tensor | None, unbiased: bool
+) -> CodedRows:
+    """Rows (r, in) in codes, against the random initialisation `base` (r₀, in) where mix has widths.
+
+    unbiased: the rest of such rows by itself as large as it is.
+    """
+    if base is None or not any(mix_widths):
+        return CodedRows(encode(rows, rest_widths))
+    mixed = torch.tensor([width != NONE for width in mix_widths])
+    wanted = _solved(base.double() @ base.double().T, base.double() @ rows.double().T).T
+    mix = encode(wanted, mix_widths)
+    left = torch.where(mixed[:, None], rows - mix.decode() @ base, rows)
+    rest = encode(left, rest_widths)
+    if unbiased:
+        exact = encode(left, rest_widths, unbiased=True)
+        rest = rest.chosen(exact, mixed)
+    return CodedRows(rest, mix, base)
+
+
+@dataclass(frozen=True, slots=True)
 class CodedPair:
     """B (as r vectors of length out) and A (r, in) in codes, and what they lose of their target."""
 
     b: Encoded
-    a: Encoded
+    a: CodedRows
     lost: float
 
     def factors(self) -> Factors:
@@ -198,19 +245,30 @@ class CodedPair:
         return Factors(self.b.decode().T, self.a.decode())
 
 
+REFIT_MIXED = True
+
+
 def code_pair(
-    target: Factors, start: Factors, b_widths: Sequence[int], a_widths: Sequence[int], metric: Metric = PLAIN
-) -> CodedPair:
-    """The coded product nearest to `target` in the metric that follows from `start` (out, r), (r, in)."""
+    target: Factors, start: Factors, widths: Sequence[Widths], base: Tensor | None = None, metric: Metric = PLAIN,
+    unbiased: bool = True,
+) -> CodedPair:  # fmt: skip
+    """The coded product nearest to `target` in the metric that follows from `start` (out, r), (r, in).
+
+    base: the random initialisation of A (r₀, in), where it is known.
+    """
     weighed = metric.weighed(target)
+    b_widths, mix_widths, rest_widths = zip(*widths, strict=True) if widths else ((), (), ())
     b = encode(start.b.T, b_widths)
     kept = metric.left(b.decode().to(start.b)).double()  # B̂ᵀ
     gram = kept @ kept.T
     rows = _solved(gram, (kept @ weighed.b.double()) @ target.a.double())
-    a = encode(rows, a_widths)
+    a = code_rows(rows, mix_widths, rest_widths, base, unbiased)
     other = metric.right(a.decode().to(start.a)).double()
     along = ((kept @ weighed.b.double()) * (other @ weighed.a.double().T)).sum(1)
-    a = a.scaled(_solved(gram * (other @ other.T), along).cpu()[:, None])
+    lengths = _solved(gram * (other @ other.T), along).cpu()[:, None]
+    if not REFIT_MIXED and a.mix is not None:
+        lengths[torch.tensor(mix_widths) > 0] = 1
+    a = a.scaled(lengths)
     found = metric.weighed(Factors(b.decode().T, a.decode()).to(device=start.b.device))
     return CodedPair(b, a, residual_energy(weighed, Grams.of(weighed), found))
 

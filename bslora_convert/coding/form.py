@@ -20,11 +20,13 @@ from bslora_convert.bslora.form import BsloraForm, Module, Path
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.components import Components
 from bslora_convert.coding.encode import Encoded, code_pair, encode
-from bslora_convert.coding.plan import Pair, Plan, plan
+from bslora_convert.coding.plan import Plan, plan
+from bslora_convert.coding.widths import Widths
 from bslora_convert.fit.gain import carrier_of, strength_in
 from bslora_convert.fit.in_metric import residual_terms
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
+from bslora_convert.initialisation.initial import Initial
 from bslora_convert.modules.factors import Factors, add
 from bslora_convert.modules.lowrank import Grams, ProductSvd, residual_energy
 from bslora_convert.process.progress import Progress, silent
@@ -35,12 +37,16 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class CodedForm:
-    """A form decoded in the storage dtype, its tensors' codes by key, what it loses in the metric (float32), the codes' bits."""
+    """A form decoded in the storage dtype, its tensors' codes by key, what it loses in the metric (float32), the codes' bits.
+
+    initial: the random initialisation that the codes are against, of the modules that use it; None where none does.
+    """
 
     form: BsloraForm
     tensors: Mapping[str, Coded]
     lost: float
     bits: int
+    initial: Initial | None = None
 
 
 @dataclass(slots=True)
@@ -93,8 +99,11 @@ def code_form(
     for one in done.values():
         tensors |= one.tensors
     decoded = replace(form, modules={name: one.module for name, one in done.items()}).to(storage)
-    ordered = {key: tensors[key] for key, _ in Layout.of(decoded).tensors()}
-    return CodedForm(decoded, ordered, sum(one.lost for one in done.values()), _bits(ordered.values()))
+    initial = None if source.initial is None else source.initial.only(
+        name for name in form.modules if f"{name}.bslora_local_T" in tensors
+    )
+    ordered = {key: tensors[key] for key, _ in Layout.of(decoded, initial).stored()}
+    return CodedForm(decoded, ordered, sum(one.lost for one in done.values()), _bits(ordered.values()), initial)
 
 
 def _bits(tensors: Iterable[Coded]) -> int:
@@ -130,22 +139,24 @@ def _coded_module(
 ) -> CodedModule:  # fmt: skip
     """One module's local part, and its scale. shared: codes of what is shared."""
     metric, target = source.metric(name), add(*residual_terms(source.deltas[name], form, name))
-    start, b_widths, a_widths = _start(components.locals[name].svd, target, chosen.locals[name])
-    pair = code_pair(target, start, b_widths, a_widths, metric)
-    local_a, local_b = f"{name}.bslora_local_A", f"{name}.bslora_local_B"
-    module = replace(form.modules[name], local=pair.factors())
-    done = CodedModule(module, {local_a: pair.a.coded, local_b: pair.b.coded}, pair.lost)
+    start, widths = _start(components.locals[name].svd, target, chosen.locals[name])
+    base = source.initial.base(name) if source.initial is not None else None
+    pair = code_pair(target, start, widths, base, metric, unbiased)
+    module, prefix = replace(form.modules[name], local=pair.factors()), f"{name}.bslora_local"
+    tensors = {f"{prefix}_A": pair.a.rest.coded, f"{prefix}_B": pair.b.coded}
+    if pair.a.mix is not None:
+        tensors[f"{prefix}_T"] = pair.a.mix.coded
+    done = CodedModule(module, tensors, pair.lost)
     if unbiased:
         done = _unbiased(source, form, name, done, pair.b, shared)
     return replace(done, module=replace(done.module, local=done.module.local.to(storage)))
 
 
-def _start(svd: ProductSvd, target: Factors, pairs: Sequence[Pair | None]) -> tuple[Factors, list[int], list[int]]:
-    """The components that are kept, (out, r) and (r, in), and the widths of each side."""
-    kept = [k for k, pair in enumerate(pairs) if pair]
-    whole = svd.truncate([target], len(pairs))
-    widths = [pair for pair in pairs if pair]
-    return Factors(whole.b[:, kept], whole.a[kept]), [b for b, _ in widths], [a for _, a in widths]
+def _start(svd: ProductSvd, target: Factors, chosen: Sequence[Widths | None]) -> tuple[Factors, list[Widths]]:
+    """The components that are kept, (out, r) and (r, in), and their widths."""
+    kept = [k for k, widths in enumerate(chosen) if widths]
+    whole = svd.truncate([target], len(chosen))
+    return Factors(whole.b[:, kept], whole.a[kept]), [widths for widths in chosen if widths]
 
 
 def _unbiased(

@@ -8,10 +8,9 @@ import numpy as np
 from bslora_convert.bslora.codes.coded import Vector
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding.allocation import within_bits, within_loss
-from bslora_convert.coding.components import PAIRS, Components
+from bslora_convert.coding.components import Components
+from bslora_convert.coding.widths import Widths
 from bslora_convert.errors import RecipeError
-
-Pair = tuple[int, int]  # widths of the column of B and of the row of A of one component
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class Plan:
     """
 
     shared: Mapping[str, Sequence[int]]
-    locals: Mapping[str, Sequence[Pair | None]]
+    locals: Mapping[str, Sequence[Widths | None]]
     lost: float
     vectors: Sequence[Vector]
 
@@ -58,10 +57,9 @@ def plan(components: Components, *, bits: int | None = None, lost: float | None 
     counts = [len(components.shared), *(len(local.items.bits) for local in components.locals.values())]
     _, *parts = np.split(chosen, np.cumsum(counts)[:-1])
     locals_ = {
-        name: [PAIRS[option - 1] if option else None for option in part]
+        name: [components.locals[name].options[option - 1] if option else None for option in part]
         for name, part in zip(components.locals, parts, strict=True)
     }
-    for name, pairs in locals_.items():
-        for pair in pairs:
-            vectors += zip(pair, components.locals[name].shape, strict=True) if pair else ()
+    for name, kept in locals_.items():
+        vectors += components.locals[name].vectors([widths for widths in kept if widths])
     return Plan(shared, locals_, items.lost_at(chosen), vectors)

@@ -77,7 +77,7 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
     reached = math.sqrt(best.lost / source.energy) if source.energy else 0.0
     codes = to_file(best.coded.tensors)
     form = cast(best.coded.form, request.dtype)
-    return Converted(form, codes, best.notes, reached if target.error is not None else None)
+    return Converted(form, codes, best.notes, reached if target.error is not None else None, best.coded.initial)
 
 
 def _structures(source: Source, request: Request) -> list[Structure]:

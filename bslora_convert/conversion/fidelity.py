@@ -150,7 +150,7 @@ def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[s
     widths = compact.codes[WIDTHS_NAME].tolist()
     found: dict[str, Counter[int]] = {}
     at = 0
-    for key, shape in Layout.of(compact.form).tensors():
+    for key, shape in compact.layout.stored():
         module, _, tensor = key.rpartition(".bslora_")
         level = tensor.partition("_")[0]
         count, _ = vectors_shape(key, shape)

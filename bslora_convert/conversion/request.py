@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.errors import RecipeError
+from bslora_convert.initialisation.initial import Initial
 from bslora_convert.layers.slots import step_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.recipe.recipe import Recipe
@@ -50,13 +51,15 @@ class Request:
 class Converted:
     """A form as it is stored: in its storage dtype, with the codes that it was decoded from, as its file has them, if any.
 
-    error: its relative error, where one was the target; None otherwise.
+    error: its relative error, where one was the target; None otherwise. initial: the random initialisation that the codes are
+    against, if any.
     """
 
     form: BsloraForm
     codes: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     error: float | None = None
+    initial: Initial | None = None
 
 
 def cast(form: BsloraForm, dtype: torch.dtype) -> BsloraForm:

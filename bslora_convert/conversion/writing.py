@@ -84,7 +84,7 @@ def write_result(
     began = time.perf_counter()
     adapter, measured = origin.adapter, origin.measured
     progress("writing")
-    save_compact(made.form, place, adapter.config.raw, adapter.carried, codes=made.codes)
+    save_compact(made.form, place, adapter.config.raw, adapter.carried, codes=made.codes, initial=made.initial)
     notes = (*adapter.notes, *made.notes, *extras.notes, *copy_travelling(adapter.weights.parent, place))
     progress("measuring what was written")
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock

@@ -14,6 +14,7 @@ from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.alternate import Allocation
 from bslora_convert.fit.in_metric import svd_in
 from bslora_convert.fit.parallel import each
+from bslora_convert.initialisation.initial import Initial
 from bslora_convert.metric.metric import PLAIN, Metric
 from bslora_convert.modules.factors import Factors, Shape
 from bslora_convert.modules.lowrank import Delta, Grams, ProductSvd, product_svd
@@ -29,6 +30,7 @@ class Source:
     """The adapter as the fit sees it: deltas, their Gram matrices, their metrics and their SVDs in these, by module name.
 
     metrics: nothing where every module is measured plainly. unweighed: the plain SVDs, which `svds` are where there are none.
+    initial: the random initialisation of its A's, where it is known.
     """
 
     deltas: Mapping[str, Delta]
@@ -38,6 +40,7 @@ class Source:
     unweighed: Mapping[str, ProductSvd]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     partition: Mapping[str, Sequence[str]] | None = None  # groups of the intra level; None: the layers
+    initial: Initial | None = None
 
     @property
     def energy(self) -> float:

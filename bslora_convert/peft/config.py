@@ -14,7 +14,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from bslora_convert.bslora.codes.file import NAMES, from_file
+from bslora_convert.bslora.codes.composed import from_file
+from bslora_convert.bslora.codes.file import NAMES
 from bslora_convert.bslora.form import PARTS
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.resident import RESIDENT
@@ -65,6 +66,7 @@ class BsloraConfig(PeftConfig):
 
     format_version: int = FORMAT_VERSION
     coding: dict[str, Any] | None = None
+    initialisation: dict[str, Any] | None = None
     dtype: str = "float32"
     transform: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +185,15 @@ class BsloraConfig(PeftConfig):
 
     def _parsed(self) -> Layout:
         """The layout that the fields describe."""
-        return Layout.parse({"transform": self.transform, "shared": self.shared, "modules": self.modules}, CONFIG_NAME)
+        return Layout.parse(
+            {
+                "initialisation": self.initialisation,
+                "transform": self.transform,
+                "shared": self.shared,
+                "modules": self.modules,
+            },
+            CONFIG_NAME,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""
@@ -223,8 +233,9 @@ class BsloraConfig(PeftConfig):
         if self.coding is None:
             return dict(tensors)
         codes, rest = split(tensors)
-        decoded = from_file(codes, self._stored.tensors(), self.stored_dtype, WEIGHTS_NAME)
-        self.coding = None
+        decoded = from_file(codes, self._stored, self.stored_dtype, WEIGHTS_NAME)
+        self.coding = self.initialisation = None
+        self.modules = {n: {k: v for k, v in module.items() if k != "initial"} for n, module in self.modules.items()}
         return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
 
 

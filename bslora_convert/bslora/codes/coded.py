@@ -5,7 +5,7 @@
 A value is the table's entry for a window of the vector's codes (`trellis`).
 
 Vectors run along what a component has: the columns of B, the rows of A. A kernel or a gate is one vector. A vector of 16 bits is
-in bfloat16, as scales are, and has none.
+in bfloat16, as scales are, and has none. A vector of no bits is zero.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.codes.trellis import tables, windows_of
+from bslora_convert.bslora.codes.widths import NONE, UNSCALED
 from bslora_convert.modules.factors import Shape
 
 GROUP = 1024
@@ -26,7 +27,7 @@ SCALES = torch.bfloat16
 class Coded:
     """n vectors of length L.
 
-    widths (n,) uint8. codes (n, L) uint8, zero where the width is 16. scales (n, groups) bfloat16. exact (n, L) bfloat16, zero
+    widths (n,) uint8. codes (n, L) uint8, zero where the width is 0 or 16. scales (n, groups) bfloat16. exact (n, L) bfloat16, zero
     where the width is not 16; None where no vector has it.
     """
 
@@ -44,7 +45,7 @@ class Coded:
             if width == 16:
                 assert self.exact is not None  # stated by the class
                 values[chosen] = self.exact[chosen].float()
-            else:
+            elif width != NONE:
                 found = tables()[width][windows_of(self.codes[chosen], width)]
                 values[chosen] = found * spread(self.scales[chosen], length)
         return values
@@ -66,7 +67,7 @@ def groups_of(length: Length) -> Length:
 
 def bits_of(length: int, width: int) -> int:
     """Bits that one vector takes: its numbers, its scales, and the byte that names its width."""
-    return 8 + width * length + (0 if width == 16 else 16 * groups_of(length))
+    return 8 + width * length + (0 if width in UNSCALED else 16 * groups_of(length))
 
 
 def vectors_of(tensors: Iterable[Coded]) -> list[Vector]:

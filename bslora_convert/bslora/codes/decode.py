@@ -21,6 +21,7 @@ from torch import Tensor
 from bslora_convert.bslora.codes.coded import GROUP, from_vectors, groups_of, vectors_shape
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables, values_of
 from bslora_convert.bslora.codes.walk import walk
+from bslora_convert.bslora.codes.widths import UNSCALED
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.compiled import can_compile
 
@@ -92,7 +93,7 @@ def walked(
             counted[:, 0], exact = before, stream[first : first + int(own.sum())].float().numpy()
         else:
             counted[:, width], held[width - 1] = before + first, stream.numpy()
-    several = np.where(named == 16, 0, groups_of(lengths).numpy())
+    several = np.where(np.isin(named, UNSCALED), 0, groups_of(lengths).numpy())
     at, group = np.append(sizes.cumsum() - sizes, total), several.cumsum() - several
     values = _empty(total, dtype)
 

@@ -5,6 +5,8 @@
     bslora_trellis_<w> uint8  codes of the vectors of w bits, in the same order, packed (`packing`), read by `trellis`
     bslora_floats    bfloat16 numbers of the vectors of 16 bits
 
+Vectors of no bits have their width alone; a module has them only beside its random initialisation (`composed`).
+
 A tensor for each module would cost a header entry each, at a sixteenth of a small adapter a tenth of the file. How many vectors
 there are and how long they are follows from the layout, every tensor's length from the widths, and all of it is checked.
 """
@@ -20,7 +22,8 @@ from bslora_convert.bslora.codes.coded import SCALES, Coded, Vector, groups_of, 
 from bslora_convert.bslora.codes.decode import in_order, is_walked, merged, numbers_of, walked
 from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
-from bslora_convert.bslora.codes.widths import WIDTHS
+from bslora_convert.bslora.codes.widths import NONE, UNSCALED, WIDTHS
+from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
 from bslora_convert.modules.factors import Shape
 
@@ -45,7 +48,7 @@ def to_file(tensors: Mapping[str, Coded]) -> dict[str, Tensor]:
             if width == 16:
                 assert coded.exact is not None  # stated by the class
                 codes[width].append(coded.exact[row])
-            else:
+            elif width != NONE:
                 codes[width].append(coded.codes[row])
                 scales.append(coded.scales[row])
     found = {WIDTHS_NAME: torch.cat([coded.widths for coded in tensors.values()])}
@@ -63,7 +66,7 @@ def sizes(vectors: Sequence[Vector]) -> dict[str, Tensor]:
     numbers, scales = Counter[int](), 0
     for width, length in vectors:
         numbers[width] += length
-        scales += 0 if width == 16 else groups_of(length)
+        scales += 0 if width in UNSCALED else groups_of(length)
     found = {WIDTHS_NAME: torch.empty(len(vectors), dtype=torch.uint8, device="meta")}
     if scales:
         found[SCALES_NAME] = torch.empty(scales, dtype=SCALES, device="meta")
@@ -79,7 +82,7 @@ def _name(width: int) -> str:
 
 
 def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]]) -> dict[str, Coded]:
-    """What `to_file` made the file's tensors from, by key; they have been checked by `from_file`."""
+    """What `to_file` made the file's tensors from, by key; they have been checked."""
     widths = tensors[WIDTHS_NAME]
     left = {width: unpack(tensors[_name(width)], width) for width in TRELLIS_WIDTHS if width in widths}
     left[16] = tensors.get(FLOATS_NAME, torch.zeros(0, dtype=SCALES))
@@ -91,6 +94,8 @@ def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Sha
         codes, exact = torch.zeros(count, length, dtype=torch.uint8), torch.zeros(count, length, dtype=SCALES)
         held = torch.zeros(count, groups_of(length), dtype=SCALES)
         for at, width in enumerate(own.tolist()):
+            if width == NONE:
+                continue
             (exact if width == 16 else codes)[at], left[width] = left[width][:length], left[width][length:]
             if width != 16:
                 held[at], scales = scales[: held.shape[1]], scales[held.shape[1] :]
@@ -99,38 +104,17 @@ def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Sha
     return found
 
 
-def from_file(
-    tensors: Mapping[str, Tensor],
-    shapes: Iterable[tuple[str, Shape]],
-    dtype: torch.dtype,
-    where: object,
-) -> dict[str, Tensor]:
-    """The form's tensors in `dtype`, by key. shapes: key and shape of each, in the layout's order.
+def check_codes(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, where: object) -> None:
+    """Refuses codes that can't be decoded to `dtype`.
 
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
-    shapes = list(shapes)
-    check_codes(tensors, shapes, dtype, where)
-    return decoded(tensors, shapes, dtype)
-
-
-def check_codes(
-    tensors: Mapping[str, Tensor],
-    shapes: Iterable[tuple[str, Shape]],
-    dtype: torch.dtype,
-    where: object,
-) -> None:
-    """Refuses codes that can't be decoded to `dtype`; arguments as of `from_file`.
-
-    :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
-    """
+    shapes = list(layout.stored())
     lengths = _lengths(shapes)
     widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where).cpu()
-    unknown = set(widths.tolist()) - set(WIDTHS)
-    if unknown:
-        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {', '.join(map(str, WIDTHS))} are allowed")
+    _check_widths(widths, layout, shapes, where)
     counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
-    scaled = widths != 16
+    scaled = _have_scales(widths)
     groups = groups_of(lengths)
     scales = _taken(tensors, SCALES_NAME, (SCALES,), int(groups[scaled].sum()), where).float()
     if not bool(scales.isfinite().all()):
@@ -139,6 +123,8 @@ def check_codes(
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
+    ranks = [entry.initial.rank for entry in layout.modules.values() if entry.initial is not None]
+    limit = torch.finfo(dtype).max / (2 * max(ranks) if ranks else 1)  # T A₀ + R is at most r₀ times T's largest, and R's
     for width, count in counts.items():
         if not count:
             continue
@@ -146,10 +132,27 @@ def check_codes(
         if width != 16:
             owned = scales[(widths == width).repeat_interleave(groups * scaled).to(scales.device)]
             largest = owned * tables()[width].abs().max()
-        if float(largest.abs().max()) > torch.finfo(dtype).max:
+        if float(largest.abs().max()) > limit:
             raise InputError(
                 f"{where}: {_name(width)} decodes to numbers that {dtype} can't hold; the adapter is damaged"
             )
+
+
+def _check_widths(widths: Tensor, layout: Layout, shapes: Iterable[tuple[str, Shape]], where: object) -> None:
+    """Refuses widths that are not known, and vectors of no bits where they would stand for nothing."""
+    allowed, at = ", ".join(map(str, WIDTHS)), 0
+    unknown = set(widths.tolist()) - {NONE, *WIDTHS}
+    if unknown:
+        raise InputError(f"{where}: {WIDTHS_NAME} holds {min(unknown)}; {allowed} are allowed")
+    absent = (widths == NONE).tolist()
+    for key, shape in shapes:
+        count, _ = vectors_shape(key, shape)
+        name, _, tensor = key.rpartition(".bslora_")
+        own, at = absent[at : at + count], at + count
+        if any(own) and not (tensor in ("local_A", "local_T") and layout.modules[name].initial is not None):
+            raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for {key}; {allowed} are allowed")
+        if tensor == "local_T" and all(own):
+            raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for all of {key}, which is then not needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ def starts(widths: Tensor, shapes: Iterable[tuple[str, Shape]], first: Start | N
         numbers, scale = dict(found.numbers), found.scale
         for width, several in Counter(widths[found.vector : found.vector + count].tolist()).items():
             numbers[width] = numbers.get(width, 0) + several * length
-            scale += 0 if width == 16 else several * groups_of(length)
+            scale += 0 if width in UNSCALED else several * groups_of(length)
         found = Start(found.vector + count, scale, numbers)
         yield found
 
@@ -190,15 +193,16 @@ def decoded(
     start = start or Start()
     lengths = _lengths(shapes)
     widths = tensors[WIDTHS_NAME][start.vector : start.vector + lengths.numel()].cpu()
-    scaled = widths != 16
+    scaled = _have_scales(widths)
     groups = groups_of(lengths)
     several = int(groups[scaled].sum())
     scales = tensors[SCALES_NAME][start.scale : start.scale + several].float() if several else torch.zeros(0)
-    streams = {width: tensors[_name(width)] for width in widths.unique().tolist()}
+    streams = {width: tensors[_name(width)] for width in widths.unique().tolist() if width != NONE}
     coded = int(lengths[scaled].sum())
     if coded and is_walked(scales.device, max(coded, among)):
         return in_order(shapes, walked(streams, start.numbers, widths, lengths, scales, dtype))
-    numbers = {}
+    absent = int(lengths[widths == NONE].sum())
+    numbers = {NONE: torch.zeros(absent, dtype=dtype, device=scales.device)} if absent else {}
     for width, stored in streams.items():
         chosen, first = widths == width, start.numbers.get(width, 0)
         if width == 16:
@@ -207,6 +211,10 @@ def decoded(
             owned = scales[chosen.repeat_interleave(groups * scaled).to(scales.device)]
             numbers[width] = numbers_of(stored, width, owned, lengths[chosen], dtype, first)
     return in_order(shapes, merged(widths, lengths, numbers, dtype))
+
+
+def _have_scales(widths: Tensor) -> Tensor:
+    return (widths != 16) & (widths != NONE)
 
 
 def _lengths(shapes: Iterable[tuple[str, Shape]]) -> Tensor:

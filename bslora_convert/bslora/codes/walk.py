@@ -46,6 +46,10 @@ def walk() -> Walk:
                 following[0] += length
                 at += length
                 continue
+            if width == 0:
+                out[at : at + length] = 0
+                at += length
+                continue
             stream, table, bit = streams[width - 1], tables[width - 1], int(following[width]) * width
             following[width] += length
             mask, window = (1 << width) - 1, 0
