@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bslora_convert.bslora.codes.file import from_file, to_file
+from bslora_convert.bslora.codes.file import check_codes, decoded, to_file
 from bslora_convert.coding.encode import encode
 from bslora_convert.files.tensorfile import check_finite
 
@@ -74,7 +74,9 @@ def main() -> None:
             return found
 
         def read_codes(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-            return from_file(load_file(codes), shapes, dtype, codes)
+            file = load_file(codes)
+            check_codes(file, shapes, dtype, codes)
+            return decoded(file, shapes, dtype)
 
         runs: dict[str, tuple[Path, bool, Callable[[], Any]]] = {
             "16 bits": (floats, True, read_floats),

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "bslora_convert"
 ANYWHERE = {"errors", "extras", "notes", "version"}  # single modules that anyone may import
 ORDER = (
-    "results", "files", "modules", "process", "metric", "lora", "bslora", "layers", "serving", "recipe", "fit", "coding",
+    "results", "files", "modules", "process", "initialisation", "metric", "lora", "bslora", "layers", "serving", "recipe", "fit", "coding",
     "analysis", "baselines", "comparison", "conversion", "behaviour", "peft", "vllm", "report", "library", "verbs", "cli",
 )  # fmt: skip
-PURE = ("modules", "metric", "fit", "coding", "analysis")
+PURE = ("modules", "initialisation", "metric", "fit", "coding", "analysis")
 SILENT = {"click", "rich", "safetensors", "json", "pathlib", "fsspec", "bslora_convert.files"}
 OF_COMPARISONS = {"comparison", "baselines"}  # what only `compare` needs
 

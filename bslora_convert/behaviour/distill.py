@@ -103,8 +103,9 @@ class Trainer:
         self.base, self.reference, self.known = session.base, session.reference, session.known
         self.rows, self.checkpoints, self.began = rows, checkpoints, run.began
         self.layout = Layout.of(start.form)
-        coded = coded_tensors(start.codes, self.layout.tensors()) if start.codes else {}
-        self.quantiser = Quantiser(next(start.form.tensors()).dtype, coded)
+        stored = Layout.of(start.form, start.initial).stored()
+        coded = coded_tensors(start.codes, stored) if start.codes else {}
+        self.quantiser = Quantiser(next(start.form.tensors()).dtype, coded, start.initial)
         self.codes: Mapping[str, Tensor] = start.codes
         tensors = {
             name: tensor.detach().to(self.base.device, torch.float32, copy=True)

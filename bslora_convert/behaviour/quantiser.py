@@ -8,16 +8,21 @@ from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import Coded, from_vectors, to_vectors
 from bslora_convert.bslora.codes.file import to_file
-from bslora_convert.coding.encode import Encoded, encode
+from bslora_convert.coding.encode import CodedRows, Encoded, code_rows, encode
 from bslora_convert.fit.parallel import each, modules_over_cores
+from bslora_convert.initialisation.initial import Initial
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiser:
-    """The dtype that readers get, and the codes that the adapter began with, by key; empty where it holds floats."""
+    """The dtype that readers get, and the codes that the adapter began with, by key; empty where it holds floats.
+
+    initial: the random initialisation that they are against, if any.
+    """
 
     dtype: torch.dtype
     start: Mapping[str, Coded] = field(default_factory=dict)
+    initial: Initial | None = None
 
     def round(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each trained tensor as it is read back, by key."""
@@ -32,12 +37,26 @@ class Quantiser:
         """The file's code tensors, as many bytes as those that it began with; nothing where floats are stored."""
         if not self.start:
             return {}
-        return to_file({**self.start, **{key: found.coded for key, found in self._coded(trained).items()}})
+        found: dict[str, Coded] = dict(self.start)
+        for key, coded in self._coded(trained).items():
+            found[key] = coded.coded if isinstance(coded, Encoded) else coded.rest.coded
+            if isinstance(coded, CodedRows) and coded.mix is not None:
+                found[_mix_of(key)] = coded.mix.coded
+        return to_file(found)
 
-    def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Encoded]:
-        def code(key: str) -> Encoded:
-            start = self.start[key]
-            return encode(to_vectors(key, trained[key].detach().cpu()), start.widths.tolist(), start.scales, True)
+    def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Encoded | CodedRows]:
+        def code(key: str) -> Encoded | CodedRows:
+            start, vectors = self.start[key], to_vectors(key, trained[key].detach().cpu())
+            mix = self.start.get(_mix_of(key)) if key.endswith(".bslora_local_A") else None
+            if mix is None or self.initial is None:
+                return encode(vectors, start.widths.tolist(), start.scales, True)
+            base, widths = self.initial.base(key.removesuffix(".bslora_local_A")), mix.widths.tolist()
+            return code_rows(vectors, widths, start.widths.tolist(), base, True, (mix.scales, start.scales))
 
         with modules_over_cores():
             return dict(zip(trained, each(code, trained), strict=True))
+
+
+def _mix_of(key: str) -> str:
+    """The key of T beside that of A."""
+    return f"{key[:-1]}T"

@@ -247,9 +247,7 @@ def _parse_entry(
 
 
 @lru_cache(1 << 12)
-def _entry(
-    shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str, initial: Place | None
-) -> Entry:
+def _entry(shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str, initial: Place | None) -> Entry:
     """One object for all modules that are alike, in a thousand adapters on one model."""
     return Entry(shape, rank, dict(groups), kind, initial)
 
@@ -267,8 +265,10 @@ def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Or
     places = {name: entry.initial for name, entry in entries.items() if entry.initial is not None}
     if value is None and not places:
         return None
-    if not isinstance(value, dict) or set(value) != {"seed", "checksum"} or not all(
-        type(one) is int and 0 <= one < SEEDS for one in value.values()
+    if (
+        not isinstance(value, dict)
+        or set(value) != {"seed", "checksum"}
+        or not all(type(one) is int and 0 <= one < SEEDS for one in value.values())
     ):
         raise InputError(f"{where}: initialisation is {value!r}, an object with seed and checksum is expected")
     if not places:

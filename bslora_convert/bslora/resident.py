@@ -70,7 +70,7 @@ class Resident(nn.Module):
         :raises InputError: naming `what`, when they are damaged.
         """
         codes = {name: tensor.detach().cpu() for name, tensor in codes.items()}
-        check_codes(codes, self.layout, self._stored, what)
+        check_codes(codes, self.layout.stored(), self._stored, what, self.layout.initial)
         self._cache.drop(self)
         self._starts = None
         for name in NAMES:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import GROUP
-from bslora_convert.bslora.codes.composed import from_file
+from bslora_convert.bslora.codes.composed import from_file, initial_of
 from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
@@ -76,6 +76,11 @@ class CompactAdapter:
     def layout(self) -> Layout:
         """What the file consists of."""
         return Layout.parse(self.config, self.path / CONFIG_NAME)
+
+    @property
+    def initial(self) -> Initial | None:
+        """The random initialisation that its codes are against, if any."""
+        return initial_of(self.layout, self.path)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,7 +178,7 @@ def load_coded(path: str | FilePath, *, accept_changed: bool = False) -> CodedAd
     if not has_codes(read.config):
         return _decoded(read)
     dtype = decoded_dtype(read.config, read.directory / CONFIG_NAME)
-    check_codes(read.codes, read.layout, dtype, read.directory / WEIGHTS_NAME)
+    check_codes(read.codes, read.layout.stored(), dtype, read.directory / WEIGHTS_NAME, read.layout.initial)
     _check_passengers(read)
     return CodedAdapter(read.layout, read.codes, dtype, read.tensors, read.config)
 

@@ -12,7 +12,7 @@ d of a local component is σ² (1 − (1 − D_u)(1 − D_v)) (`encode`); of a s
 all modules that use it, which is why shared vectors end up in more bits than local ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,14 @@ UPGRADES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """bits, lost: (items, options), option 0 the cheapest; inf where an option does not exist."""
+    """bits, lost: (items, options), option 0 the cheapest; inf where an option does not exist.
+
+    lost: what an option counts as when one is chosen. energy: what it loses, where that is not the same.
+    """
 
     bits: np.ndarray
     lost: np.ndarray
+    energy: np.ndarray | None = None
 
     def at(self, price: float) -> np.ndarray:
         """The best option of every item at a price a bit; of equal ones the cheaper."""
@@ -40,7 +44,24 @@ class Items:
 
     def lost_at(self, chosen: np.ndarray) -> float:
         """Energy that a choice loses."""
-        return float(self.lost[np.arange(len(chosen)), chosen].sum())
+        return float(self.energies_at(chosen).sum())
+
+    def energies_at(self, chosen: np.ndarray) -> np.ndarray:
+        """The same by item."""
+        found: np.ndarray = (self.lost if self.energy is None else self.energy)[np.arange(len(chosen)), chosen]
+        return found
+
+
+def joined(parts: Sequence[Items]) -> Items:
+    """All of them as one, options that some don't have at infinity."""
+    columns = max(part.bits.shape[1] for part in parts)
+
+    def filled(arrays: list[np.ndarray]) -> np.ndarray:
+        wide = [np.pad(a, ((0, 0), (0, columns - a.shape[1])), constant_values=np.inf) for a in arrays]
+        return np.concatenate(wide)
+
+    energies = [part.lost if part.energy is None else part.energy for part in parts]
+    return Items(filled([part.bits for part in parts]), filled([part.lost for part in parts]), filled(energies))
 
 
 def within_bits(items: Items, budget: int) -> np.ndarray | None:

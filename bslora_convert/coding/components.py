@@ -10,22 +10,21 @@ module (by about two in the mean of each kind of SmolLM2-135M's), whatever their
 metric of prompts, and where an error is asked for, errors count as they are.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import Vector, bits_of
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.coding.allocation import Items
-from bslora_convert.coding.encode import distortions, lost_shares
-from bslora_convert.coding.widths import ALONE, Widths, options
+from bslora_convert.coding.allocation import Items, joined
+from bslora_convert.coding.encode import lost_shares, noise_weights
+from bslora_convert.coding.items import Against, component_items
+from bslora_convert.coding.widths import Widths, options
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
@@ -35,7 +34,6 @@ from bslora_convert.modules.lowrank import Grams, ProductSvd
 from bslora_convert.recipe.target import Target
 
 SIZE_POWER = 0.4
-KAPPA, KAPPA_U = 4.0, False  # experiment
 
 Counted = Callable[
     [Iterable["LocalComponents"]], Iterable["LocalComponents"]
@@ -92,7 +90,7 @@ class Components:
         )
         vectors = _vectors(form, weights) if shared else {}
         items = [_vector_items(vectors, target.width)] if vectors else []
-        return cls(vectors, locals_, _joined([*items, *(local.items for local in locals_.values())]))
+        return cls(vectors, locals_, joined([*items, *(local.items for local in locals_.values())]))
 
 
 def _local(
@@ -112,13 +110,13 @@ def _local(
         given = None if target.chooses_ranks else module.local.rank
         count = min(int((svd.energies > 0).sum()), most) if given is None else min(given, len(svd.energies))
         made = cache(lambda: svd.truncate([wanted()], count))
-        left, right = _lost_shares(metric, module.shape, made)
-        energies = weights[name] * svd.energies[:count].double().cpu().numpy()
-        base = source.initial.base(name) if source.initial is not None and target.width is None else None
-        if base is None:
-            return LocalComponents(module.shape, svd, _component_items(energies, module.shape, left, right, target))
-        items = _against(energies, module.shape, left, right, made().a, base, target)
-        return LocalComponents(module.shape, svd, items, len(base))
+        base = source.initial.base(name) if source.initial is not None else None
+        against = None if base is None else Against.of(made().a, base, metric.right)
+        items = component_items(
+            weights[name] * svd.energies[:count].double().cpu().numpy(), module.shape, against, _noise(metric, made),
+            only=target.width, needed=not target.chooses_ranks, unbiased=target.unbiased,
+        )  # fmt: skip
+        return LocalComponents(module.shape, svd, items, 0 if against is None else against.rank)
 
     return local
 
@@ -129,59 +127,12 @@ def _weights(source: Source, target: Target) -> dict[str, float]:
     return {name: (out * width) ** -SIZE_POWER if by_size else 1.0 for name, (out, width) in source.shapes.items()}
 
 
-def _lost_shares(metric: Metric, shape: Shape, start: Callable[[], Factors]) -> tuple[np.ndarray, np.ndarray]:
-    """D of the vectors of each side at every width, (count, widths), or one row for all of them. start: makes the vectors."""
+def _noise(metric: Metric, made: Callable[[], Factors]) -> tuple[np.ndarray, np.ndarray] | None:
+    """How noise in each side of the components counts in a metric; None plainly. made: makes the vectors."""
     if metric is PLAIN:
-        out, width = (distortions(side).numpy()[None] for side in shape)
-        return out, width
-    made = start()
-    return lost_shares(made.b.T, metric.left).numpy(), lost_shares(made.a, metric.right).numpy()
-
-
-def _component_items(energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, target: Target) -> Items:
-    """Options of a module's components, left out first. left, right: D of each side."""
-    dropped = 0.0 if target.chooses_ranks else math.inf
-    kept = energies[:, None, None] * (1 - (1 - left[:, :, None]) * (1 - right[:, None, :]))
-    if target.width is not None:
-        other = np.array(WIDTHS) != target.width
-        kept[:, other[:, None] | other] = np.inf
-    taken = np.add.outer(*([float(bits_of(length, width)) for width in WIDTHS] for length in shape)).reshape(1, -1)
-    bits = np.pad(np.broadcast_to(taken, (len(energies), len(ALONE))), ((0, 0), (1, 0)))
-    return Items(bits, np.column_stack([np.maximum(energies, dropped), kept.reshape(-1, len(ALONE))]))
-
-
-def _against(
-    energies: np.ndarray, shape: Shape, left: np.ndarray, right: np.ndarray, rows: Tensor, base: Tensor, target: Target
-) -> Items:
-    """Options of the components of a module whose A was drawn as `base` (r₀, in). rows: their right vectors (r, in)."""
-    (out, width), drawn = shape, len(base)
-    along = rows.double() @ base.double().T
-    gram = base.double() @ base.double().T
-    within = (along * torch.linalg.solve(gram, along.T).T).sum(1)
-    outside = (1 - within / rows.double().square().sum(1)).clamp(0, 1).cpu().numpy()[:, None]
-    response = 1 - outside + KAPPA * outside
-    places = {w: k for k, w in enumerate(WIDTHS)}
-    short, wide = distortions(drawn).numpy(), distortions(width).numpy()
-    chosen = options(True)
-    u = np.array([places[w[0]] for w in chosen])
-    mixed = np.array([w[1] != 0 for w in chosen])
-    t = np.array([places.get(w[1], 0) for w in chosen])
-    absent = np.array([w[2] == 0 for w in chosen])
-    r = np.array([places.get(w[2], 0) for w in chosen])
-    d_u = np.broadcast_to(left, (len(energies), len(WIDTHS)))[:, u]
-    d_row = np.broadcast_to(right, (len(energies), len(WIDTHS)))[:, r]
-    d_rest = wide[r] / (1 - wide[r]) if target.unbiased else wide[r]
-    noise = np.where(mixed, (1 - outside) * short[t] + np.where(absent, 0.0, outside * d_rest), d_row)
-    gone = np.where(mixed & absent, KAPPA * outside, 0.0)
-    kept = response - gone if KAPPA_U else np.where(mixed & absent, 1 - outside, 1.0)
-    lost = energies[:, None] * (gone + d_u * kept + (1 - d_u) * noise)
-    bits = np.array([
-        0.0, *(bits_of(out, a) + bits_of(drawn, b) + bits_of(width, c) for a, b, c in chosen)
-    ])
-    whole = energies[:, None] * response
-    if not target.chooses_ranks:
-        whole = np.full_like(whole, math.inf)
-    return Items(np.broadcast_to(bits, (len(energies), len(bits))), np.column_stack([whole, lost]))
+        return None
+    vectors = made()
+    return noise_weights(vectors.b.T, metric.left).numpy(), noise_weights(vectors.a, metric.right).numpy()
 
 
 def _vectors(form: BsloraForm, weights: Mapping[str, float]) -> Vectors:
@@ -216,14 +167,3 @@ def _vector_items(vectors: Vectors, only: int | None) -> Items:
     if only is not None:
         lost[:, [width != only for width in WIDTHS]] = np.inf
     return Items(bits, lost)
-
-
-def _joined(parts: Sequence[Items]) -> Items:
-    """All of them as one, options that some don't have at infinity."""
-    columns = max(part.bits.shape[1] for part in parts)
-
-    def filled(arrays: list[np.ndarray]) -> np.ndarray:
-        wide = [np.pad(a, ((0, 0), (0, columns - a.shape[1])), constant_values=np.inf) for a in arrays]
-        return np.concatenate(wide)
-
-    return Items(filled([part.bits for part in parts]), filled([part.lost for part in parts]))

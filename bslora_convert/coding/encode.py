@@ -62,11 +62,6 @@ class Encoded:
         """As of `Coded`."""
         return replace(self, coded=self.coded.scaled(by))
 
-    def chosen(self, other: "Encoded", mask: Tensor) -> "Encoded":
-        """Scales of `other` where the mask (n,) says so; both are of the same codes."""
-        scales = torch.where(mask[:, None], other.coded.scales, self.coded.scales)
-        return replace(self, coded=replace(self.coded, scales=scales))
-
     def decode(self) -> Tensor:
         """(n, L) float32: what the codes decode to."""
         found = self.values * spread(self.coded.scales, self.values.shape[1])
@@ -75,11 +70,13 @@ class Encoded:
         return found
 
 
-def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, unbiased: bool = False) -> Encoded:
+def encode(
+    vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, unbiased: bool | Tensor = False
+) -> Encoded:
     """(n, L) vectors, one width each.
 
     like: scales (n, groups) that may fit better than those of the vectors' own size: of codes that they were decoded from.
-    unbiased: every vector's scales such that ⟨x, x̂⟩ = ‖x‖² instead of least error.
+    unbiased: whether a vector's scales are such that ⟨x, x̂⟩ = ‖x‖² instead of least error; a tensor (n,) says it of each.
 
     :raises ValueError: for a width that is neither one of WIDTHS nor none.
     """
@@ -90,6 +87,7 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
     scales = torch.zeros(n, groups_of(length), dtype=SCALES)
     values = torch.zeros(n, length)
     exact = None
+    whole = torch.as_tensor(unbiased).expand(n)
     for width in sorted(set(widths)):
         if width == NONE:
             continue
@@ -107,7 +105,7 @@ def encode(vectors: Tensor, widths: Sequence[int], like: Tensor | None = None, u
             found = groups.better(found, groups.searched(like[chosen].float(), width), width)
         codes[chosen] = found
         levels = groups.values(found, width)
-        scales[chosen] = groups.scales(levels, unbiased)
+        scales[chosen] = groups.scales(levels, whole[chosen])
         values[chosen] = levels.view(len(own), -1)[:, :length]
     return Encoded(Coded(named, codes, scales, exact), values)
 
@@ -145,13 +143,14 @@ class _Groups:
         """What the codes stand for before scales, by group."""
         return _cut(tables()[width][windows_of(codes, width)], codes.shape[1])
 
-    def scales(self, values: Tensor, unbiased: bool = False) -> Tensor:
-        """Those of least error, or with which each vector is unbiased, rounded as they are stored."""
+    def scales(self, values: Tensor, unbiased: Tensor | None = None) -> Tensor:
+        """Those of least error, or with which a vector is unbiased, rounded as they are stored. unbiased (n,): which are."""
         cross = (self.cut * values).sum(2)
         found = cross / values.square().sum(2).clamp_min(SMALLEST_NORM)
-        if unbiased:
+        if unbiased is not None:
             along = (found * cross).sum(1)
-            found *= torch.where(along > 0, self.cut.square().sum((1, 2)) / along, 1.0)[:, None]
+            by = torch.where((along > 0) & unbiased, self.cut.square().sum((1, 2)) / along, 1.0)
+            found *= by[:, None]
         return found.to(SCALES)
 
     def better(self, first: Tensor, second: Tensor, width: int) -> Tensor:
@@ -177,20 +176,23 @@ def distortions(length: int) -> Tensor:
 
 
 def lost_shares(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
-    """D of every vector at every width of WIDTHS, (n, widths), for allocation: that of normal numbers, in a metric.
+    """D of every vector at every width of WIDTHS, (n, widths), for allocation: that of normal numbers, in a metric."""
+    found: Tensor = (distortions(vectors.shape[1]) * noise_weights(vectors, weigh)[:, None]).clamp_(0, 1)
+    return found
+
+
+def noise_weights(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
+    """How much more noise counts than the vector does, (n,) float64 on the CPU: 1 plainly, 0 for a vector of zeros.
 
     What coding adds points anywhere: in a metric it counts as much as a random direction does there, and the vector as it does.
     """
-    shares = distortions(vectors.shape[1])
     energy = vectors.double().square().sum(1)
     weight = torch.ones_like(energy)
     if weigh is not as_it_is and len(vectors):
         drawn = torch.randn(PROBES, vectors.shape[1], generator=torch.Generator().manual_seed(PROBE_SEED))
         power = float(weigh(drawn.to(vectors)).double().square().sum() / drawn.double().square().sum())
         weight = power * energy / weigh(vectors).double().square().sum(1).clamp_min(SMALLEST_NORM)
-    found: Tensor = (shares * weight[:, None].cpu()).clamp_(0, 1)
-    found[energy.cpu() == 0] = 0.0  # nothing can be lost of nothing
-    return found
+    return torch.where(energy > 0, weight, 0.0).cpu()  # nothing can be lost of nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,23 +215,26 @@ class CodedRows:
 
 
 def code_rows(
-    rows: Tensor, mix_widths: Sequence[int], rest_widths: Sequence[int], base: Tensor | None, unbiased: bool
-) -> CodedRows:
+    rows: Tensor, mix_widths: Sequence[int], rest_widths: Sequence[int], base: Tensor | None, unbiased: bool = True,
+    like: tuple[Tensor, Tensor] | None = None,
+) -> CodedRows:  # fmt: skip
     """Rows (r, in) in codes, against the random initialisation `base` (r₀, in) where mix has widths.
 
-    unbiased: the rest of such rows by itself as large as it is.
+    unbiased: whether what training changed is stored as large as it is (`encode`). like: scales of mix and rest that may fit.
     """
     if base is None or not any(mix_widths):
         return CodedRows(encode(rows, rest_widths))
-    mixed = torch.tensor([width != NONE for width in mix_widths])
+    mixed = mixed_rows(mix_widths)
     wanted = _solved(base.double() @ base.double().T, base.double() @ rows.double().T).T
-    mix = encode(wanted, mix_widths)
+    mix = encode(wanted, mix_widths, None if like is None else like[0])
     left = torch.where(mixed[:, None], rows - mix.decode() @ base, rows)
-    rest = encode(left, rest_widths)
-    if unbiased:
-        exact = encode(left, rest_widths, unbiased=True)
-        rest = rest.chosen(exact, mixed)
+    rest = encode(left, rest_widths, None if like is None else like[1], mixed & unbiased)
     return CodedRows(rest, mix, base)
+
+
+def mixed_rows(mix_widths: Sequence[int]) -> Tensor:
+    """Which rows are stored against the initialisation: (r,)."""
+    return torch.tensor([width != NONE for width in mix_widths], dtype=torch.bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +248,6 @@ class CodedPair:
     def factors(self) -> Factors:
         """The decoded product, float32."""
         return Factors(self.b.decode().T, self.a.decode())
-
-
-REFIT_MIXED = True
 
 
 def code_pair(
@@ -266,9 +268,7 @@ def code_pair(
     other = metric.right(a.decode().to(start.a)).double()
     along = ((kept @ weighed.b.double()) * (other @ weighed.a.double().T)).sum(1)
     lengths = _solved(gram * (other @ other.T), along).cpu()[:, None]
-    if not REFIT_MIXED and a.mix is not None:
-        lengths[torch.tensor(mix_widths) > 0] = 1
-    a = a.scaled(lengths)
+    a = a.scaled(torch.where(mixed_rows(mix_widths)[:, None], 1.0, lengths) if unbiased else lengths)
     found = metric.weighed(Factors(b.decode().T, a.decode()).to(device=start.b.device))
     return CodedPair(b, a, residual_energy(weighed, Grams.of(weighed), found))
 

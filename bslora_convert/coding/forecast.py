@@ -1,23 +1,17 @@
 """What a size would cost, from the spectra alone: no vector is coded.
 
-A component of energy σ² of a module (out, in), its two sides in widths u and v, takes the bits that codes take and loses
-
-    σ² (1 − (1 − D_u)(1 − D_v))           D_w: the share that w bits a number lose of a normal vector
-
-so that the allocation of `allocation` can be made without the vectors. Refits gain a little on it; what is written says how much.
+Every component takes the bits that its codes take and loses what their widths promise (`items`), so that the allocation of
+`allocation` can be made without the vectors. Refits gain a little on it; what is written says how much.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from torch import Tensor
 
-from bslora_convert.bslora.codes.coded import bits_of
-from bslora_convert.bslora.codes.widths import WIDTHS
-from bslora_convert.coding.allocation import Items, least_loss, within_loss
-from bslora_convert.coding.encode import distortions
+from bslora_convert.coding.allocation import Items, joined, least_loss, within_loss
+from bslora_convert.coding.items import Against, component_items
 from bslora_convert.fit.gain import Strength
 from bslora_convert.modules.factors import Shape
 
@@ -30,10 +24,15 @@ class Forecast:
     owners: np.ndarray
 
     @classmethod
-    def of(cls, spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> "Forecast":
-        """spectra: σ² of each module, falling. shapes: (out, in)."""
-        counts = [int((values > 0).sum()) for values in spectra.values()]
-        return cls(_items(spectra, shapes), np.repeat(np.arange(len(counts)), counts))
+    def of(
+        cls, spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape], against: Mapping[str, Against] | None = None
+    ) -> "Forecast":
+        """spectra: σ² of each module, falling. shapes: (out, in). against: A's random initialisation, where it is known."""
+        known = against or {}
+        energies = {name: values[values > 0].double().cpu().numpy() for name, values in spectra.items()}
+        found = [component_items(own, shapes[name], known.get(name)) for name, own in energies.items() if len(own)]
+        owners = np.repeat(np.arange(len(energies)), [len(own) for own in energies.values()])
+        return cls(joined(found) if found else None, owners)
 
     def bits_for(self, lost: float) -> int:
         """Bits of codes that lose about this energy."""
@@ -44,19 +43,7 @@ class Forecast:
         if self.items is None:
             return 0.0
         chosen = least_loss(self.items, bits)
-        energies = np.bincount(self.owners, self.items.lost[:, 0])  # of a component that is left out, all of it
-        kept = energies - np.bincount(self.owners, self.items.lost[np.arange(len(chosen)), chosen])
+        left_out = self.items.energies_at(np.zeros(len(chosen), int))  # all of a component
+        energies = np.bincount(self.owners, left_out)
+        kept = energies - np.bincount(self.owners, self.items.energies_at(chosen))
         return float(sum(Strength(*pair).lost for pair in zip(energies, kept, strict=True)))
-
-
-def _items(spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> Items | None:
-    """One for each component that has energy: left out, or its two sides in two widths."""
-    bits, lost = [], []
-    for name, values in spectra.items():
-        energies = values[values > 0].double().cpu().numpy()
-        out, width = shapes[name]
-        kept = np.outer(1 - distortions(out).numpy(), 1 - distortions(width).numpy()).ravel()  # by the two widths
-        cost = [0, *(bits_of(out, u) + bits_of(width, v) for u, v in product(WIDTHS, repeat=2))]
-        bits.append(np.tile(np.array(cost, dtype=float), (len(energies), 1)))
-        lost.append(np.column_stack([energies, np.outer(energies, 1 - kept)]))
-    return Items(np.concatenate(bits), np.concatenate(lost)) if sum(map(len, bits)) else None

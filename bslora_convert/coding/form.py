@@ -99,8 +99,10 @@ def code_form(
     for one in done.values():
         tensors |= one.tensors
     decoded = replace(form, modules={name: one.module for name, one in done.items()}).to(storage)
-    initial = None if source.initial is None else source.initial.only(
-        name for name in form.modules if f"{name}.bslora_local_T" in tensors
+    initial = (
+        None
+        if source.initial is None
+        else source.initial.only(name for name in form.modules if f"{name}.bslora_local_T" in tensors)
     )
     ordered = {key: tensors[key] for key, _ in Layout.of(decoded, initial).stored()}
     return CodedForm(decoded, ordered, sum(one.lost for one in done.values()), _bits(ordered.values()), initial)

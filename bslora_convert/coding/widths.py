@@ -21,7 +21,7 @@ COARSEST = 2  # bits of t
 @cache
 def against_draws() -> tuple[Widths, ...]:
     """Those that use the initialisation."""
-    found = []
+    found: list[Widths] = []
     for u in WIDTHS:
         finer = [t for t in WIDTHS if max(u, COARSEST) <= t <= u + FINER]
         found += product([u], finer, [NONE, *(r for r in WIDTHS if r <= u + 1)])

@@ -17,7 +17,6 @@ from functools import partial
 from bslora_convert.bslora.codes.coded import vectors_shape
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.form import PARTS, BsloraForm
-from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.coding import rate
 from bslora_convert.fit import allocate

@@ -1,10 +1,10 @@
 """Where in a stretch of draws modules may stand: correlation by FFT.
 
     c_k = Σ_j t_j x_{k+j}           t: unit vector of a module's first h numbers, x: draws in units of their rms
-        = irfft(rfft(x) · conj(rfft(t)))        in blocks; the last positions of a block, where the sum wraps around, are the next's
+        = irfft(rfft(x) · conj(rfft(t)))        in blocks, which overlap by the positions at which the sum wraps around
 
 A module with cosine c stands out by c √h standard deviations. The transform is linear: the sum of K templates is sought at the
-price of one, and c √(h / K) are left. Groups are as large as lets a match at the least cosine stand out.
+price of one, and c √(h / K) are left. Groups are as large as lets an expected match stand out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from bslora_convert.initialisation.match import HEAD, LEAST, RMS
+from bslora_convert.initialisation.match import HEAD, RMS
 
 LENGTH = 1 << 16  # of a transform
 STEP = LENGTH - HEAD
+EXPECTED = 0.45  # cosine, for which groups of short templates are made
 DEVIATIONS = 5.5  # of a peak that is worth a look
-TOGETHER = 8  # templates
+TOGETHER = 12  # templates at most
 
 
 class Detector:
@@ -27,7 +28,7 @@ class Detector:
         self._groups: list[tuple[tuple[str, ...], torch.Tensor]] = []
         names = sorted(heads, key=lambda name: len(heads[name]))
         while names:
-            room = int(len(heads[names[0]]) * (LEAST / DEVIATIONS) ** 2)
+            room = int(len(heads[names[0]]) * (EXPECTED / DEVIATIONS) ** 2)
             group = tuple(names[: min(max(room, 1), TOGETHER)])
             names = names[len(group) :]
             total = np.zeros(LENGTH, np.float32)

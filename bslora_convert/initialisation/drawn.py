@@ -1,12 +1,12 @@
 """What PEFT draws for an adapted module, in 32-bit outputs of the generator, one module after the other.
 
     linear       nn.Linear(in, r)  r in,   nn.Linear(r, out)  out r [+ out with lora_bias],   kaiming_uniform_  r in:   A₀
-    embedding    randn(r, V),  randn(out, r),  normal_(out, r)                                from PEFT 0.6 on: B₀ is normal, A₀ = 0
+    embedding    randn(r, V),   randn(out, r),   normal_(out, r):   B₀, and A₀ = 0                     from PEFT 0.6 on
     normal       one output a number; 16 more where their count is no multiple of 16; below 16 numbers four outputs a pair
 
 So A₀ stands r in + out r outputs after a module's own beginning. Earlier versions drew the base's own weight again, before this:
-PEFT 0.3 and 0.4 twice (the constructor and reset_parameters of nn.Linear), their bitsandbytes variants once. Convolutions draw like
-linear modules with `in` times the kernel's size, GPT-2's Conv1D and stacked experts (rank times experts) like linear modules.
+PEFT 0.3 and 0.4 twice (the constructor and reset_parameters of nn.Linear), their bitsandbytes variants once. Convolutions draw
+like linear modules with `in` times the kernel's size; GPT-2's Conv1D and stacked experts (r times experts) like linear modules.
 """
 
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ class Module:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Rows of A."""
         return self.a.shape[0]
 
     @property
     def width(self) -> int:
-        """in, or V."""
+        """Columns of A."""
         return self.a.shape[1]
 
     @property

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from bslora_convert.errors import InputError
 from bslora_convert.initialisation.kept import Origin, draws_at
 from bslora_convert.initialisation.stream import HALF, SEEDS, Place
+
+KEPT = 16  # initialisations that are held ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +25,10 @@ class Initial:
 
     @classmethod
     def of_seed(cls, seed: int, places: Mapping[str, Place], widths: Mapping[str, int]) -> Self:
-        """Draws these anew; widths: `in` of each module."""
-        found, _ = draws_at(seed % SEEDS, [(place.first, place.rank * widths[name]) for name, place in places.items()])
-        draws = {
-            name: torch.from_numpy(numbers).view(place.rank, -1)
-            for (name, place), numbers in zip(places.items(), found, strict=True)
-        }
+        """Draws them. widths: `in` of each module."""
+        spans = [(place.first, place.rank * widths[name]) for name, place in places.items()]
+        found = zip(places.items(), draws_at(seed % SEEDS, spans)[0], strict=True)
+        draws = {name: torch.from_numpy(numbers).view(place.rank, -1) for (name, place), numbers in found}
         return cls(seed % SEEDS, places, draws)
 
     def base(self, name: str) -> Tensor | None:
@@ -45,3 +47,24 @@ class Initial:
         if not kept:
             return None
         return type(self)(self.seed, {n: self.places[n] for n in kept}, {n: self.draws[n] for n in kept})
+
+
+def read_initial(origin: Origin, places: Mapping[str, Place], widths: Mapping[str, int], where: object) -> Initial:
+    """That which a file names; adapters of one pipeline share it.
+
+    :raises InputError: naming `where`, when its draws are not those that the file's checksum was taken of.
+    """
+    found, actual = _drawn(origin.seed, tuple(places.items()), tuple(widths[name] for name in places))
+    if actual != origin:
+        raise InputError(
+            f"{where}: the draws of seed {origin.seed} are not those that the codes were made against (their checksum is "
+            f"{actual.checksum}, not {origin.checksum}); the adapter is damaged"
+        )
+    return found
+
+
+@lru_cache(KEPT)
+def _drawn(seed: int, places: tuple[tuple[str, Place], ...], widths: tuple[int, ...]) -> tuple[Initial, Origin]:
+    sizes = {name: width for (name, _), width in zip(places, widths, strict=True)}
+    found = Initial.of_seed(seed, dict(places), sizes)
+    return found, found.origin

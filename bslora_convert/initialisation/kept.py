@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from bslora_convert.errors import InputError
-from bslora_convert.initialisation.stream import SEEDS, Place, Stream
+from bslora_convert.initialisation.stream import Place, Stream
 from bslora_convert.modules.factors import Shape
 
 KEPT_BYTES = 1 << 30  # of draws that stay in memory
@@ -83,21 +83,6 @@ def check_places(places: Mapping[str, Place], shapes: Mapping[str, Shape], where
     own = sum(place.rank * sum(shapes[name]) for name, place in places.items())
     for name, place in places.items():
         if place.first + place.rank * shapes[name][1] > FARTHEST + APART * own:
-            raise InputError(f"{where}: modules[{name}].initial is {place}: no adapter of these shapes has draws so far on")
-
-
-def rows(origin: Origin, places: Mapping[str, Place], widths: Mapping[str, int], where: object) -> dict[str, np.ndarray]:
-    """A₀ (rank, in) int16 by module.
-
-    :raises InputError: naming `where`, when they are not those that the checksum was taken of.
-    """
-    spans = [(place.first, place.rank * widths[name]) for name, place in places.items()]
-    found, total = draws_at(origin.seed % SEEDS, spans)
-    if total != origin.checksum:
-        raise InputError(
-            f"{where}: the random initialisation of seed {origin.seed} is not the one that the codes were made against "
-            f"(checksum {total}, {origin.checksum} is expected); the adapter is damaged"
-        )
-    return {
-        name: numbers.reshape(place.rank, -1) for (name, place), numbers in zip(places.items(), found, strict=True)
-    }
+            raise InputError(
+                f"{where}: modules[{name}].initial is {place}: no adapter of these shapes has draws so far on"
+            )

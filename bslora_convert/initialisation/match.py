@@ -9,6 +9,7 @@ which A₀ is of no use. The first 4096 numbers are looked at before the others,
 
 from collections.abc import Mapping
 from functools import lru_cache
+from math import sqrt
 from statistics import median
 
 import numpy as np
@@ -54,7 +55,7 @@ def centred(draws: np.ndarray) -> np.ndarray:
 
 def bar(size: int, deviations: float = DEVIATIONS) -> float:
     """The least cosine of a match of so many numbers."""
-    return max(LEAST, deviations / size**0.5)
+    return max(LEAST, deviations / sqrt(size))
 
 
 def matches(name: str, first: int, heads: Heads, tape: Tape, predicted: bool = False) -> float | None:

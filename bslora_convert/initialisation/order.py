@@ -14,6 +14,7 @@ from bslora_convert.modules.names import kind_of, layer_of, natural_order
 
 CHAIN = 8  # modules in a row that may be missing
 GUESSES = 64
+AHEAD = 4  # layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +72,25 @@ class Order:
             reached = ahead
 
     def near(self, name: str, left: Container[str], backward: bool = False) -> list[str]:
-        """Modules that stand beside this one by name: its layer, the next, the first of other stacks that is not yet found."""
+        """Modules that stand beside this one by name: its layer, some next, the first of each stack that is not yet found."""
         layer, way = layer_of(name) or "", -1 if backward else 1
-        layers = [layer, self._later(layer, way)]
-        for stack, others in self._stacks.items():
-            if stack != _stack(layer):
-                layers.append(next((one for one in others[::way] if any(each in left for each in self._layers[one])), None))
-        return [each for one in layers if one is not None for each in self._layers[one][::way] if each in left]
+        layers = [self._later(layer, way * far) for far in range(AHEAD + 1)]
+        for stack in self._stacks.values():
+            layers.append(next((one for one in stack[::way] if any(each in left for each in self._layers[one])), None))
+        return [
+            each
+            for one in dict.fromkeys(layers)
+            if one is not None
+            for each in self._layers[one][::way]
+            if each in left
+        ]
 
-    def first_of_each(self) -> list[str]:
-        """Modules that may be drawn first: of names that differ in numbers alone, the first."""
-        first: dict[str, str] = {}
+    def first_of_each(self, number: int = 1) -> list[str]:
+        """Modules that may be drawn first: of names that differ in numbers alone, the first; then the second and so on."""
+        alike: dict[str, list[str]] = {}
         for name in sorted(self._modules, key=natural_order):
-            first.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name), name)
-        return list(first.values())
+            alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name), []).append(name)
+        return [names[place] for place in range(number) for names in alike.values() if place < len(names)]
 
     def _later(self, layer: str, layers: int) -> str | None:
         stack, place = self._stacks[_stack(layer)], self._place[layer] + layers

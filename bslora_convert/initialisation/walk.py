@@ -1,10 +1,11 @@
 """From one module that was found through the stream to all others.
 
-A module's own draws begin where the last one's end, or after a gap: what older versions draw, an embedding, a module that is not in
-the file. Learned gaps are tried first, then known ones, then the stretch that follows is searched by correlation.
+A module's own draws begin where the last one's end, or after a gap: what older versions draw, an embedding, a module that is not
+in the file. Learned gaps are tried first, then known ones, then the stretch that follows is searched by correlation.
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from bslora_convert.initialisation.correlate import Detector
 from bslora_convert.initialisation.drawn import FORMS, Module, added, passed
@@ -25,6 +26,7 @@ class Walk:
         self._order = Order(modules)
         self._passed = sorted({count for embedding in embeddings for count in passed(embedding)})
         self._left = dict.fromkeys(modules)
+        self._empty: set[int] = set()  # forms of gaps
         self._firsts: dict[str, int] = {}
         self._cosines: dict[str, float] = {}
 
@@ -35,8 +37,9 @@ class Walk:
 
     def run(self) -> tuple[dict[str, int], dict[str, float]]:
         """Places all that can be: first draws and cosines, in the order of the stream."""
-        for name in self._in_order():
-            self._fill(name)
+        order = self._in_order()
+        for name, following in zip(order, [*order[1:], None], strict=True):
+            self._fill(name, following)
         while self._begin_earlier():
             pass
         order = self._in_order()
@@ -45,16 +48,13 @@ class Walk:
     @property
     def beginning(self) -> int:
         """Where the first module's own draws began, by the form that most modules have."""
-        first, *others = self._in_order()
-        at, agreed = self._end(first), [0] * FORMS
-        for name in others:
-            gap = self._firsts[name] - self._modules[name].lead - at
+        order, agreed = self._in_order(), [0] * FORMS
+        for name, then in pairwise(order):
             for form in range(FORMS):
-                agreed[form] += gap == added(self._modules[name], form)
-            at = self._end(name)
-        module = self._modules[first]
-        begun = self._firsts[first] - module.lead
-        own = added(module, agreed.index(max(agreed)))
+                agreed[form] += self._gap(name, then) == added(self._modules[then], form)
+        module = self._modules[order[0]]
+        begun = self._firsts[order[0]] - module.lead
+        own = added(module, agreed.index(max(agreed))) if 2 * max(agreed) > len(order) - 1 else 0
         return begun - own if own <= begun else begun
 
     def _in_order(self) -> list[str]:
@@ -63,16 +63,39 @@ class Walk:
     def _end(self, name: str) -> int:
         return self._firsts[name] + self._modules[name].size
 
-    def _fill(self, last: str) -> None:
-        """Places modules after this one, up to the next that has a place."""
-        later = [name for name, first in self._firsts.items() if first > self._firsts[last]]
-        until = min((self._firsts[name] - self._modules[name].lead for name in later), default=None)
+    def _begun(self, name: str) -> int:
+        return self._firsts[name] - self._modules[name].lead
+
+    def _gap(self, name: str, then: str) -> int:
+        return self._begun(then) - self._end(name)
+
+    def _learn(self, name: str, then: str) -> None:
+        self._order.learn(name, then, self._gap(name, then))
+
+    def _fill(self, last: str, following: str | None, search: bool = True) -> None:
+        """Places modules after this one, up to the next that has a place; without a search only after gaps that can be told."""
+        until = None if following is None else self._begun(following)
         while self._left:
-            name = self._follower(last, until) or self._beyond(last, until)
+            name = self._follower(last, until) or (self._beyond(last, until) if search else None)
             if name is None:
-                return
-            self._order.learn(last, name, self._firsts[name] - self._modules[name].lead - self._end(last))
+                break
+            self._fill_gap(last, name)
             last = name
+        if following is not None:
+            self._learn(last, following)
+
+    def _fill_gap(self, last: str, name: str) -> None:
+        """Places what stands between two modules; a search is spared where the gap is of a form that was seen to be empty."""
+        gap, gaps, placed = self._gap(last, name), self._gaps(name), len(self._firsts)
+        form = gaps.index(gap) if gap in gaps else None
+        self._fill(last, name, search=form not in self._empty) if gap else self._learn(last, name)
+        if form is not None and placed == len(self._firsts):
+            self._empty.add(form)
+
+    def _gaps(self, name: str) -> list[int]:
+        """Gaps before a module that can be told."""
+        forms = [added(self._modules[name], form) for form in range(FORMS)]
+        return [own + embedding for embedding in (0, *self._passed) for own in forms]
 
     def _follower(self, last: str, until: int | None) -> str | None:
         """The module that stands after a gap that can be told, now placed."""
@@ -91,16 +114,15 @@ class Walk:
         near = self._order.near(last, self._left)
         yield from ((name, 0) for name in near)
         for name in near[:BESIDE]:
-            for form in range(FORMS):
-                own = added(self._modules[name], form)
-                yield from ((name, own + embedding) for embedding in (0, *self._passed) if own + embedding)
+            yield from ((name, gap) for gap in self._gaps(name)[1:])
 
     def _beyond(self, last: str, until: int | None) -> str | None:
         """The next module in the stretch after this one, now placed."""
         at, near = self._end(last), self._order.near(last, self._left)
+        begin = at + min((self._modules[name].lead for name in near), default=0)
         for window in WINDOWS:
-            end = at + window if until is None else min(at + window, until)
-            name = self._sighted(near, at, end, until)
+            end = begin + window if until is None else min(begin + window, until)
+            name = self._sighted(near, at, (begin, end), until)
             if name is not None or end == until:
                 return name
         return None
@@ -108,17 +130,18 @@ class Walk:
     def _begin_earlier(self) -> bool:
         """Looks for modules before the first, and goes forward from the earliest; False where there are none."""
         first = self._in_order()[0]
-        until = self._firsts[first] - self._modules[first].lead
+        until = self._begun(first)
         near = self._order.near(first, self._left, backward=True)
-        if until <= min((2 * self._modules[name].size for name in near), default=until):
+        if until < min((self._modules[name].lead + self._modules[name].size for name in near), default=until + 1):
             return False
-        name = self._sighted(near, max(until - WINDOWS[-1], 0), until, until)
+        name = self._sighted(near, 0, (max(until - WINDOWS[-1], 0), until), until)
         if name is not None:
-            self._fill(name)
+            self._fill(name, first)
         return name is not None
 
-    def _sighted(self, names: list[str], begin: int, end: int, until: int | None) -> str | None:
-        """The first of these modules whose A₀ begins in a stretch and ends before `until`, now placed."""
+    def _sighted(self, names: list[str], at: int, stretch: tuple[int, int], until: int | None) -> str | None:
+        """The first of these modules whose A₀ begins in a stretch, now placed; its own draws between `at` and `until`."""
+        begin, end = stretch
         sought = {name: self._heads.of(name) for name in names if self._modules[name].size >= FEW}
         heads = dict([(name, head) for name, head in sought.items() if head is not None][:SOUGHT])
         if not heads or end <= begin:
@@ -126,7 +149,7 @@ class Walk:
         for position, group in Detector(heads).peaks(self._tape.read(begin, end - begin + HEAD)):
             for name in group:
                 first, module = begin + position, self._modules[name]
-                if first >= begin + module.lead and (until is None or first + module.size <= until):
+                if first >= at + module.lead and (until is None or first + module.size <= until):
                     cosine = matches(name, first, self._heads, self._tape)
                     if cosine is not None:
                         self.place(name, first, cosine)

@@ -90,7 +90,9 @@ def finetune(
     with modules_over_cores(), landing(out, asked.overwrite) as place:
         trained = time.perf_counter()
         seconds = {"read": read - began, "fit": trained - read}
-        written = write_result(place, Converted(done.form, done.codes), origin, recipe, extras, seconds, progress)
+        written = write_result(
+            place, replace(pair.start, form=done.form, codes=done.codes), origin, recipe, extras, seconds, progress
+        )
         record = publish(place, written, html=asked.report_html)
     forget(out)
     meet()
@@ -119,7 +121,7 @@ class _Sides:
     @property
     def start(self) -> Converted:
         """What the training begins with."""
-        return Converted(self.student.form, self.student.codes)
+        return Converted(self.student.form, self.student.codes, initial=self.student.initial)
 
     @classmethod
     def read(cls, compact: Path, reference: str | Path, accept_changed: bool) -> "_Sides":

@@ -18,9 +18,9 @@ from bslora_convert.bslora.codes.file import (
     FLOATS_NAME,
     SCALES_NAME,
     WIDTHS_NAME,
+    check_codes,
     coded_tensors,
     decoded,
-    from_file,
     sizes,
     starts,
     to_file,
@@ -68,7 +68,8 @@ def test_files_give_back_what_was_coded(
     assert all(promised[name].dtype == t.dtype and promised[name].shape == t.shape for name, t in file.items())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "GROUPS_AT_ONCE", at_once)
-        back = from_file(file, shapes, dtype, "file")
+        check_codes(file, shapes, dtype, "file")
+        back = decoded(file, shapes, dtype)
     for key, coded in tensors.items():
         vectors = back[key] if key.endswith("A") else back[key].T
         assert torch.equal(vectors, coded.decode().to(dtype))
@@ -190,7 +191,8 @@ HASHES_OF_GOLDEN = ("e0650434cbe1dd1e45386e690e8cc880", "2e7295768493b9d2e5d9be5
 
 def test_a_golden_file_is_read_bit_for_bit() -> None:
     file = load_file(GOLDEN / "codes.safetensors")
-    found = from_file(file, SHAPES_OF_GOLDEN, torch.float32, "file")
+    check_codes(file, SHAPES_OF_GOLDEN, torch.float32, "file")
+    found = decoded(file, SHAPES_OF_GOLDEN, torch.float32)
     hashes = tuple(hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:32] for t in found.values())
     assert hashes == HASHES_OF_GOLDEN
     for one, start in zip(SHAPES_OF_GOLDEN, starts(file["bslora_widths"], SHAPES_OF_GOLDEN), strict=False):
@@ -238,7 +240,7 @@ def test_damage_is_refused(name: str, change, words: str) -> None:  # type: igno
     changed = change(file.get(name, torch.zeros(1)))
     file = {key: tensor for key, tensor in file.items() if key != name} | ({} if changed is None else {name: changed})
     with pytest.raises(InputError, match=words):
-        from_file(file, shapes, torch.float32, "file")
+        check_codes(file, shapes, torch.float32, "file")
 
 
 @given(st.data())

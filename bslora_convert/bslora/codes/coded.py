@@ -27,8 +27,8 @@ SCALES = torch.bfloat16
 class Coded:
     """n vectors of length L.
 
-    widths (n,) uint8. codes (n, L) uint8, zero where the width is 0 or 16. scales (n, groups) bfloat16. exact (n, L) bfloat16, zero
-    where the width is not 16; None where no vector has it.
+    widths (n,) uint8. codes (n, L) uint8, zero where the width is 0 or 16. scales (n, groups) bfloat16. exact (n, L) bfloat16,
+    zero where the width is not 16; None where no vector has it.
     """
 
     widths: Tensor

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from bslora_convert.bslora.codes.file import Start, check_codes, decoded
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.initialisation.kept import rows
+from bslora_convert.initialisation.initial import Initial, read_initial
 from bslora_convert.initialisation.stream import HALF
 from bslora_convert.modules.factors import Shape
+
+MIX = ".bslora_local_T"
 
 
 def from_file(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, where: object) -> dict[str, Tensor]:
@@ -23,7 +25,7 @@ def from_file(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype,
 
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
-    check_codes(tensors, layout, dtype, where)
+    check_codes(tensors, layout.stored(), dtype, where, layout.initial)
     return decoded_form(tensors, layout, dtype)
 
 
@@ -44,9 +46,11 @@ def decoded_form(
     if layout.origin is None:
         return decoded(tensors, held, dtype, start, among)
     found = decoded(tensors, held, torch.float32, start, among)
-    for name, base in initial_rows(layout, [key for key, _ in held], "the codes").items():
-        mix, rest = found.pop(f"{name}.bslora_local_T"), f"{name}.bslora_local_A"
-        found[rest] = composed(mix, base.to(mix.device), found[rest])
+    initial = initial_of(layout, "the codes")
+    assert initial is not None  # there is an origin
+    for name in [key.removesuffix(MIX) for key in found if key.endswith(MIX)]:
+        mix, rest = found.pop(f"{name}{MIX}"), f"{name}.bslora_local_A"
+        found[rest] = composed(mix, initial.draws[name].to(mix.device), found[rest])
     return {key: tensor.to(dtype) for key, tensor in found.items()}
 
 
@@ -55,13 +59,12 @@ def composed(mix: Tensor, base: Tensor, rest: Tensor) -> Tensor:
     return torch.addmm(rest.double(), mix.double(), base.double(), alpha=1 / HALF).float()
 
 
-def initial_rows(layout: Layout, keys: Sequence[str], where: object) -> dict[str, Tensor]:
-    """The draws (r₀, in) int16 of the modules whose T is among `keys`.
+def initial_of(layout: Layout, where: object) -> Initial | None:
+    """The random initialisation that modules are stored against; None where there is none.
 
     :raises InputError: naming `where`, when the draws are not those of the layout's checksum.
     """
-    assert layout.origin is not None  # asked for where there is one
+    if layout.origin is None:
+        return None
     places = layout.initial
-    all_rows = rows(layout.origin, places, {name: layout.modules[name].shape[1] for name in places}, where)
-    wanted = {key.removesuffix(".bslora_local_T") for key in keys if key.endswith(".bslora_local_T")}
-    return {name: torch.from_numpy(numbers) for name, numbers in all_rows.items() if name in wanted}
+    return read_initial(layout.origin, places, {name: layout.modules[name].shape[1] for name in places}, where)

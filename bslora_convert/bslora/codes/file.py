@@ -23,8 +23,8 @@ from bslora_convert.bslora.codes.decode import in_order, is_walked, merged, numb
 from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
 from bslora_convert.bslora.codes.widths import NONE, UNSCALED, WIDTHS
-from bslora_convert.bslora.layout import Layout
 from bslora_convert.errors import InputError
+from bslora_convert.initialisation.stream import Place
 from bslora_convert.modules.factors import Shape
 
 VERSION = 3  # of the tables and of how codes stand in a file
@@ -104,15 +104,23 @@ def coded_tensors(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Sha
     return found
 
 
-def check_codes(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, where: object) -> None:
+def check_codes(
+    tensors: Mapping[str, Tensor],
+    shapes: Iterable[tuple[str, Shape]],
+    dtype: torch.dtype,
+    where: object,
+    initial: Mapping[str, Place] | None = None,
+) -> None:
     """Refuses codes that can't be decoded to `dtype`.
+
+    shapes: key and shape of each tensor, in the layout's order. initial: places of modules that are stored against draws.
 
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
-    shapes = list(layout.stored())
+    shapes, initial = list(shapes), initial or {}
     lengths = _lengths(shapes)
     widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where).cpu()
-    _check_widths(widths, layout, shapes, where)
+    _check_widths(widths, shapes, initial, where)
     counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
     scaled = _have_scales(widths)
     groups = groups_of(lengths)
@@ -123,8 +131,8 @@ def check_codes(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtyp
     left = sorted(set(tensors) - used)
     if left:
         raise InputError(f"{where}: tensor {left[0]} belongs to no vector")
-    ranks = [entry.initial.rank for entry in layout.modules.values() if entry.initial is not None]
-    limit = torch.finfo(dtype).max / (2 * max(ranks) if ranks else 1)  # T A₀ + R is at most r₀ times T's largest, and R's
+    longest = max((place.rank for place in initial.values()), default=0)
+    limit = torch.finfo(dtype).max / (1 + longest)  # T A₀ + R is at most r₀ times T's largest, and R's
     for width, count in counts.items():
         if not count:
             continue
@@ -138,7 +146,9 @@ def check_codes(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtyp
             )
 
 
-def _check_widths(widths: Tensor, layout: Layout, shapes: Iterable[tuple[str, Shape]], where: object) -> None:
+def _check_widths(
+    widths: Tensor, shapes: Iterable[tuple[str, Shape]], initial: Mapping[str, Place], where: object
+) -> None:
     """Refuses widths that are not known, and vectors of no bits where they would stand for nothing."""
     allowed, at = ", ".join(map(str, WIDTHS)), 0
     unknown = set(widths.tolist()) - {NONE, *WIDTHS}
@@ -149,7 +159,7 @@ def _check_widths(widths: Tensor, layout: Layout, shapes: Iterable[tuple[str, Sh
         count, _ = vectors_shape(key, shape)
         name, _, tensor = key.rpartition(".bslora_")
         own, at = absent[at : at + count], at + count
-        if any(own) and not (tensor in ("local_A", "local_T") and layout.modules[name].initial is not None):
+        if any(own) and not (tensor in ("local_A", "local_T") and name in initial):
             raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for {key}; {allowed} are allowed")
         if tensor == "local_T" and all(own):
             raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for all of {key}, which is then not needed")
