@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "bslora_convert"
 ANYWHERE = {"errors", "extras", "notes", "version"}  # single modules that anyone may import
 ORDER = (
-    "results", "files", "modules", "process", "initialisation", "metric", "lora", "bslora", "layers", "serving", "recipe", "fit", "coding",
+    "results", "files", "modules", "process", "initialisation", "metric", "lora", "bslora", "layers", "serving", "recipe",
+    "fit", "coding",
     "analysis", "baselines", "comparison", "conversion", "behaviour", "peft", "vllm", "report", "library", "verbs", "cli",
 )  # fmt: skip
 PURE = ("modules", "initialisation", "metric", "fit", "coding", "analysis")

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
+from bslora_convert.conversion.initial import bytes_without, describe
 from bslora_convert.conversion.request import Converted
 from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
+from bslora_convert.initialisation.found import Found
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.target import asked_in
@@ -26,6 +28,7 @@ from bslora_convert.results.adapter import (
     CompactRecord,
     EvidenceRecord,
     Fidelity,
+    InitialisationRecord,
     SecondsRecord,
     SourceRecord,
     TrainingRecord,
@@ -50,12 +53,16 @@ class Extras:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a result was made from: the adapter, its deltas, the hash of its weights, what the record calls it."""
+    """What a result was made from: the adapter, its deltas, the hash of its weights, what the record calls it.
+
+    found: where its A's were drawn, if that is known.
+    """
 
     adapter: LoraAdapter
     measured: Source
     sha256: str
     name: str
+    found: Found | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,7 @@ def write_result(
         compact=_compact_record(compact, place, adapter, written),
         weight=kept.to_record(),
         coding=fidelity.coding(measured, compact, kept.least_error) if compact.codes else None,
+        initialisation=_initialisation(origin, compact, kept.relative_error) if compact.codes else None,
         baselines=fidelity.svd_baselines(measured, _numbers(compact), adapter.parameters),
         functional=None,
         aim=extras.aim or AimRecord(asked=asked_in(recipe), path=[], proofs=[]),
@@ -110,6 +118,16 @@ def write_result(
         seconds=_seconds(seconds, time.perf_counter() - began),
     )
     return Written(record, compact.config, measured.spectra, extras.log)
+
+
+def _initialisation(origin: Origin, compact: CompactAdapter, error: float) -> InitialisationRecord | None:
+    if origin.found is None:
+        return None
+    return replace(
+        describe(origin.found, origin.adapter),
+        used=len(compact.layout.initial),
+        bytes_without=bytes_without(origin.measured, error**2 * origin.measured.energy),
+    )
 
 
 def _seconds(spent: Mapping[str, float] | None, writing: float) -> SecondsRecord:

@@ -8,6 +8,7 @@ missing from the file is passed by its size in other layers.
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.modules.names import kind_of, layer_of, natural_order
@@ -15,6 +16,8 @@ from bslora_convert.modules.names import kind_of, layer_of, natural_order
 CHAIN = 8  # modules in a row that may be missing
 GUESSES = 64
 AHEAD = 4  # layers
+BESIDE = 64  # modules of the same layer
+HELD = 4  # links of a kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,10 @@ class Order:
 
     def __init__(self, modules: Mapping[str, Module]) -> None:
         self._modules = modules
+        names = sorted(modules, key=natural_order)
+        self._pattern = {name: re.sub(r"(?<![^.])\d+(?![^.])", "#", name) for name in names}
         self._layers: dict[str, list[str]] = {}  # names of each layer, "" for those outside
-        for name in sorted(modules, key=natural_order):
+        for name in names:
             self._layers.setdefault(layer_of(name) or "", []).append(name)
         self._stacks: dict[str, list[str]] = {}  # layers of each stack
         for layer in self._layers:
@@ -52,6 +57,7 @@ class Order:
         if link in links:
             links.remove(link)
         links.insert(0, link)
+        del links[HELD:]
 
     def predicted(self, name: str, left: Container[str]) -> Iterator[tuple[str, int]]:
         """Modules that may follow this one if its layer is like others, each with the draws between its A₀ and its own lead."""
@@ -72,24 +78,28 @@ class Order:
             reached = ahead
 
     def near(self, name: str, left: Container[str], backward: bool = False) -> list[str]:
-        """Modules that stand beside this one by name: its layer, some next, the first of each stack that is not yet found."""
-        layer, way = layer_of(name) or "", -1 if backward else 1
-        layers = [self._later(layer, way * far) for far in range(AHEAD + 1)]
+        """Modules that stand beside this one by name: of its layer, of some next ones, and of the first in each stack."""
+        own, way = layer_of(name) or "", -1 if backward else 1
+        beside = [each for each in self._layers[own] if each in left]
+        beside.sort(key=lambda each: -_shared(each, name))
+        layers = [self._later(own, way * far) for far in range(1, AHEAD + 1)]
         for stack in self._stacks.values():
-            layers.append(next((one for one in stack[::way] if any(each in left for each in self._layers[one])), None))
-        return [
-            each
-            for one in dict.fromkeys(layers)
-            if one is not None
-            for each in self._layers[one][::way]
+            held = (layer for layer in stack[::way] if any(each in left for each in self._layers[layer]))
+            layers += islice(held, AHEAD)
+        alike = {
+            (layer, self._pattern[each]): each
+            for layer in dict.fromkeys(layers)
+            if layer is not None and layer != own
+            for each in reversed(self._layers[layer][::way])
             if each in left
-        ]
+        }
+        return [*beside[:BESIDE], *alike.values()]
 
     def first_of_each(self, number: int = 1) -> list[str]:
         """Modules that may be drawn first: of names that differ in numbers alone, the first; then the second and so on."""
         alike: dict[str, list[str]] = {}
-        for name in sorted(self._modules, key=natural_order):
-            alike.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name), []).append(name)
+        for name, pattern in self._pattern.items():
+            alike.setdefault(pattern, []).append(name)
         return [names[place] for place in range(number) for names in alike.values() if place < len(names)]
 
     def _later(self, layer: str, layers: int) -> str | None:
@@ -99,3 +109,9 @@ class Order:
 
 def _stack(layer: str) -> str:
     return layer.rpartition(".")[0]
+
+
+def _shared(name: str, other: str) -> int:
+    """Parts with which two names begin alike."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -15,7 +15,7 @@ from bslora_convert.initialisation.tape import Tape
 
 WINDOWS = (1 << 17, 1 << 19, 1 << 22)  # draws beyond a gap that are searched, the nearest first
 SOUGHT = 48  # modules, in a window
-BESIDE = 32  # modules that are tried after each known gap
+TRIED = 32  # modules, after each known gap
 
 
 class Walk:
@@ -113,7 +113,7 @@ class Walk:
         yield from self._order.predicted(last, self._left)
         near = self._order.near(last, self._left)
         yield from ((name, 0) for name in near)
-        for name in near[:BESIDE]:
+        for name in near[:TRIED]:
             yield from ((name, gap) for gap in self._gaps(name)[1:])
 
     def _beyond(self, last: str, until: int | None) -> str | None:

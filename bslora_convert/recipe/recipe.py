@@ -15,7 +15,7 @@ from bslora_convert.recipe.calibration import Calibration
 from bslora_convert.recipe.checks import check_whole
 from bslora_convert.recipe.options import RUNNING, device_option, option
 from bslora_convert.recipe.scaling import Scaling
-from bslora_convert.recipe.storage import Storage
+from bslora_convert.recipe.storage import INITS, Storage
 from bslora_convert.recipe.structure import Structure
 from bslora_convert.recipe.target import TARGETS, Asked, Target, resolved
 
@@ -79,6 +79,13 @@ class Recipe:
                 "local_ranks",
                 name,
             )
+
+        if self.storage.init not in INITS[:2] and self.storage.bits is None and not asked.chooses_precision:
+            raise RecipeError(
+                f"init is {self.storage.init!r}: with {asked.option} numbers are stored as floats; give bytes, "
+                "max_error or bits",
+                "init", asked.option,
+            )  # fmt: skip
 
     def check_prompts(self) -> None:
         """:raises RecipeError: when a behaviour is asked for and there are no prompts to measure it on."""

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.errors import RecipeError
-from bslora_convert.recipe.checks import check_choice
+from bslora_convert.recipe.checks import check_choice, is_whole
 from bslora_convert.recipe.options import FORM, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GAINS = ("unbiased", "least-squares")
+INITS = ("auto", "none", "search")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Storage:
 
     gain: `unbiased`: each module's update is scaled so that ⟨ΔW, ΔŴ⟩ = ‖ΔW‖², which nearly always behaves better;
     `least-squares`: as the fit left it, of least weight error.
+    init: where A's random initialisation is looked for: `auto`, `none`, `search` or a seed.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -31,8 +33,18 @@ class Storage:
         choices=GAINS,
     )  # fmt: skip
 
+    init: int | str = option(
+        "auto",
+        "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from one seed, or not at all (none).",
+        FORM, metavar="auto|none|search|SEED",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        if isinstance(self.init, str) and self.init.isdigit():
+            object.__setattr__(self, "init", int(self.init))
+        if not (self.init in INITS or (is_whole(self.init) and 0 <= self.init < 1 << 64)):
+            raise RecipeError(f"init is {self.init!r}: {', '.join(INITS)} or a seed is allowed", "init")
         check_choice("gain", self.gain, GAINS)
         if self.bits is not None and self.bits not in WIDTHS:
             raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed", "bits")

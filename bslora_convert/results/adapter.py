@@ -87,6 +87,25 @@ class CodingRecord(Record):
 
 
 @record
+class InitialisationRecord(Record):
+    """A's random initialisation. cosine: mean of A's with their draws; changed: share of A's energy that training put in.
+
+    offset: draws before the adapter's own. modules: whose draws were found; used: that are stored against them.
+    bytes_without: forecast of what codes of the same error would take without it.
+    """
+
+    generator: str
+    seed: int
+    offset: int
+    modules: int
+    cosine: float
+    changed: float
+    changed_by_module: dict[str, float]
+    used: int | None = None
+    bytes_without: int | None = None
+
+
+@record
 class BaselineRecord(Record):
     """Plain truncated SVD of the same size. unbiased_error: of the same with every module unbiased."""
 
@@ -195,6 +214,7 @@ class Fidelity(Record):
     compact: CompactRecord
     weight: WeightRecord
     coding: CodingRecord | None = None
+    initialisation: InitialisationRecord | None = None
     baselines: dict[str, BaselineRecord]
     functional: Verification | None
     aim: AimRecord
@@ -230,6 +250,7 @@ class Inspection(Record):
     kinds: list[dict[str, Any]] | None = None
     spectra: list[dict[str, Any]] | None = None
     sizes: list[dict[str, Any]] | None = None
+    initialisation: InitialisationRecord | None = None
     integrity: str | None = None
     stored_parameters: int | None = None
     notes: list[str]

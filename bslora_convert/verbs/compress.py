@@ -22,6 +22,7 @@ from bslora_convert.behaviour.training_rows import TrainingRun
 from bslora_convert.bslora.official import is_official
 from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
+from bslora_convert.conversion.initial import initial_of, look_for
 from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
@@ -32,6 +33,7 @@ from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
+from bslora_convert.initialisation.found import Found
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
@@ -83,12 +85,14 @@ def compress(
     digest, request, run = sha256(adapter.weights), Request.of(recipe, adapter), TrainingRun(training, out, began)
     with _session(resolve(source), adapter, digest, recipe, progress) or nullcontext() as session:
         measured = _measured(adapter, recipe.device, request)
+        found = _initialisation(adapter, recipe, request, progress)
+        measured = replace(measured, initial=initial_of(found, adapter))
         read = time.perf_counter()
         if isinstance(adapter, OfficialSource):
             made, used, extras = as_found(adapter, recipe)
         else:
             made, used, extras = _converted(measured, request, recipe, session, files, run, progress)
-    origin = Origin(adapter, measured, digest, recorded_as or str(adapter.path))
+    origin = Origin(adapter, measured, digest, recorded_as or str(adapter.path), found)
     if recipe.calibration.finetune is not None and not is_writer():
         return Fidelity.from_dict(written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -136,6 +140,13 @@ def _measured(adapter: LoraAdapter, device: str, request: Request) -> Source:
         measured = measure(adapter.to("cpu" if request.target.is_coded else where).modules, adapter.kinds)
     check_magnitude(measured, adapter.weights)
     return measured
+
+
+def _initialisation(adapter: LoraAdapter, recipe: Recipe, request: Request, progress: Progress) -> Found | None:
+    """Where A's were drawn, of what is to be coded."""
+    if isinstance(adapter, OfficialSource) or not request.target.is_coded:
+        return None
+    return look_for(adapter, recipe.storage.init, progress=progress)
 
 
 def _converted(

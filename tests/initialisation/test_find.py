@@ -64,7 +64,8 @@ def test_a_thorough_search_looks_at_more_seeds() -> None:
     found = find(original, thorough=True, progress=lambda phase, done=0, total=0, words="": said.append((done, total)))
     assert found is not None
     assert found.seed == 7391
-    assert said[-1][0] == said[-1][1]
+    assert [done for done, _ in said] == list(range(len(said)))
+    assert {total for _, total in said} == {said[0][1]}
 
 
 def test_another_order_of_the_file_changes_nothing() -> None:
@@ -181,7 +182,7 @@ def chance(adapters: int, size: int) -> int:
         modules = {"layers.0.q": Module(torch.from_numpy(numbers), 1)}
         heads = Heads(modules)
         firsts = Firsts(Order(modules), heads, ())
-        matched += sum(matches("layers.0.q", first, heads, tape) is not None for first in range(0, 2000, 40))
+        matched += sum(matches("layers.0.q", first, heads, tape) is not None for first in range(0, 2000, 100))
         matched += len(list(firsts.at_the_start((42,), range(17))))
     return matched
 
@@ -195,7 +196,7 @@ def test_chance_is_no_match(size: int) -> None:
 def test_chance_is_no_match_in_ten_thousand() -> None:
     assert chance(10_000, 256) == 0
     shapes = {"layers.0.q": (64, 64), "layers.0.v": (64, 64)}
-    assert [seed for seed in range(40) if find(unseeded(drawn(shapes, 42, rank=4), seed=seed))] == []
+    assert [seed for seed in range(10) if find(unseeded(drawn(shapes, 42, rank=4), seed=seed))] == []
 
 
 def test_a_real_adapter(real_adapter: Path) -> None:
