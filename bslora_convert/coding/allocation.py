@@ -1,29 +1,28 @@
 """A byte budget spent on rank and precision together.
 
-An item is what can be coded on its own: a component of a module's local part (a width for each of its two sides, or none: the
-component is left out), or a vector of a shared part (a width). Option o of item i takes bits b_io and loses the energy d_io:
+An item is what can be coded on its own: a component of a module's local part (a width for each of its sides, or none: the
+component is left out), or a vector of a shared part (a width). Option o of item i takes bits b_io and counts as the loss d_io:
 
     min Σ d_i,o(i)   s.t.   Σ b_i,o(i) ≤ budget             Lagrangian:  o(i) = argmin_o d_io + λ b_io
 
-λ is bisected; what is left of the budget then goes, step by step, to the upgrade that fits and gains most a bit. With λ → 0 the
-loss is the least that the widths allow, and a wanted loss instead of a budget is bisected in the same way.
+Whatever λ is, o(i) is a corner of the lower convex hull of item i's points (b, d). From corner to corner d falls by ever less a
+bit, so that all items' steps, taken in the order of what they gain a bit, go through the choices of every λ from ∞ to 0: a budget
+or a wanted loss ends them. What is left of a budget then goes to later steps that fit.
 
-d of a local component is σ² (1 − (1 − D_u)(1 − D_v)) (`encode`); of a shared vector D times the energy of its component over
-all modules that use it, which is why shared vectors end up in more bits than local ones.
+d of a local component is in `items`; of a shared vector it is D times the energy of its component over all modules that use it,
+which is why shared vectors end up in more bits than local ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-
-BISECTIONS = 200
-UPGRADES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """bits, lost: (items, options), option 0 the cheapest; inf where an option does not exist.
+    """bits, lost: (items, options); lost is inf where an option does not exist.
 
     lost: what an option counts as when one is chosen. energy: what it loses, where that is not the same.
     """
@@ -32,91 +31,124 @@ class Items:
     lost: np.ndarray
     energy: np.ndarray | None = None
 
-    def at(self, price: float) -> np.ndarray:
-        """The best option of every item at a price a bit; of equal ones the cheaper."""
-        cost = self.lost + price * np.where(np.isfinite(self.lost), self.bits, 0)
-        best: np.ndarray = np.argmin(cost, axis=1)
-        return best
+    def hull(self) -> "Hull":
+        """The corners of every item, cheapest first."""
+        rows = np.arange(len(self.bits))
+        exists = np.isfinite(self.lost)
+        cheapest = np.where(exists, self.bits, np.inf).min(1, keepdims=True)
+        at = np.argmin(np.where(exists & (self.bits == cheapest), self.lost, np.inf), 1)
+        corners = [at]
+        while True:
+            more = self.bits - self.bits[rows, at][:, None]
+            less = self.lost[rows, at][:, None] - self.lost
+            rate = np.where((more > 0) & (less > 0), less, 0.0) / np.where(more > 0, more, 1.0)
+            best = rate.max(1, initial=0.0, keepdims=True)
+            # Of equal gains a bit the farthest step: those between are no corners.
+            following = np.argmax(np.where((rate == best) & (best > 0), self.bits, -1.0), 1)
+            at = np.where(best[:, 0] > 0, following, at)
+            if (at == corners[-1]).all():
+                break
+            corners.append(at)
+        options = np.stack(corners, 1)
+        energy = self.lost if self.energy is None else self.energy
+
+        def held(values: np.ndarray) -> np.ndarray:
+            found: np.ndarray = np.take_along_axis(values, options, 1)
+            return found
+
+        return Hull(options, held(self.bits), held(self.lost), held(energy))
+
+
+@dataclass(frozen=True)
+class Hull:
+    """Corners of items, (items, corners) each, cheapest first; the last of an item is repeated.
+
+    options: of `Items`. bits, lost, energy: as there. A choice is a corner of each item, (items,).
+    """
+
+    options: np.ndarray
+    bits: np.ndarray
+    lost: np.ndarray
+    energy: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["Hull"]) -> "Hull":
+        """All of them as one."""
+        longest = max(part.options.shape[1] for part in parts)
+
+        def filled(arrays: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate([np.pad(a, ((0, 0), (0, longest - a.shape[1])), mode="edge") for a in arrays])
+
+        names = ("options", "bits", "lost", "energy")
+        return cls(*(filled([getattr(part, name) for part in parts]) for name in names))
 
     def bits_at(self, chosen: np.ndarray) -> int:
         """Bits of a choice."""
-        return int(self.bits[np.arange(len(chosen)), chosen].sum())
-
-    def lost_at(self, chosen: np.ndarray) -> float:
-        """Energy that a choice loses."""
-        return float(self.energies_at(chosen).sum())
+        return int(self._at(self.bits, chosen).sum())
 
     def energies_at(self, chosen: np.ndarray) -> np.ndarray:
-        """The same by item."""
-        found: np.ndarray = (self.lost if self.energy is None else self.energy)[np.arange(len(chosen)), chosen]
+        """What it loses, by item."""
+        return self._at(self.energy, chosen)
+
+    def options_at(self, chosen: np.ndarray) -> np.ndarray:
+        """Its options, by item."""
+        return self._at(self.options, chosen)
+
+    @property
+    def cheapest(self) -> np.ndarray:
+        """The choice of fewest bits."""
+        return np.zeros(len(self.bits), int)
+
+    @property
+    def finest(self) -> np.ndarray:
+        """The choice of least loss."""
+        return np.full(len(self.bits), self.bits.shape[1] - 1)
+
+    def within_bits(self, budget: int) -> np.ndarray | None:
+        """The choice of least loss that takes at most `budget` bits; None where even the cheapest takes more."""
+        rest = budget - self.bits_at(self.cheapest)
+        if rest < 0:
+            return None
+        items, bits, _ = self._steps
+        count = int(np.searchsorted(bits.cumsum(), rest, "right"))
+        chosen, rest = self._after(count), rest - int(bits[:count].sum())
+        ended: set[int] = set()  # items whose next step did not fit
+        least = np.minimum.accumulate(bits[::-1])[::-1]  # bits of any step from here on
+        for step in range(count, len(items)):
+            if least[step] > rest:
+                break
+            item = int(items[step])
+            if bits[step] > rest or item in ended:
+                ended.add(item)
+                continue
+            chosen[item] += 1
+            rest -= int(bits[step])
+        return chosen
+
+    def about_bits(self, budget: int) -> np.ndarray:
+        """The choice of one λ that takes at most `budget` bits, or the cheapest."""
+        _, bits, _ = self._steps
+        return self._after(int(np.searchsorted(bits.cumsum(), budget - self.bits_at(self.cheapest), "right")))
+
+    def within_loss(self, allowed: float) -> np.ndarray:
+        """The choice of fewest bits that loses at most the energy `allowed`; that of least loss where none does."""
+        _, _, saved = self._steps
+        lost = self.energies_at(self.cheapest).sum() - np.append(0.0, saved.cumsum())
+        return self._after(int(np.argmax(lost <= allowed)) if (lost <= allowed).any() else len(saved))
+
+    def _after(self, count: int) -> np.ndarray:
+        """The choice after so many steps."""
+        return np.bincount(self._steps[0][:count], minlength=len(self.bits))
+
+    @cached_property
+    def _steps(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every step from a corner to the next: its item, its bits, the energy that it saves; what gains most a bit first."""
+        bits, gain, saved = np.diff(self.bits, axis=1), -np.diff(self.lost, axis=1), -np.diff(self.energy, axis=1)
+        item, _ = taken = np.nonzero(bits > 0)
+        order = np.argsort(-gain[taken] / bits[taken], kind="stable")
+        return item[order], bits[taken][order], saved[taken][order]
+
+    @staticmethod
+    def _at(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        found: np.ndarray = values[np.arange(len(values)), np.minimum(chosen, values.shape[1] - 1)]
         return found
-
-
-def joined(parts: Sequence[Items]) -> Items:
-    """All of them as one, options that some don't have at infinity."""
-    columns = max(part.bits.shape[1] for part in parts)
-
-    def filled(arrays: list[np.ndarray]) -> np.ndarray:
-        wide = [np.pad(a, ((0, 0), (0, columns - a.shape[1])), constant_values=np.inf) for a in arrays]
-        return np.concatenate(wide)
-
-    energies = [part.lost if part.energy is None else part.energy for part in parts]
-    return Items(filled([part.bits for part in parts]), filled([part.lost for part in parts]), filled(energies))
-
-
-def within_bits(items: Items, budget: int) -> np.ndarray | None:
-    """Options of least loss that take at most `budget` bits; None where even the cheapest take more."""
-    cheapest = np.argmin(np.where(np.isfinite(items.lost), items.bits, np.inf), axis=1)
-    if items.bits_at(cheapest) > budget:
-        return None
-    best = items.at(0.0)
-    if items.bits_at(best) <= budget:
-        return best
-    _, above = _around(items, lambda chosen: items.bits_at(chosen) > budget)
-    return _filled(items, above, budget)
-
-
-def least_loss(items: Items, budget: int) -> np.ndarray:
-    """Options of about the least loss within `budget` bits: those of one price for all, what is left over not spent."""
-    best = items.at(0.0)
-    return best if items.bits_at(best) <= budget else _around(items, lambda chosen: items.bits_at(chosen) > budget)[1]
-
-
-def within_loss(items: Items, allowed: float) -> np.ndarray:
-    """The fewest bits that lose at most `allowed`; the most precise options where none does."""
-    return _around(items, lambda chosen: items.lost_at(chosen) <= allowed)[0]
-
-
-def _around(items: Items, rise: Callable[[np.ndarray], bool]) -> tuple[np.ndarray, np.ndarray]:
-    """The options just below and just above the price up to which `rise` says of them to go on."""
-    finite = np.where(np.isfinite(items.lost), items.lost, 0.0)
-    low, high = 0.0, float(finite.max(initial=0.0) * 2 + 1e-300)  # a bit is dearer there than all that it could save
-    below, above = items.at(low), items.at(high)
-    for _ in range(BISECTIONS):
-        middle = np.sqrt(low * high) if low else high / 2**20
-        if not low < middle < high:
-            break
-        chosen = items.at(middle)
-        if rise(chosen):
-            low, below = middle, chosen
-        else:
-            high, above = middle, chosen
-    return below, above
-
-
-def _filled(items: Items, chosen: np.ndarray, budget: int) -> np.ndarray:
-    """The choice with upgrades, the most gain a bit first, while one fits."""
-    chosen = chosen.copy()
-    rest = budget - items.bits_at(chosen)
-    rows = np.arange(len(chosen))
-    for _ in range(UPGRADES):
-        more = items.bits - items.bits[rows, chosen][:, None]
-        gain = np.maximum(items.lost[rows, chosen][:, None] - items.lost, 0.0)
-        rate = np.where((more > 0) & (more <= rest), gain, 0.0) / np.maximum(np.where(np.isfinite(more), more, 1), 1)
-        at = int(np.argmax(rate))
-        item, option = divmod(at, rate.shape[1])
-        if rate[item, option] <= 0:
-            break
-        rest -= int(more[item, option])
-        chosen[item] = option
-    return chosen

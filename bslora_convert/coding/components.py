@@ -21,7 +21,7 @@ from bslora_convert.bslora.codes.coded import Vector, bits_of
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
-from bslora_convert.coding.allocation import Items, joined
+from bslora_convert.coding.allocation import Hull, Items
 from bslora_convert.coding.encode import lost_shares, noise_weights
 from bslora_convert.coding.items import Against, component_items
 from bslora_convert.coding.widths import Widths, options
@@ -50,7 +50,7 @@ class LocalComponents:
 
     shape: Shape
     svd: ProductSvd
-    items: Items
+    hull: Hull
     drawn: int = 0
 
     @property
@@ -74,7 +74,7 @@ class Components:
 
     shared: Vectors
     locals: Mapping[str, LocalComponents]
-    items: Items
+    hull: Hull
 
     @classmethod
     def of(
@@ -89,8 +89,8 @@ class Components:
             zip(form.modules, counted(each(_local(source, form, target, weights), form.modules)), strict=True)
         )
         vectors = _vectors(form, weights) if shared else {}
-        items = [_vector_items(vectors, target.width)] if vectors else []
-        return cls(vectors, locals_, joined([*items, *(local.items for local in locals_.values())]))
+        hulls = [_vector_items(vectors, target.width).hull()] if vectors else []
+        return cls(vectors, locals_, Hull.joined([*hulls, *(local.hull for local in locals_.values())]))
 
 
 def _local(
@@ -116,7 +116,7 @@ def _local(
             weights[name] * svd.energies[:count].double().cpu().numpy(), module.shape, against, _noise(metric, made),
             only=target.width, needed=not target.chooses_ranks, unbiased=target.unbiased,
         )  # fmt: skip
-        return LocalComponents(module.shape, svd, items, 0 if against is None else against.rank)
+        return LocalComponents(module.shape, svd, items.hull(), 0 if against is None else against.rank)
 
     return local
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from bslora_convert.coding.allocation import Items, joined, least_loss, within_loss
+from bslora_convert.coding.allocation import Hull
 from bslora_convert.coding.items import Against, component_items
 from bslora_convert.fit.gain import Strength
 from bslora_convert.modules.factors import Shape
@@ -20,7 +20,7 @@ from bslora_convert.modules.factors import Shape
 class Forecast:
     """The options of every component of some spectra; None where there is no energy. owners: the module of each, by number."""
 
-    items: Items | None
+    hull: Hull | None
     owners: np.ndarray
 
     @classmethod
@@ -32,18 +32,18 @@ class Forecast:
         energies = {name: values[values > 0].double().cpu().numpy() for name, values in spectra.items()}
         found = [component_items(own, shapes[name], known.get(name)) for name, own in energies.items() if len(own)]
         owners = np.repeat(np.arange(len(energies)), [len(own) for own in energies.values()])
-        return cls(joined(found) if found else None, owners)
+        return cls(Hull.joined([items.hull() for items in found]) if found else None, owners)
 
     def bits_for(self, lost: float) -> int:
         """Bits of codes that lose about this energy."""
-        return self.items.bits_at(within_loss(self.items, lost)) if self.items is not None else 0
+        return self.hull.bits_at(self.hull.within_loss(lost)) if self.hull is not None else 0
 
     def lost_for(self, bits: int) -> float:
         """The energy that about so many bits of codes lose, every module then made unbiased (`fit.gain`)."""
-        if self.items is None:
+        if self.hull is None:
             return 0.0
-        chosen = least_loss(self.items, bits)
-        left_out = self.items.energies_at(np.zeros(len(chosen), int))  # all of a component
+        chosen = self.hull.about_bits(bits)
+        left_out = self.hull.energies_at(self.hull.cheapest)  # all of a component
         energies = np.bincount(self.owners, left_out)
-        kept = energies - np.bincount(self.owners, self.items.energies_at(chosen))
+        kept = energies - np.bincount(self.owners, self.hull.energies_at(chosen))
         return float(sum(Strength(*pair).lost for pair in zip(energies, kept, strict=True)))

@@ -7,7 +7,6 @@ import numpy as np
 
 from bslora_convert.bslora.codes.coded import Vector
 from bslora_convert.bslora.codes.widths import WIDTHS
-from bslora_convert.coding.allocation import within_bits, within_loss
 from bslora_convert.coding.components import Components
 from bslora_convert.coding.widths import Widths
 from bslora_convert.errors import RecipeError
@@ -35,13 +34,13 @@ def plan(components: Components, *, bits: int | None = None, lost: float | None 
 
     :raises RecipeError: when not even the least codes fit in the bits.
     """
-    items = components.items
+    hull = components.hull
     if lost is not None:
-        chosen = within_loss(items, lost)
+        chosen = hull.within_loss(lost)
     elif bits is None:
-        chosen = items.at(0.0)
+        chosen = hull.finest
     else:
-        found = within_bits(items, bits)
+        found = hull.within_bits(bits)
         if found is None:
             raise RecipeError(
                 f"bytes: {max(bits, 0) // 8} bytes can't hold the least codes of the shared parts; "
@@ -49,17 +48,18 @@ def plan(components: Components, *, bits: int | None = None, lost: float | None 
                 "bytes",
             )
         chosen = found
+    options = hull.options_at(chosen)
     shared: dict[str, list[int]] = {}
     vectors: list[Vector] = []
-    for ((key, _), (vector, _)), option in zip(components.shared.items(), chosen, strict=False):
+    for ((key, _), (vector, _)), option in zip(components.shared.items(), options, strict=False):
         shared.setdefault(key, []).append(WIDTHS[option])
         vectors.append((WIDTHS[option], vector.numel()))
-    counts = [len(components.shared), *(len(local.items.bits) for local in components.locals.values())]
-    _, *parts = np.split(chosen, np.cumsum(counts)[:-1])
+    counts = [len(components.shared), *(len(local.hull.bits) for local in components.locals.values())]
+    _, *parts = np.split(options, np.cumsum(counts)[:-1])
     locals_ = {
         name: [components.locals[name].options[option - 1] if option else None for option in part]
         for name, part in zip(components.locals, parts, strict=True)
     }
     for name, kept in locals_.items():
         vectors += components.locals[name].vectors([widths for widths in kept if widths])
-    return Plan(shared, locals_, items.lost_at(chosen), vectors)
+    return Plan(shared, locals_, float(hull.energies_at(chosen).sum()), vectors)

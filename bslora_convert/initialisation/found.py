@@ -22,11 +22,9 @@ from bslora_convert.initialisation.walk import Walk
 from bslora_convert.process.progress import Progress, silent
 
 PHASE = "looking for the initialisation"
-FAR, ASKED, THOROUGH = (
-    1 << 23,
-    1 << 25,
-    1 << 27,
-)  # draws that are searched: of the most usual seeds, of a given one, of all
+FAR = 1 << 23  # draws of the most usual seeds that are searched
+ASKED = 1 << 25  # of a given seed
+THOROUGH = 1 << 27  # of all usual seeds
 NEAR = BLOCK - HEAD  # of other usual seeds: one block
 BATCH = 512  # seeds between two words of progress
 LOOKED_AT = 8  # modules at which an earlier find is tried

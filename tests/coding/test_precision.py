@@ -9,7 +9,7 @@ import torch
 
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding import rate
-from bslora_convert.coding.allocation import Items, within_bits, within_loss
+from bslora_convert.coding.allocation import Items
 from bslora_convert.coding.encode import code_pair
 from bslora_convert.coding.form import code_form
 from bslora_convert.fit.convert import fit_to_budget, measure
@@ -31,21 +31,33 @@ def random_items(seed: int) -> Items:
 @pytest.mark.parametrize("seed", range(20))
 def test_no_choice_of_as_many_bits_is_better_by_more_than_one_step(seed: int) -> None:
     items, budget = random_items(seed), 35
-    chosen = within_bits(items, budget)
+    hull = items.hull()
+    chosen = hull.within_bits(budget)
     assert chosen is not None
-    assert items.bits_at(chosen) <= budget
+    assert hull.bits_at(chosen) <= budget
+
+    def sum_at(values: np.ndarray, options: np.ndarray) -> float:
+        return float(values[np.arange(4), options].sum())
+
     every = [np.array(options) for options in itertools.product(range(4), repeat=4)]
-    best = min(items.lost_at(options) for options in every if items.bits_at(options) <= budget)
+    best = min(sum_at(items.lost, options) for options in every if sum_at(items.bits, options) <= budget)
     step = float((items.lost[:, :-1] - items.lost[:, 1:]).max())
-    assert best <= items.lost_at(chosen) <= best + step
-    fewest = within_loss(items, items.lost_at(chosen))
-    assert items.lost_at(fewest) <= items.lost_at(chosen)
+    lost = sum_at(items.lost, hull.options_at(chosen))
+    assert best - 1e-12 <= lost <= best + step
+    for allowed in np.linspace(best, items.lost[:, 0].sum(), 7):
+        fewest = hull.within_loss(allowed)
+        assert hull.energies_at(fewest).sum() <= max(allowed, hull.energies_at(hull.finest).sum()) + 1e-12
+    for price in np.geomspace(1e-4, 1, 25):  # every Lagrangian choice is met on the way
+        wanted = np.argmin(items.lost + price * items.bits, 1)
+        met = hull.within_bits(int(sum_at(items.bits, wanted)))
+        assert met is not None
+        assert sum_at(items.lost, hull.options_at(met)) <= sum_at(items.lost, wanted) + 1e-12
 
 
 def test_a_budget_below_everything_is_told() -> None:
     items = Items(np.array([[5.0, 9.0]]), np.array([[1.0, 0.0]]))
-    assert within_bits(items, 4) is None
-    assert within_bits(items, 9) is not None
+    assert items.hull().within_bits(4) is None
+    assert items.hull().within_bits(9) is not None
 
 
 def test_the_refit_never_rises_and_equals_dense() -> None:
@@ -54,7 +66,7 @@ def test_the_refit_never_rises_and_equals_dense() -> None:
     u, s, v = torch.linalg.svd(target.b @ target.a)
     start = Factors(u[:, :4] * s[:4].sqrt(), s[:4].sqrt()[:, None] * v[:4])
     for widths in ([4, 3, 2, 1], [2, 2, 2, 2], [16, 8, 4, 1]):
-        pair = code_pair(target, start, widths, widths)
+        pair = code_pair(target, start, [(width, 0, width) for width in widths])
         made = pair.factors()
         dense = float((target.b.double() @ target.a.double() - made.b.double() @ made.a.double()).square().sum())
         assert pair.lost == pytest.approx(dense, rel=1e-5)
