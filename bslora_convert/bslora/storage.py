@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import GROUP
 from bslora_convert.bslora.codes.composed import from_file, initial_of
-from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes
+from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes, stored_numbers
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble, named_tensors
@@ -100,12 +100,15 @@ class CompactAdapter:
 
     @property
     def parts_parameters(self) -> dict[str, int]:
-        """Numbers of the form, by part."""
-        return self.form.parts_parameters()
+        """Stored numbers, by part; vectors of no bits have none."""
+        counts = self.form.parts_parameters()
+        if self.layout.origin is not None:
+            counts["local"] = stored_numbers(self.codes, self.layout.stored(), ".bslora_local_")
+        return counts
 
     @property
     def parameters(self) -> int:
-        """Numbers of the form."""
+        """Stored numbers."""
         return sum(self.parts_parameters.values())
 
 

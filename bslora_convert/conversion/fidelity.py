@@ -126,21 +126,21 @@ def coding(source: Source, compact: CompactAdapter, least_error: float) -> Codin
     bits: of all codes. bits_per_number, numbers: of what is stored. widths: vectors by width. widths_by_part: the same for the
     local parts of each kind of module, 0 where the source's vectors are left out, and for each level's shared parts. bound: the
     least relative error that so many bits can have. least_error: that of these codes at the scales of least error.
-    gap: bits a number that the bound needs less for it.
+    gap: bits a number that the bound needs less for it. There is no bound for codes against A's random initialisation.
     """
     bits = 8 * sum(tensor.nbytes for tensor in compact.codes.values())
     widths, counts = compact.codes[WIDTHS_NAME].unique(return_counts=True)
+    numbers, bounded = compact.parameters, compact.layout.origin is None
     least = rate.needed(source.spectra, source.costs, least_error**2 * source.energy)
-    numbers = compact.form.parameters
     return CodingRecord(
         bits=bits,
         numbers=numbers,
         bits_per_number=bits / numbers if numbers else 0.0,
         widths=dict(zip(map(str, widths.tolist()), counts.tolist(), strict=True)),
         widths_by_part=_widths_by_part(source, compact),
-        bound=_ratio(rate.bound(source.spectra, source.costs, bits), source.energy),
+        bound=_ratio(rate.bound(source.spectra, source.costs, bits), source.energy) if bounded else None,
         least_error=least_error,
-        gap=(bits - least) / numbers if numbers else 0.0,
+        gap=((bits - least) / numbers if numbers else 0.0) if bounded else None,
     )
 
 
@@ -153,6 +153,8 @@ def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[s
         module, _, tensor = key.rpartition(".bslora_")
         level = tensor.partition("_")[0]
         count, _ = vectors_shape(key, shape)
+        if tensor == "local_T":
+            level = "initialisation"
         counter = found.setdefault(kind_of(module) if level == "local" else level, Counter())
         counter.update(widths[at : at + count])
         at += count

@@ -61,6 +61,7 @@ def sentences(record: Fidelity) -> list[str]:
         )
     elif record.coding is not None:
         said.append(_in_codes(record, record.coding))
+        said += _initialised(record)
     else:
         said.append(_against_svd(compact.transform, weight.relative_error, svd))
     said.append(_strength(weight))
@@ -138,12 +139,29 @@ def _in_codes(record: Fidelity, coding: CodingRecord) -> str:
         f"In codes of {coding.bits_per_number:.1f} bits a number; plain SVD of as many bytes in the storage dtype has the "
         f"relative error {rival_error(record):.4f} against {record.weight.relative_error:.4f}."
     )
-    if record.recipe.get("bytes") is None:  # ranks and width were given, so the bound is not what was aimed at
+    if (
+        record.recipe.get("bytes") is None or coding.bound is None
+    ):  # where ranks and width were given, nobody aimed at the bound
         return said
     return (
         f"{said} The bound for so many bits and these spectra is {coding.bound:.4f}; at the scales of least error "
         f"these codes have {coding.least_error:.4f}, and a perfect code of that would save {coding.gap:.2f} bits a number."
     )
+
+
+def _initialised(record: Fidelity) -> list[str]:
+    """What A's random initialisation saved, in a sentence."""
+    known = record.initialisation
+    if known is None:
+        return []
+    found = f"A's random initialisation was found (seed {known.seed}): training changed {known.changed:.1%} of A"
+    if not known.used:
+        return [f"{found}, too much for codes against it to be smaller."]
+    without = known.bytes_without or 0
+    return [
+        f"{found}, and in {known.used} of {record.source.modules} modules codes hold nothing else of it. Without it this error "
+        f"would take about {without:,} bytes, {without / record.compact.bytes:.2f} times as many."
+    ]
 
 
 def _against_svd(transform: str, error: float, svd: float) -> str:

@@ -74,16 +74,16 @@ class WeightRecord(Record):
 
 @record
 class CodingRecord(Record):
-    """What codes achieve: see `conversion.fidelity.coding`."""
+    """What codes achieve: see `conversion.fidelity.coding`. bound, gap: None where A's initialisation tells more than spectra."""
 
     bits: int
     numbers: int
     bits_per_number: float
     widths: dict[str, int]
     widths_by_part: dict[str, dict[str, int]]
-    bound: float
+    bound: float | None
     least_error: float
-    gap: float
+    gap: float | None
 
 
 @record

@@ -223,6 +223,17 @@ def decoded(
     return in_order(shapes, merged(widths, lengths, numbers, dtype))
 
 
+def stored_numbers(tensors: Mapping[str, Tensor], shapes: Iterable[tuple[str, Shape]], among: str) -> int:
+    """Numbers of the tensors with `among` in their keys, those of vectors of no bits left out."""
+    widths, at, count = tensors[WIDTHS_NAME], 0, 0
+    for key, shape in shapes:
+        several, length = vectors_shape(key, shape)
+        if among in key:
+            count += length * int((widths[at : at + several] != NONE).sum())
+        at += several
+    return count
+
+
 def _have_scales(widths: Tensor) -> Tensor:
     return (widths != 16) & (widths != NONE)
 
