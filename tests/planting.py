@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bslora_convert.bslora.form import BsloraForm, Module
@@ -146,3 +146,23 @@ def write_lora(
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(fields))
     return directory
+
+
+def drawn_lora(source: Path, place: Path, seed: int = 42, offset: int = 0, changed: float = 0.2) -> Path:
+    """A copy of a LoRA directory whose A's are drawn as PEFT draws them, then changed by normal noise of this relative size."""
+    place.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and file.name != "adapter_model.safetensors":
+            (place / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "adapter_model.safetensors")
+    torch.manual_seed(seed)
+    torch.empty(offset).uniform_()
+    noise = torch.Generator().manual_seed(seed + 1)
+    for key in sorted(key for key in tensors if key.endswith("lora_A.weight")):
+        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        torch.empty(a.numel() + b.numel()).uniform_()
+        fresh = torch.nn.init.kaiming_uniform_(torch.empty(a.shape), a=5**0.5)
+        fresh += changed * fresh.square().mean().sqrt() * torch.randn(fresh.shape, generator=noise)
+        tensors[key] = fresh.to(a.dtype)
+    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    return place

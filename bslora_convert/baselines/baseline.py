@@ -29,6 +29,9 @@ class Fitted:
     save: writes it as an adapter that PEFT loads, given a directory and the source's raw `adapter_config.json`; None where
     a LoRA of the deltas is it.
     times: of a form in codes, a module's update times a number, as its stored scales take it.
+    in_full: of a form against A's random initialisation, the same with what training changed in A stored as large as it is; what
+    is unbiased begins with it.
+    note: what a reader is told beside the settings.
     """
 
     deltas: Mapping[str, Factors]
@@ -37,6 +40,8 @@ class Fitted:
     save: Callable[[Path, Mapping[str, Any]], None] | None = None
     bytes: int | None = None
     times: Callable[[str, float], Factors] | None = None
+    in_full: "Callable[[], Fitted] | None" = None
+    note: str = ""
 
 
 class Fitter(Protocol):

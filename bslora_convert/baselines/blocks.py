@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bslora_convert.bslora.codes.packing import pack, packed_bytes
-from bslora_convert.modules.factors import Factors, add
 
 SCALES = torch.bfloat16
 TINY = torch.finfo(torch.float32).tiny
@@ -110,30 +109,6 @@ class Grid:
     def bytes(self, vectors: int, length: int) -> int:
         """What `Blocks.bytes` will be of so many vectors."""
         return packed_bytes(vectors * length, self.bits) + self.beside(vectors * -(-length // self.block))
-
-
-@dataclass(frozen=True, slots=True)
-class CodedFactors:
-    """An update in codes, its components in parts that are coded apart: (codes of Bᵀ, codes of A) each.
-
-    scaling: the configuration's, which no code holds.
-    """
-
-    parts: tuple[tuple[Blocks, Blocks], ...]
-    scaling: float = 1.0
-
-    def factors(self) -> Factors:
-        """(out, r), (r, in), float32."""
-        return add(*(Factors(self.scaling * b.decode().T, a.decode()) for b, a in self.parts))
-
-    def times(self, by: float) -> "CodedFactors":
-        """The update times a number, which the scales of B take."""
-        return replace(self, parts=tuple((b.times(by), a) for b, a in self.parts))
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of what is stored."""
-        return sum(b.bytes + a.bytes for b, a in self.parts)
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:

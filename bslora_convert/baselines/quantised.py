@@ -3,6 +3,7 @@
 rtn_int8, rtn_int4, nf4             the adapter's own B and A, all of them, at the size that this has
 svd_rtn_int8, svd_rtn_int4, svd_nf4 the truncated SVD, √σ on both sides, of the largest rank for all modules whose codes fit
 …_adaptive                          the same with ranks by energy per number over all modules, as `svd_adaptive` has them
+…_initial                           the same with A's random initialisation known: A = T A₀ + Δ, Δ rounded (`initialised`)
 
     B A -> U_k √Σ_k · √Σ_k V_kᵀ -> each side rounded (`blocks`, `nf4`)
 
@@ -12,12 +13,15 @@ and refits chosen by loss) held to one width.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from bslora_convert.baselines.baseline import Fitted, Fitter, largest
-from bslora_convert.baselines.blocks import CodedFactors, Grid, rtn
+from bslora_convert.baselines.blocks import Grid, rtn
+from bslora_convert.baselines.coded import CodedFactors, larger
+from bslora_convert.baselines.initialised import INITIAL, PLAIN, Rows, bases_of, best_of, note_of, ways
 from bslora_convert.baselines.nf4 import NF4
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
@@ -29,74 +33,129 @@ BLOCK = 128
 GRIDS: Mapping[str, Grid] = {"rtn_int8": rtn(8, BLOCK), "rtn_int4": rtn(4, BLOCK), "nf4": NF4}
 
 
-def coded(grid: Grid, factors: Factors, scaling: float = 1.0) -> CodedFactors:
-    """Both sides on one grid."""
-    return CodedFactors(((grid.encode(factors.b.float().T), grid.encode(factors.a.float())),), scaling)
+def coded(grid: Grid, factors: Factors, scaling: float = 1.0, rows: Rows = PLAIN, name: str = "") -> CodedFactors:
+    """Both sides of a module on one grid."""
+    b, a = grid.encode(factors.b.float().T), factors.a.float()
+    mix = rows.mix(name, a)
+    rest = a if mix is None else a - mix.decode()
+    codes = grid.encode(rest) if rows.has_codes(name) else None
+    return CodedFactors(((b, codes),), scaling, mix, (larger(rest, codes),))
 
 
 def quantised_in(
-    source: Source, code: Callable[[str], CodedFactors], settings: Mapping[str, object] | None = None
-) -> Fitted:
+    source: Source, code: Callable[[str], CodedFactors], settings: Mapping[str, object] | None = None, rows: Rows = PLAIN
+) -> Fitted:  # fmt: skip
     """The fit that codes each module so."""
     found = dict(zip(source.deltas, each(code, source.deltas), strict=True))
-    deltas = {name: pair.factors() for name, pair in found.items()}
-    parameters = sum(factors.parameters for factors in deltas.values())
-    return Fitted(
-        deltas,
-        parameters,
-        settings or {},
-        bytes=sum(pair.bytes for pair in found.values()),
-        times=lambda name, by: found[name].times(by).factors(),
-    )
+    settings = {**(settings or {}), **rows.settings}
+
+    def fitted(pairs: Mapping[str, CodedFactors]) -> Fitted:
+        deltas = {name: pair.factors() for name, pair in pairs.items()}
+        return Fitted(
+            deltas,
+            sum(_numbers(pair, deltas[name]) for name, pair in pairs.items()),
+            settings,
+            bytes=sum(pair.bytes for pair in pairs.values()),
+            times=lambda name, by: pairs[name].times(by).factors(),
+            note=note_of(source, rows),
+        )
+
+    def in_full() -> Fitted:
+        return fitted({name: pair.in_full() for name, pair in found.items()})
+
+    return replace(fitted(found), in_full=in_full if rows.bases else None)
 
 
-def whole(grid: Grid, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
-    """The adapter's own factors, whatever size they have."""
+def _numbers(pair: CodedFactors, delta: Factors) -> int:
+    """Those that are stored, T's among them."""
+    if pair.mix is None:
+        return delta.parameters
+    rest = sum(a.codes.numel() for _, a in pair.parts if a is not None)
+    return delta.b.numel() + rest + pair.mix.numbers.numel()
+
+
+def whole(grid: Grid, initial: bool, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
+    """The adapter's own factors, whatever size they have.
+
+    :raises OutOfReach: where A's random initialisation has to be known and is not.
+    """
+    rows = Rows(bases_of(source)) if initial else PLAIN
 
     def code(name: str) -> CodedFactors:
         delta = source.deltas[name]
-        return coded(grid, delta.stored, delta.scaling)
+        return coded(grid, delta.stored, delta.scaling, rows, name)
 
-    return quantised_in(source, code)
+    return quantised_in(source, code, rows=rows)
 
 
-def truncated(name: str, adaptive: bool, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
-    """The truncated SVD of the largest ranks whose codes fit.
+def truncated(
+    name: str, adaptive: bool, initial: bool, source: Source, budget: int, storage: torch.dtype, seed: int
+) -> Fitted:
+    """The truncated SVD of the largest ranks whose codes fit, the rows of A stored in the way that loses least.
 
-    :raises OutOfReach: when the codes of the least ranks are more than the budget.
+    :raises OutOfReach: when the codes of the least ranks are more than the budget, or A's random initialisation has to be known and
+    is not.
     """
-    grid = GRIDS[name]
-    ranks_of = _by_energy(source) if adaptive else _for_all(source)
-    limit = source.parameters if adaptive else max(map(len, source.spectra.values()))
-    found = largest(
-        lambda size: bytes_of(grid, source, ranks_of(size)), budget * storage.itemsize, limit, f"svd_{name}", "bytes"
+    return best_of(
+        source, ways(source, initial), lambda rows: _cut(name, adaptive, rows, source, budget * storage.itemsize)
     )
+
+
+def _cut(name: str, adaptive: bool, rows: Rows, source: Source, budget: int) -> Fitted:
+    """One way to store the rows of A. budget: in bytes."""
+    grid = GRIDS[name]
+    ranks_of = _by_energy(source, grid, rows) if adaptive else _for_all(source)
+    limit = max(map(len, source.spectra.values()))
+    if adaptive:
+        limit = source.parameters + sum(len(v) * _mixed(grid, rows, n) for n, v in source.spectra.items())
+    found = largest(lambda size: bytes_of(grid, source, ranks_of(size), rows), budget, limit, f"svd_{name}", "bytes")
     ranks = ranks_of(found)
 
     def code(module: str) -> CodedFactors:
-        return coded(grid, source.svds[module].truncate([source.deltas[module].factors()], ranks[module]))
+        cut = source.svds[module].truncate([source.deltas[module].factors()], ranks[module])
+        return coded(grid, cut, rows=rows, name=module)
 
     settings = {"rank": max(ranks.values()), "least rank": min(ranks.values())}
-    return quantised_in(source, code, settings)
+    return quantised_in(source, code, settings, rows)
 
 
-def bytes_of(grid: Grid, source: Source, ranks: Mapping[str, int]) -> int:
-    """Bytes of the codes of these ranks."""
-    return sum(grid.bytes(rank, side) for name, rank in ranks.items() for side in source.shapes[name])
+def bytes_of(grid: Grid, source: Source, ranks: Mapping[str, int], rows: Rows = PLAIN) -> int:
+    """Bytes of the codes of these ranks, and of T."""
+    shapes = source.shapes
+    return sum(
+        grid.bytes(rank, shapes[name][0]) + rows.bytes(grid, name, rank, shapes[name][1])
+        for name, rank in ranks.items()
+    )
 
 
 def _for_all(source: Source) -> Callable[[int], Ranks]:
     return lambda rank: {name: min(rank, len(energies)) for name, energies in source.spectra.items()}
 
 
-def _by_energy(source: Source) -> Callable[[int], Ranks]:
-    least = min(source.costs.values())
-    return lambda numbers: allocate.within_budget(source.spectra, source.costs, max(numbers, least))
+def _by_energy(source: Source, grid: Grid, rows: Rows) -> Callable[[int], Ranks]:
+    costs = {
+        name: out + (width if rows.has_codes(name) else 0) + _mixed(grid, rows, name)
+        for name, (out, width) in source.shapes.items()
+    }
+    least = min(costs.values())
+    return lambda numbers: allocate.within_budget(source.spectra, costs, max(numbers, least))
 
 
-WHOLE: Mapping[str, Fitter] = {name: partial(whole, grid) for name, grid in GRIDS.items()}
+def _mixed(grid: Grid, rows: Rows, name: str) -> int:
+    """A row of T in numbers of the grid."""
+    return -(-8 * rows.beside(name) // grid.bits)
+
+
+WHOLE: Mapping[str, Fitter] = {name: partial(whole, grid, False) for name, grid in GRIDS.items()}
 
 TRUNCATED: Mapping[str, Fitter] = {
-    **{f"svd_{name}": partial(truncated, name, False) for name in GRIDS},
-    **{f"svd_{name}_adaptive": partial(truncated, name, True) for name in GRIDS},
+    **{f"svd_{name}": partial(truncated, name, False, False) for name in GRIDS},
+    **{f"svd_{name}_adaptive": partial(truncated, name, True, False) for name in GRIDS},
+}
+
+WHOLE_INITIAL: Mapping[str, Fitter] = {f"{name}{INITIAL}": partial(whole, grid, True) for name, grid in GRIDS.items()}
+
+TRUNCATED_INITIAL: Mapping[str, Fitter] = {
+    **{f"svd_{name}{INITIAL}": partial(truncated, name, False, True) for name in GRIDS},
+    **{f"svd_{name}_adaptive{INITIAL}": partial(truncated, name, True, True) for name in GRIDS},
 }

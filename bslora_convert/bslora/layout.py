@@ -15,7 +15,7 @@ from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm
 from bslora_convert.bslora.transforms import TRANSFORMS, Slice, Transform
 from bslora_convert.errors import InputError
 from bslora_convert.initialisation.initial import Initial
-from bslora_convert.initialisation.kept import Origin, check_places
+from bslora_convert.initialisation.kept import Origin, are_allowed
 from bslora_convert.initialisation.stream import SEEDS, Place
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import natural_order
@@ -273,6 +273,6 @@ def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Or
         raise InputError(f"{where}: initialisation is {value!r}, an object with seed and checksum is expected")
     if not places:
         raise InputError(f"{where}: initialisation is given, but no module has a place in it")
-    shapes = {name: entries[name].shape for name in places}
-    check_places(places, shapes, where)
+    if not are_allowed(places, {name: entries[name].shape for name in places}):
+        raise InputError(f"{where}: no adapter of these shapes has draws so far on as modules[…].initial says")
     return Origin(**value)

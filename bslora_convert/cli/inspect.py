@@ -60,6 +60,12 @@ def _show(console: Any, result: Inspection, directory: Path) -> None:
         console.print("Can be converted.", style="green")
     for reason in result.reasons:
         console.print(f"Can't be converted: {reason}", style="yellow")
+    if (known := result.initialisation) is not None:
+        offset = f", {known.offset:,} draws on" if known.offset else ""
+        console.print(
+            f"A is {1 - known.changed:.1%} its random initialisation (seed {known.seed}{offset}, PEFT's order, "
+            f"{known.modules} of {result.modules} modules); training changed {known.changed:.1%} of it."
+        )
     console.print(_bytes(result))
     if result.kinds is not None:
         console.print(_kinds(result.kinds, result.spectra or [], rank))

@@ -7,7 +7,7 @@ A component σ u vᵀ of a module (out, in), D_w the share that w bits a number 
 Against A's random initialisation, v = t A₀ + r with r ⟂ A₀ (`widths`), ε = ‖r‖² the share of v that training changed:
 
     lost / σ² = 1 − k + D_u k + (1 − D_u) n
-    r coded      k = 1        n = (1 − ε) D_t + ε D_r / (1 − D_r)      r is scaled to its own size (`encode.code_rows`)
+    r coded      k = 1        n = (ε + (1 − ε) D_t) D_r / (1 − D_r)    what t̂ A₀ misses is coded too; r is scaled to its own size
     r left out   k = 1 − ε    n = (1 − ε) D_t                          and counts κ ε, not ε, when widths are chosen
 
 κ: A's change lies in the span of the inputs, as its gradient Bᵀg xᵀ does, so that the module answers to r as if it were √κ times
@@ -88,8 +88,8 @@ def component_items(
         mixed = np.array([mix != NONE for _, mix, _ in chosen])
         absent = np.array([rest == NONE for _, _, rest in chosen])
         outside, missed = against.outside[:, None], np.where(absent, against.share[:, None], 0.0)
-        of_rest = np.where(absent, 0.0, d_v[v] / (1 - d_v[v]) if unbiased else d_v[v])
-        lost_v = np.where(mixed, on_v * ((1 - outside) * distortions(drawn).numpy()[t] + outside * of_rest), lost_v)
+        d_r, of_mix = d_v[v] / (1 - d_v[v]) if unbiased else d_v[v], (1 - outside) * distortions(drawn).numpy()[t]
+        lost_v = np.where(mixed, on_v * np.where(absent, of_mix, (outside + of_mix) * d_r), lost_v)
         whole = (against.times - 1) * against.share
     lost = missed + lost_u * (1 - missed) + (1 - lost_u) * lost_v
     if only is not None:

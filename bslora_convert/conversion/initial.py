@@ -11,6 +11,7 @@ from bslora_convert.fit.source import Source
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import Found, find
 from bslora_convert.initialisation.initial import Initial
+from bslora_convert.initialisation.kept import are_allowed
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.results.adapter import InitialisationRecord
@@ -33,6 +34,10 @@ def look_for(
     }
     seed = asked if isinstance(asked, int) else None
     found = find(modules, seed=seed, thorough=asked == "search", before=before, progress=progress)
+    if found is not None and not are_allowed(
+        found.places, {name: adapter.modules[name].shape for name in found.places}
+    ):
+        found = None  # what no reader would take
     if found is None and seed is not None:
         raise RecipeError(
             f"init is {seed}: no A of {adapter.weights} was drawn from this seed, as far as its stream was searched; give "

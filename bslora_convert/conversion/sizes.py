@@ -8,6 +8,7 @@ from typing import Any
 from bslora_convert.bslora.codes.file import EMPTY_CODES
 from bslora_convert.bslora.storage import coded_bytes
 from bslora_convert.coding.forecast import Forecast
+from bslora_convert.conversion.initial import against
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
 
@@ -18,7 +19,7 @@ def sizes(source: Source, adapter: LoraAdapter, path: Path) -> list[dict[str, An
     """A row for each error and each share of the bytes: what it would take, what it would lose, and the command for it."""
     size = adapter.weights.stat().st_size
     beside = coded_bytes(EMPTY_CODES, adapter.carried)
-    expected = Forecast.of(source.spectra, source.shapes)
+    expected = Forecast.of(source.spectra, source.shapes, against(source))
 
     def row(option: str, value: float, bits: float, lost: float) -> dict[str, Any]:
         count = beside + math.ceil(bits / 8)

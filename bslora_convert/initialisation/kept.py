@@ -11,7 +11,6 @@ from zlib import crc32
 
 import numpy as np
 
-from bslora_convert.errors import InputError
 from bslora_convert.initialisation.stream import Place, Stream
 from bslora_convert.modules.factors import Shape
 
@@ -75,14 +74,8 @@ def draws_at(seed: int, spans: Sequence[Span]) -> tuple[list[np.ndarray], int]:
     return [found[span][0] for span in spans], total
 
 
-def check_places(places: Mapping[str, Place], shapes: Mapping[str, Shape], where: object) -> None:
-    """Refuses places that no adapter of these shapes (out, in) can have.
-
-    :raises InputError: naming `where` and the module.
-    """
+def are_allowed(places: Mapping[str, Place], shapes: Mapping[str, Shape]) -> bool:
+    """Whether an adapter of these shapes (out, in) may have its draws there: not absurdly far into the stream."""
     own = sum(place.rank * sum(shapes[name]) for name, place in places.items())
-    for name, place in places.items():
-        if place.first + place.rank * shapes[name][1] > FARTHEST + APART * own:
-            raise InputError(
-                f"{where}: modules[{name}].initial is {place}: no adapter of these shapes has draws so far on"
-            )
+    farthest = FARTHEST + APART * own
+    return all(place.first + place.rank * shapes[name][1] <= farthest for name, place in places.items())

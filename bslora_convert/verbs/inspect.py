@@ -1,6 +1,7 @@
 """What an adapter holds, where its bytes are, whether it can be converted, and what its slots on a server take."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
 from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, CompactAdapter, load_compact
+from bslora_convert.conversion.initial import describe, initial_of, look_for
 from bslora_convert.conversion.sizes import sizes
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
@@ -54,6 +56,8 @@ def _lora(adapter: LoraAdapter, path: Path, config: Mapping[str, Any], head: Map
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     source = measure(adapter.modules, adapter.kinds)
     check_magnitude(source, adapter.weights)
+    found = look_for(adapter, "auto")
+    source = replace(source, initial=initial_of(found, adapter))
     return Inspection(
         kind="lora",
         convertible=True,
@@ -66,6 +70,7 @@ def _lora(adapter: LoraAdapter, path: Path, config: Mapping[str, Any], head: Map
         **_ranks(shapes, list(ranks.values()), ranks),
         spectra=_spectra(source, adapter),
         sizes=sizes(source, adapter, path),
+        initialisation=None if found is None else describe(found, adapter),
         notes=list(adapter.notes),
     )
 

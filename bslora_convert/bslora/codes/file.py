@@ -27,6 +27,10 @@ from bslora_convert.errors import InputError
 from bslora_convert.initialisation.stream import Place
 from bslora_convert.modules.factors import Shape
 
+UNSEEN, UNSEEN_TIMES = (
+    1 << 28,
+    64,
+)  # numbers that a file may have drawn or filled with zeros, and for each one that it stores
 VERSION = 3  # of the tables and of how codes stand in a file
 WIDTHS_NAME, SCALES_NAME, FLOATS_NAME = "bslora_widths", "bslora_scales", "bslora_floats"
 # A file's tensors where nothing is coded and all of it would be of one width: the least header.
@@ -121,6 +125,7 @@ def check_codes(
     lengths = _lengths(shapes)
     widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where).cpu()
     _check_widths(widths, shapes, initial, where)
+    _check_unseen(shapes, initial, int(lengths[widths == NONE].sum()), int(lengths.sum()), where)
     counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
     scaled = _have_scales(widths)
     groups = groups_of(lengths)
@@ -163,6 +168,19 @@ def _check_widths(
             raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for {key}; {allowed} are allowed")
         if tensor == "local_T" and all(own):
             raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for all of {key}, which is then not needed")
+
+
+def _check_unseen(
+    shapes: Iterable[tuple[str, Shape]], initial: Mapping[str, Place], absent: int, numbers: int, where: object
+) -> None:
+    """Refuses files that would have much more drawn, or filled with zeros, than they hold themselves."""
+    drawn = {f"{name}.bslora_local_A": place.rank for name, place in initial.items()}
+    unseen = absent + sum(drawn[key] * shape[1] for key, shape in shapes if key in drawn)
+    if unseen > UNSEEN + UNSEEN_TIMES * (numbers - absent):
+        raise InputError(
+            f"{where}: {unseen:,} numbers would be drawn or filled in beside {numbers - absent:,} that are stored; "
+            "the adapter is damaged"
+        )
 
 
 @dataclass(frozen=True, slots=True)

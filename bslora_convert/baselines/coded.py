@@ -1,0 +1,84 @@
+"""An update in codes, and A's rows against its random initialisation where that is known.
+
+    B A ≈ B̂ (T̂ A₀ + Δ̂)        T = A A₀ᵀ (A₀ A₀ᵀ)⁻¹, stored as bfloat16        Δ = A − T̂ A₀, in codes or left out
+
+A₀ (r₀, in) costs nothing, as a seed makes it again; T's numbers are counted. Without an initialisation Δ is all of A.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bslora_convert.baselines.blocks import SCALES, Blocks
+from bslora_convert.modules.factors import Factors
+
+MOST = 4.0  # that scales of Δ̂ are multiplied by
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What rows of A take of its random initialisation: numbers T (k, r₀) bfloat16, base A₀ (r₀, in)."""
+
+    numbers: Tensor
+    base: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, base: Tensor) -> "Mix":
+        """The nearest to rows (k, in)."""
+        along = base.double()
+        numbers = rows.double() @ along.T @ torch.linalg.pinv(along @ along.T, hermitian=True)
+        return cls(numbers.to(SCALES), base)
+
+    def decode(self) -> Tensor:
+        """T̂ A₀ (k, in), float32."""
+        return self.numbers.float() @ self.base
+
+
+@dataclass(frozen=True, slots=True)
+class CodedFactors:
+    """An update in codes, its components in parts that are coded apart.
+
+    parts: codes of Bᵀ with those of A, or of Δ beside a mix; None where Δ is left out. scaling: the configuration's, which no code
+    holds. larger: of each part, by what the scales of Δ̂ have to be multiplied so that ⟨Δ, Δ̂⟩ = ‖Δ‖².
+    """
+
+    parts: tuple[tuple[Blocks, Blocks | None], ...]
+    scaling: float = 1.0
+    mix: Mix | None = None
+    larger: tuple[float, ...] = ()
+
+    def factors(self) -> Factors:
+        """(out, r), (r, in), float32."""
+        b = torch.cat([b.decode() for b, _ in self.parts])
+        rows = [a.decode() for _, a in self.parts if a is not None]
+        if self.mix is None:
+            a = torch.cat(rows)
+        else:
+            a = self.mix.decode() + torch.cat(rows) if rows else self.mix.decode()
+        return Factors(self.scaling * b.T, a)
+
+    def times(self, by: float) -> "CodedFactors":
+        """The update times a number, which the scales of B take."""
+        return replace(self, parts=tuple((b.times(by), a) for b, a in self.parts))
+
+    def in_full(self) -> "CodedFactors":
+        """The same with Δ̂ as large as Δ along it, which its scales take; nothing is changed where there is no mix."""
+        if self.mix is None:
+            return self
+        pairs = zip(self.parts, self.larger, strict=True)
+        return replace(self, parts=tuple((b, a if a is None else a.times(by)) for (b, a), by in pairs))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is stored."""
+        codes = sum(b.bytes + (0 if a is None else a.bytes) for b, a in self.parts)
+        return codes + (0 if self.mix is None else self.mix.numbers.nbytes)
+
+
+def larger(rest: Tensor, codes: Blocks | None) -> float:
+    """By what scales are multiplied so that what codes decode to is as large as `rest` (k, in) along it."""
+    if codes is None:
+        return 1.0
+    along = float((rest.double() * codes.decode().double()).sum())
+    return min(float(rest.double().square().sum()) / along, MOST) if along > 0 else 1.0
