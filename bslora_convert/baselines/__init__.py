@@ -3,16 +3,25 @@
 from collections.abc import Mapping
 
 from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach
-from bslora_convert.baselines.loraquant import LORAQUANT
+from bslora_convert.baselines.loraquant import LORAQUANT, LORAQUANT_INITIAL
 from bslora_convert.baselines.prolora import fit_prolora
-from bslora_convert.baselines.quantised import TRUNCATED, WHOLE
+from bslora_convert.baselines.quantised import TRUNCATED, TRUNCATED_INITIAL, WHOLE, WHOLE_INITIAL
 from bslora_convert.baselines.sharelora import sharelora_a, sharelora_a_qkv, sharelora_ab, sharelora_b
 from bslora_convert.baselines.tied_lora import tied_lora_tl5, tied_lora_tl6
 from bslora_convert.baselines.truncated import svd_adaptive, svd_uniform
 from bslora_convert.baselines.vb_lora import fit_vb_lora
 from bslora_convert.baselines.vera import fit_vera
 
-__all__ = ["BASELINES", "QUANTISED", "WHOLE", "Fitted", "Fitter", "OutOfReach"]
+__all__ = [
+    "BASELINES",
+    "QUANTISED",
+    "QUANTISED_INITIAL",
+    "WHOLE",
+    "WHOLE_INITIAL",
+    "Fitted",
+    "Fitter",
+    "OutOfReach",
+]
 
 BASELINES: Mapping[str, Fitter] = {
     "svd_uniform": svd_uniform,
@@ -29,3 +38,5 @@ BASELINES: Mapping[str, Fitter] = {
 }
 
 QUANTISED: Mapping[str, Fitter] = {**TRUNCATED, **LORAQUANT}
+
+QUANTISED_INITIAL: Mapping[str, Fitter] = {**TRUNCATED_INITIAL, **LORAQUANT_INITIAL}  # with A's random initialisation known

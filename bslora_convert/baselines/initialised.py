@@ -11,16 +11,21 @@ is taken. κ is that of our own codes (`coding.items`): the module answers to wh
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
 from bslora_convert.baselines.blocks import SCALES, Grid
 from bslora_convert.baselines.coded import Mix
+from bslora_convert.coding.encode import SMALLEST_NORM
 from bslora_convert.coding.items import KAPPA
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
+from bslora_convert.initialisation.initial import Initial
 from bslora_convert.modules.lowrank import residual_energy
+
+Choice = TypeVar("Choice")
 
 INITIAL = "_initial"  # ends the names of forms that know A₀
 
@@ -72,58 +77,52 @@ def bases_of(source: Source) -> dict[str, Tensor]:
     return found
 
 
-def ways(source: Source, initial: bool) -> Sequence[Rows]:
-    """Those that a form may take. initial: whether it knows A₀.
+def ways(known: Mapping[str, Tensor]) -> Sequence[Rows]:
+    """Those that a form may take. known: A₀ where it is known, nothing for a form that does without; what takes least is first."""
+    return (Rows(known, rest=False), PLAIN, Rows(known)) if known else (PLAIN,)
 
-    :raises OutOfReach: where A₀ is known of no module and has to be.
-    """
-    if not initial:
-        return (PLAIN,)
-    bases = bases_of(source)
-    return PLAIN, Rows(bases), Rows(bases, rest=False)
+
+def seeded(initial: Initial) -> str:
+    """What a reader is told of a form that uses it."""
+    return f"against A's initialisation, seed {initial.seed}"
 
 
 def note_of(source: Source, rows: Rows) -> str:
-    """What a row of the comparison says of it."""
-    return f"against A's initialisation, seed {source.initial.seed}" if source.initial and rows.bases else ""
+    """The same of a way to store rows of A."""
+    return "" if source.initial is None or not rows.bases else seeded(source.initial)
 
 
-def lost(source: Source, fitted: Fitted, rows: Rows, bases: Mapping[str, Tensor]) -> float:
-    """What a fit loses, what it leaves out of B Δ counted κ times (module docstring). bases: all that are known."""
+def lost(source: Source, fitted: Fitted, rows: Rows, known: Mapping[str, Tensor]) -> float:
+    """What a fit loses, what it leaves out of B Δ counted κ times (module docstring). known: A₀ where it is known."""
 
     def of(name: str) -> float:
         found, made = source.deltas[name].factors(), fitted.deltas[name]
         error = residual_energy(found, source.grams[name], made)
-        if name not in bases:
+        if name not in known:
             return error
         energies = source.svds[name].energies
         vectors = source.svds[name].truncate([found], len(energies)).a
-        change = vectors - Mix.of(vectors, bases[name]).decode()
-        share = change.double().square().sum(1) / vectors.double().square().sum(1).clamp_min(1e-300)
+        change = vectors - Mix.of(vectors, known[name]).decode()
+        share = change.double().square().sum(1) / vectors.double().square().sum(1).clamp_min(SMALLEST_NORM)
         stored = made.rank if rows.has_codes(name) else 0
         return error + (KAPPA - 1) * float((energies * share.to(energies))[stored:].sum())
 
     return sum(each(of, source.deltas))
 
 
-def best_of(source: Source, among: Sequence[Rows], fit: Callable[[Rows], Fitted]) -> Fitted:
-    """Of the ways that fit the one that loses least.
+def best_of(among: Sequence[Choice], fit: Callable[[Choice], Fitted], lost: Callable[[Choice, Fitted], float]) -> Choice:
+    """The choice whose fit loses least of those that can be fitted.
 
-    :raises OutOfReach: as the fit does, when none fits.
+    :raises OutOfReach: as the first of them does, when none can.
     """
-    if len(among) == 1:
-        return fit(among[0])
-    bases = {name: base for rows in among for name, base in rows.bases.items()}
-    tried: list[tuple[float, int, Fitted]] = []
+    tried: list[tuple[float, int]] = []
     refused: OutOfReach | None = None
-    for place, rows in enumerate(among):
+    for place, choice in enumerate(among):
         try:
-            found = fit(rows)
+            tried.append((lost(choice, fit(choice)), place))
         except OutOfReach as reason:
-            refused = reason  # the last way takes least
-            continue
-        tried.append((lost(source, found, rows, bases), place, found))
+            refused = refused or reason
     if not tried:
-        assert refused is not None  # each way fitted or was refused
+        assert refused is not None  # each was fitted or refused
         raise refused
-    return min(tried, key=lambda one: one[:2])[2]
+    return among[min(tried)[1]]

@@ -14,20 +14,25 @@ and keeps the best pair of all steps; `loraquant_plain` rounds the pairs as they
 github.com/Anonymous890920/LoRAQuant) the slope reaches b and a through the scales, by the two ends of each block: the range
 shrinks until what it clips costs as much as finer steps gain. A slope that passes straight through the rounding too was tried
 and gained less.
+
+`…_initial`: with A's random initialisation known, a_i = t_i A₀ + δ_i, and δ_i has the codes that a_i has otherwise (`initialised`);
+the slope for δ_i is that for a_i, with Q(a) = t_i A₀ + Q(δ).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach, largest
-from bslora_convert.baselines.blocks import TINY, Blocks, CodedFactors, Grid, affine, in_blocks, sign
+from bslora_convert.baselines.baseline import Fitted, Fitter, largest
+from bslora_convert.baselines.blocks import TINY, Blocks, Grid, affine, in_blocks, sign
+from bslora_convert.baselines.coded import CodedFactors, larger
+from bslora_convert.baselines.initialised import INITIAL, Rows, bases_of, best_of, lost, ways
 from bslora_convert.baselines.quantised import quantised_in
-from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
-from bslora_convert.modules.lowrank import residual_energy
 
 BLOCK = 128
 STRONG: Mapping[int, Grid] = {bits: affine(bits, BLOCK) for bits in (2, 3)}
@@ -35,35 +40,44 @@ WEAK = sign(BLOCK)
 
 STEPS, RATE = 50, 0.01  # 300 lose at most 0.1 points less of what loses 6 to 28
 
-Pair = tuple[Blocks, Blocks]
-CodePair = Callable[[Tensor, Tensor, Grid], Pair]
+Pair = tuple[Blocks, Blocks | None]
+Way = tuple[Rows, int]  # how rows of A are stored, bits of strong components
 
 
-def loraquant(code_strong: CodePair, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
-    """The largest ρ that fits, with the width of strong components that loses least.
+class CodePair(Protocol):
+    """A way to code strong components."""
 
-    :raises OutOfReach: when one strong component of each module and signs for the rest are more than the budget.
+    def __call__(self, b: Tensor, a: Tensor, grid: Grid, held: Tensor | None = None, rest: bool = True) -> Pair:
+        """Codes of the vectors b (k, out) and a (k, in).
+
+        held: T̂ A₀ (k, in), to which the codes of a are added, where A's initialisation is known. rest: whether a has codes.
+        """
+
+
+def loraquant(
+    code_strong: CodePair, initial: bool, source: Source, budget: int, storage: torch.dtype, seed: int
+) -> Fitted:
+    """The largest ρ that fits, with the width of strong components and the way to store rows of A that lose least.
+
+    :raises OutOfReach: when one strong component of each module and signs for the rest are more than the budget, or A's random
+    initialisation has to be known and is not.
     """
     shares = {name: energies.cumsum(0) / energies.sum() for name, energies in source.spectra.items() if energies.sum()}
     ratios = [0.0, *torch.cat(list(shares.values())).unique().tolist()] if shares else [0.0]
-    tried: list[tuple[float, int, float]] = []
-    refused: OutOfReach | None = None
-    for bits in STRONG:
+    known = bases_of(source) if initial else {}
 
-        def size(place: int, bits: int = bits) -> int:
-            return _bytes(source, _split(source, shares, ratios[place - 1]), bits)
+    def ratio_of(way: Way) -> float:
+        def size(place: int) -> int:
+            return _bytes(source, _split(source, shares, ratios[place - 1]), way)
 
-        try:
-            ratio = ratios[largest(size, budget * storage.itemsize, len(ratios), "LoRAQuant", "bytes") - 1]
-        except OutOfReach as reason:
-            refused = refused or reason
-            continue
-        tried.append((_lost(source, _fitted(source, shares, ratio, bits, rounded)), bits, ratio))
-    if not tried:
-        assert refused is not None  # each width fitted or was refused
-        raise refused
-    _, bits, ratio = min(tried)
-    return _fitted(source, shares, ratio, bits, code_strong)
+        return ratios[largest(size, budget * storage.itemsize, len(ratios), "LoRAQuant", "bytes") - 1]
+
+    best = best_of(
+        list(product(ways(known), STRONG)),
+        lambda way: _fitted(source, shares, ratio_of(way), way, rounded),
+        lambda way, fitted: lost(source, fitted, way[0], known),
+    )
+    return _fitted(source, shares, ratio_of(best), best, code_strong)
 
 
 def _split(source: Source, shares: Mapping[str, Tensor], ratio: float) -> dict[str, int]:
@@ -74,59 +88,58 @@ def _split(source: Source, shares: Mapping[str, Tensor], ratio: float) -> dict[s
     }
 
 
-def _bytes(source: Source, strong: Mapping[str, int], bits: int) -> int:
-    return sum(
-        STRONG[bits].bytes(strong[name], side) + WEAK.bytes(len(source.spectra[name]) - strong[name], side)
-        for name, shape in source.shapes.items()
-        for side in shape
-    )
+def _bytes(source: Source, strong: Mapping[str, int], way: Way) -> int:
+    rows, bits = way
+    total = 0
+    for name, (out, width) in source.shapes.items():
+        for grid, count in ((STRONG[bits], strong[name]), (WEAK, len(source.spectra[name]) - strong[name])):
+            total += grid.bytes(count, out) + rows.bytes(grid, name, count, width)
+    return total
 
 
-def _fitted(source: Source, shares: Mapping[str, Tensor], ratio: float, bits: int, code_strong: CodePair) -> Fitted:
-    strong = _split(source, shares, ratio)
+def _fitted(source: Source, shares: Mapping[str, Tensor], ratio: float, way: Way, code_strong: CodePair) -> Fitted:
+    strong, (rows, bits) = _split(source, shares, ratio), way
 
     def code(name: str) -> CodedFactors:
         factors = source.svds[name].truncate([source.deltas[name].factors()], len(source.spectra[name]))
         b, a = factors.b.float().T, factors.a.float()
-        k = strong[name]
-        strong_codes = code_strong(b[:k], a[:k], STRONG[bits])
-        return CodedFactors((strong_codes, (WEAK.encode(b[k:]), WEAK.encode(a[k:]))))
+        mix, k, has_codes = rows.mix(name, a), strong[name], rows.has_codes(name)
+        held = None if mix is None else mix.decode()
+        left = a if held is None else a - held
+        first = code_strong(b[:k], a[:k], STRONG[bits], None if held is None else held[:k], has_codes)
+        second = WEAK.encode(b[k:]), WEAK.encode(left[k:]) if has_codes else None
+        by = larger(left[:k], first[1]), larger(left[k:], second[1])
+        return CodedFactors((first, second), mix=mix, larger=by)
 
-    return quantised_in(source, code, {"bits": f"{bits} and 1", "ρ": round(ratio, 4)})
-
-
-def _lost(source: Source, fitted: Fitted) -> float:
-    def lost(name: str) -> float:
-        return residual_energy(source.deltas[name].factors(), source.grams[name], fitted.deltas[name])
-
-    return sum(each(lost, source.deltas))
+    return quantised_in(source, code, {"bits": f"{bits} and 1", "ρ": round(ratio, 4)}, rows)
 
 
-def rounded(b: Tensor, a: Tensor, grid: Grid) -> Pair:
-    """Codes of the vectors b (k, out) and a (k, in) as they are."""
-    return grid.encode(b), grid.encode(a)
+def rounded(b: Tensor, a: Tensor, grid: Grid, held: Tensor | None = None, rest: bool = True) -> Pair:
+    """Codes of the vectors as they are."""
+    return grid.encode(b), grid.encode(a if held is None else a - held) if rest else None
 
 
-def optimised(b: Tensor, a: Tensor, grid: Grid) -> Pair:
-    """Codes of the vectors b (k, out) and a (k, in) whose products, component by component, are nearest to b a."""
-    start, moved = (b, a), (b.clone(), a.clone())
+def optimised(b: Tensor, a: Tensor, grid: Grid, held: Tensor | None = None, rest: bool = True) -> Pair:
+    """Codes of vectors whose products, component by component, are nearest to b a."""
+    start, beside = (b, a), (torch.zeros_like(b), torch.zeros_like(a) if held is None else held)
+    sides = (0, 1) if rest else (0,)  # that have codes
+    moved = [one - other for one, other in zip(start, beside, strict=True)]
     energy, least = _squares(b) * _squares(a), torch.full((len(b),), torch.inf, device=b.device)
-    best = start
+    best = list(moved)
     for _ in range(STEPS + 1):
-        codes = [grid.encode(side) for side in moved]
-        found = [one.decode() for one in codes]
+        codes = {side: grid.encode(moved[side]) for side in sides}
+        found = [beside[side] + codes[side].decode() if side in codes else beside[side] for side in (0, 1)]
         along = [(side * kept).sum(1) for side, kept in zip(start, found, strict=True)]
         energies = [_squares(kept) for kept in found]
         error = (energy - 2 * along[0] * along[1] + energies[0] * energies[1]).clamp_min(TINY).sqrt()
         better = error < least
         least = torch.where(better, error, least)
-        best = (torch.where(better[:, None], moved[0], best[0]), torch.where(better[:, None], moved[1], best[1]))
-        slopes = [
-            (energies[1 - side][:, None] * found[side] - along[1 - side][:, None] * start[side]) / error[:, None]
-            for side in (0, 1)
-        ]
-        moved = (_moved(moved[0], codes[0], slopes[0]), _moved(moved[1], codes[1], slopes[1]))
-    return grid.encode(best[0]), grid.encode(best[1])
+        best = [torch.where(better[:, None], new, old) for new, old in zip(moved, best, strict=True)]
+        for side in sides:
+            other = 1 - side
+            slope = energies[other][:, None] * found[side] - along[other][:, None] * start[side]
+            moved[side] = _moved(moved[side], codes[side], slope / error[:, None])
+    return grid.encode(best[0]), grid.encode(best[1]) if rest else None
 
 
 def _moved(x: Tensor, codes: Blocks, slope: Tensor) -> Tensor:
@@ -143,6 +156,11 @@ def _squares(vectors: Tensor) -> Tensor:
 
 
 LORAQUANT: Mapping[str, Fitter] = {
-    "loraquant": partial(loraquant, optimised),
-    "loraquant_plain": partial(loraquant, rounded),
+    "loraquant": partial(loraquant, optimised, False),
+    "loraquant_plain": partial(loraquant, rounded, False),
+}
+
+LORAQUANT_INITIAL: Mapping[str, Fitter] = {
+    f"loraquant{INITIAL}": partial(loraquant, optimised, True),
+    f"loraquant_plain{INITIAL}": partial(loraquant, rounded, True),
 }

@@ -21,7 +21,7 @@ import torch
 from bslora_convert.baselines.baseline import Fitted, Fitter, largest
 from bslora_convert.baselines.blocks import Grid, rtn
 from bslora_convert.baselines.coded import CodedFactors, larger
-from bslora_convert.baselines.initialised import INITIAL, PLAIN, Rows, bases_of, best_of, note_of, ways
+from bslora_convert.baselines.initialised import INITIAL, PLAIN, Rows, bases_of, best_of, lost, note_of, ways
 from bslora_convert.baselines.nf4 import NF4
 from bslora_convert.fit import allocate
 from bslora_convert.fit.allocate import Ranks
@@ -96,9 +96,16 @@ def truncated(
     :raises OutOfReach: when the codes of the least ranks are more than the budget, or A's random initialisation has to be known and
     is not.
     """
-    return best_of(
-        source, ways(source, initial), lambda rows: _cut(name, adaptive, rows, source, budget * storage.itemsize)
-    )
+    known = bases_of(source) if initial else {}
+    fits: dict[int, Fitted] = {}
+
+    def fit(place: int) -> Fitted:
+        fits[place] = _cut(name, adaptive, among[place], source, budget * storage.itemsize)
+        return fits[place]
+
+    among = ways(known)
+    best = best_of(range(len(among)), fit, lambda place, fitted: lost(source, fitted, among[place], known))
+    return fits[best]
 
 
 def _cut(name: str, adaptive: bool, rows: Rows, source: Source, budget: int) -> Fitted:

@@ -5,8 +5,11 @@ bslora_<t>_paper    the paper's ranks (section 4.1: SS 2,4,32, GT 2,8,16, KE 2,4
 bslora_<t>_intra    one shared pair for each layer and nothing else, of the largest rank that fits: the paper's ablation
 bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
 svd_int8, svd_int4  truncated SVD in codes of one width, within the bytes that the budget's numbers take
-svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does
+svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does; like the two above against
+                    A's random initialisation where the source has it
 rtn_int8, nf4, …    other quantisers, of the whole adapter or of its truncated SVD (`baselines.quantised`, `baselines.loraquant`)
+…_initial           the same with A's random initialisation known (`baselines.initialised`); of an adapter without one they have no
+                    fit. `compare` makes them by name only
 …_unbiased          the same with each module's update scaled to the original's strength (`fit.gain`): the scale goes into numbers
                     that are there anyway, floats or the scales of codes, rounded as these are, and takes no bytes; our codes as
                     compress makes them then, with bits where behaviour is
@@ -18,8 +21,9 @@ from functools import partial
 
 import torch
 
-from bslora_convert.baselines import BASELINES, QUANTISED, WHOLE
+from bslora_convert.baselines import BASELINES, QUANTISED, QUANTISED_INITIAL, WHOLE, WHOLE_INITIAL
 from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach, largest, rounded
+from bslora_convert.baselines.initialised import seeded
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
 from bslora_convert.coding.form import code_form
 from bslora_convert.errors import RecipeError
@@ -91,11 +95,13 @@ def coded(width: int | None, strong: bool, source: Source, budget: int, storage:
     form = found.form
     settings = {"bits a number": round(found.bits / max(form.parameters, 1), 2)}
     deltas = {name: form.delta(name) for name in form.modules}
-    return Fitted(deltas, form.parameters, settings, bytes=-(-found.bits // 8))
+    note = "" if found.initial is None else seeded(found.initial)
+    return Fitted(deltas, form.parameters, settings, bytes=-(-found.bits // 8), note=note)
 
 
 def as_strong(source: Source, found: Fitted, storage: torch.dtype) -> Fitted:
     """A fit with every module's update scaled to the original's strength."""
+    found = found if found.in_full is None else found.in_full()
 
     def in_floats(name: str, by: float) -> Factors:
         return Factors(rounded(by * found.deltas[name].b, storage), found.deltas[name].a)
@@ -125,11 +131,13 @@ WITHIN_BUDGET: Mapping[str, Fitter] = {
     **{f"bslora_{name}_{level}": partial(one_level, name, level) for name in ("ss", "ke") for level in LEVELS},
 }
 
-IN_CODES: Mapping[str, Fitter] = {**CODED, **QUANTISED, **WHOLE}
+OF_ONE_SIZE: Mapping[str, Fitter] = {**WHOLE, **WHOLE_INITIAL}
+OTHERS: Mapping[str, Fitter] = {**QUANTISED, **QUANTISED_INITIAL, **OF_ONE_SIZE}  # in the codes of other methods
+
+IN_CODES: Mapping[str, Fitter] = {**CODED, **OTHERS}
 
 SCALED: Mapping[str, Fitter] = {
-    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **QUANTISED, **WHOLE}[name])
-    for name in (*BY_FORM, *QUANTISED, *WHOLE)
+    f"{name}{SUFFIX}": partial(unbiased, {**WITHIN_BUDGET, **OTHERS}[name]) for name in (*BY_FORM, *OTHERS)
 }  # what their twins only scale
 
 UNBIASED: Mapping[str, Fitter] = {
@@ -141,8 +149,12 @@ SEARCHED = {name for form in CODED for name in (form, f"{form}{SUFFIX}")}  # in 
 
 OWN_SIZE: Mapping[str, Fitter] = {
     **{f"bslora_{name}_paper": partial(by_paper, name) for name in PAPER},
-    **WHOLE,
-    **{f"{name}{SUFFIX}": UNBIASED[f"{name}{SUFFIX}"] for name in WHOLE},
+    **OF_ONE_SIZE,
+    **{f"{name}{SUFFIX}": UNBIASED[f"{name}{SUFFIX}"] for name in OF_ONE_SIZE},
 }
 
 FORMS: Mapping[str, Fitter] = {**WITHIN_BUDGET, **IN_CODES, **OWN_SIZE, **UNBIASED}
+
+BY_NAME = {name for form in (*QUANTISED_INITIAL, *WHOLE_INITIAL) for name in (form, f"{form}{SUFFIX}")}  # not by default
+USUAL = [name for name in FORMS if name not in BY_NAME]
+KNOWING = SEARCHED | BY_NAME  # those that use A's random initialisation

@@ -8,12 +8,14 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, check_count, check_on_base
 from bslora_convert.recipe.options import FORM, MODEL, OUTPUT, RUNNING, WHAT, device_option, option
 from bslora_convert.recipe.scaling import Scaling
-from bslora_convert.recipe.storage import DTYPES
+from bslora_convert.recipe.storage import DTYPES, checked_init, init_option
 
 
 @dataclass(frozen=True, slots=True)
 class CompareOptions(Scaling):
-    """budgets: shares of the LoRA's bytes. forms: names of `comparison.forms.FORMS`, all where none is named.
+    """budgets: shares of the LoRA's bytes. forms: names of `comparison.forms.FORMS`, the usual ones where none is named.
+
+    init: where A's random initialisation is looked for, which forms in our codes use, and those that end in `_initial`.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -21,7 +23,7 @@ class CompareOptions(Scaling):
     budgets: tuple[float, ...] = option(
         (0.5, 0.25, 0.125), "Fit at these shares of the LoRA's bytes.", WHAT, metavar="F,F,…"
     )
-    forms: tuple[str, ...] = option((), "Fit these forms only.", WHAT, metavar="A,B,…", usual="all")
+    forms: tuple[str, ...] = option((), "Fit these forms only.", WHAT, metavar="A,B,…", usual="all but …_initial")
     base_model: str | None = option(
         None, "Measure behaviour too, on this base model, a directory or a hub name.", MODEL, metavar="MODEL"
     )
@@ -29,6 +31,7 @@ class CompareOptions(Scaling):
     limit: int | None = option(None, "Take the first rows only.", MODEL, usual="all")
     batch_size: int = option(8, "Run this many rows at once.", MODEL)
     dtype: str = option("auto", "Store numbers in this type; auto = the source's.", FORM, choices=DTYPES)
+    init: int | str = init_option()
     save: bool = option(False, "Write each form into --out as an adapter that PEFT loads.", OUTPUT)
     overwrite: bool = option(False, "Replace an earlier result in --out.", OUTPUT)
     device: str = device_option()
@@ -45,5 +48,6 @@ class CompareOptions(Scaling):
             raise RecipeError("budgets is empty: give at least one share of the LoRA's bytes", "budgets")
         check_on_base(self.base_model, self.prompts)
         check_choice("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "init", checked_init(self.init))
         check_count("limit", self.limit)
         check_count("batch_size", self.batch_size)

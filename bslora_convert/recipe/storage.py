@@ -1,6 +1,7 @@
 """What the result's numbers are stored in."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.errors import RecipeError
@@ -10,6 +11,23 @@ from bslora_convert.recipe.options import FORM, option
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GAINS = ("unbiased", "least-squares")
 INITS = ("auto", "none", "search")
+
+
+def init_option() -> Any:
+    """Where A's random initialisation is looked for."""
+    help = "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from one seed, or not at all (none)."
+    return option("auto", help, FORM, metavar="auto|none|search|SEED")
+
+
+def checked_init(value: int | str) -> int | str:
+    """The value of such an option, a seed as a number.
+
+    :raises RecipeError: for one that is not allowed.
+    """
+    value = int(value) if isinstance(value, str) and value.isdigit() else value
+    if not (value in INITS or (is_whole(value) and 0 <= value < 1 << 64)):
+        raise RecipeError(f"init is {value!r}: {', '.join(INITS)} or a seed is allowed", "init")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +51,11 @@ class Storage:
         choices=GAINS,
     )  # fmt: skip
 
-    init: int | str = option(
-        "auto",
-        "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from one seed, or not at all (none).",
-        FORM, metavar="auto|none|search|SEED",
-    )  # fmt: skip
+    init: int | str = init_option()
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        if isinstance(self.init, str) and self.init.isdigit():
-            object.__setattr__(self, "init", int(self.init))
-        if not (self.init in INITS or (is_whole(self.init) and 0 <= self.init < 1 << 64)):
-            raise RecipeError(f"init is {self.init!r}: {', '.join(INITS)} or a seed is allowed", "init")
+        object.__setattr__(self, "init", checked_init(self.init))
         check_choice("gain", self.gain, GAINS)
         if self.bits is not None and self.bits not in WIDTHS:
             raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed", "bits")

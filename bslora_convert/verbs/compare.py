@@ -16,7 +16,8 @@ from bslora_convert.behaviour.memory import free_bytes
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.bslora.form import BsloraForm, Module
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SCALED, SEARCHED, SUFFIX, as_strong
+from bslora_convert.comparison.forms import FORMS, KNOWING, OWN_SIZE, SCALED, SEARCHED, SUFFIX, USUAL, as_strong
+from bslora_convert.conversion.initial import initial_of, look_for
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -27,6 +28,7 @@ from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
+from bslora_convert.initialisation.initial import Initial
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.lowrank import inner, residual_energy
@@ -68,7 +70,10 @@ def compare(
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if asked.dtype == "auto" else getattr(torch, asked.dtype)
-    digest, found = sha256(adapter.weights), _fitted(adapter, storage, asked, progress)
+    chosen = [name for name in FORMS if name in (asked.forms or USUAL)]
+    knows = asked.init if not KNOWING.isdisjoint(chosen) else "none"
+    initial = initial_of(look_for(adapter, knows, progress=progress), adapter)
+    digest, found = sha256(adapter.weights), _fitted(adapter, initial, chosen, storage, asked, progress)
     if rows is not None:
         reference = Adapter.of_lora(adapter, Path(lora), digest)
         with BaseModelSession(reference, str(asked.base_model), asked.device, "auto", progress) as session:
@@ -96,18 +101,22 @@ def compare(
     return record
 
 
-def _fitted(adapter: LoraAdapter, storage: torch.dtype, asked: CompareOptions, progress: Progress) -> list[Found]:
-    """Every form at every size."""
-    chosen = [name for name in FORMS if not asked.forms or name in asked.forms]
+def _fitted(
+    adapter: LoraAdapter, initial: Initial | None, chosen: Sequence[str], storage: torch.dtype, asked: CompareOptions,
+    progress: Progress,
+) -> list[Found]:  # fmt: skip
+    """Every form chosen at every size. initial: A's random initialisation, where it is known."""
     tasks = [(name, budget) for budget in asked.budgets for name in chosen if name not in OWN_SIZE]
     tasks += [(name, math.nan) for name in chosen if name in OWN_SIZE]
     found: list[Found] = []
     fits: dict[tuple[str, float], Fitted | None] = {}
     with modules_over_cores():
         where = pick_device(asked.device)
-        source = measure(adapter.to(where).modules, adapter.kinds)
+        source = replace(measure(adapter.to(where).modules, adapter.kinds), initial=initial)
         check_magnitude(source, adapter.weights)
-        here = source if where.type == "cpu" or SEARCHED.isdisjoint(chosen) else measure(adapter.modules, adapter.kinds)
+        here = source
+        if where.type != "cpu" and not SEARCHED.isdisjoint(chosen):
+            here = replace(measure(adapter.modules, adapter.kinds), initial=initial)
         for done, (name, budget) in enumerate(tasks):
             progress(f"fitting {name}", done, len(tasks))
             plain = fits.get((name.removesuffix(SUFFIX), budget))  # what is unbiased is that, scaled
@@ -149,7 +158,7 @@ def _row(name: str, budget: float, source: Source, storage: torch.dtype, seed: i
         relative_error=math.sqrt(lost / source.energy) if source.energy else 0.0,
         gain=along / source.energy if source.energy else 1.0,
         seconds=seconds,
-        note="at its own size" if own_size else "",
+        note="; ".join(note for note in ("at its own size" if own_size else "", fitted.note) if note),
         settings=dict(fitted.settings),
         functional=None,
     )

@@ -29,6 +29,7 @@ from bslora_convert.peft import BsloraLayer, load_many
 from bslora_convert.peft.table import AdapterTable
 from tests.conftest import FIXTURES
 from tests.peft.routes import write
+from tests.planting import drawn_lora
 
 TINY = FIXTURES / "tiny"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,6 +39,8 @@ RECIPES = {
     "ke": Recipe(transform="ke", bytes=0.25, shared_size=32, min_shared=1),
     "gt": Recipe(transform="gt", bytes=0.25, shared_size=16, min_shared=1),
     "small": Recipe(transform="none", bytes=0.125),
+    "drawn": Recipe(transform="none", bytes=0.125),
+    "drawn-ke": Recipe(transform="ke", bytes=0.125, shared_size=32, min_shared=1),
 }
 CPU = torch.device("cpu")
 
@@ -56,8 +59,10 @@ def logits(model: Any, **options: Any) -> Tensor:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny adapters in codes, by the names of RECIPES."""
     place = tmp_path_factory.mktemp("library")
+    drawn = drawn_lora(TINY / "gsm8k", tmp_path_factory.mktemp("drawn") / "lora")
     for name, recipe in RECIPES.items():
-        compress(TINY / ("banking77" if name == "small" else "gsm8k"), place / name, recipe, report_html=False)
+        source = drawn if "drawn" in name else TINY / ("banking77" if name == "small" else "gsm8k")
+        compress(source, place / name, recipe, report_html=False)
     return place
 
 
