@@ -3,9 +3,9 @@
     python benchmarks/codes.py LORA --base-model BASE --prompts ROWS.jsonl [--limit 60]
         [--budgets 0.5,0.25,0.125,0.0625,0.03125,0.015625] [--forms svd_adaptive,…] [--out build/codes]
 
-Each form is fitted and measured as `compare` does. Forms that are of one size, the whole adapter in int8, int4 and NF4, stand at
-that size, with the mixed code of as many bytes. Rows go to OUT/codes.jsonl as a size ends, and what is there already is not made
-again.
+Each form is fitted and measured as `compare` does; other quantisers twice, the second time with A's random initialisation known,
+where it is found (`…_initial`). Forms that are of one size, the whole adapter in int8, int4 and NF4, stand at that size, with the
+mixed code of as many bytes. Rows go to OUT/codes.jsonl as a size ends, and what is there already is not made again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bslora_convert import compare
-from bslora_convert.baselines import QUANTISED, WHOLE
+from bslora_convert.baselines import QUANTISED, QUANTISED_INITIAL, WHOLE, WHOLE_INITIAL
 from bslora_convert.comparison.forms import SUFFIX
 
 OURS = "svd_mixed"
@@ -34,8 +34,9 @@ def sizes(lora: Path, budgets: list[float], forms: list[str]) -> Iterator[tuple[
     """Each size with the forms that stand at it; what is of one size comes last."""
     for budget in budgets:
         yield budget, beside([OURS, *forms])
-    for row in compare(lora, budgets=[1.0], forms=[*WHOLE])["rows"]:
-        yield row["byte_ratio"], beside([OURS, row["form"]])
+    for row in compare(lora, budgets=[1.0], forms=[*WHOLE, *WHOLE_INITIAL])["rows"]:
+        if row["byte_ratio"] is not None:
+            yield row["byte_ratio"], beside([OURS, row["form"]])
 
 
 def shown(rows: list[dict[str, Any]]) -> Table:
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--budgets", default=BUDGETS)
-    parser.add_argument("--forms", default=",".join(["svd_adaptive", *QUANTISED]))
+    parser.add_argument("--forms", default=",".join(["svd_adaptive", *QUANTISED, *QUANTISED_INITIAL]))
     parser.add_argument("--out", type=Path, default=Path("build/codes"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -39,4 +39,7 @@ BASELINES: Mapping[str, Fitter] = {
 
 QUANTISED: Mapping[str, Fitter] = {**TRUNCATED, **LORAQUANT}
 
-QUANTISED_INITIAL: Mapping[str, Fitter] = {**TRUNCATED_INITIAL, **LORAQUANT_INITIAL}  # with A's random initialisation known
+QUANTISED_INITIAL: Mapping[str, Fitter] = {
+    **TRUNCATED_INITIAL,
+    **LORAQUANT_INITIAL,
+}  # with A's random initialisation known

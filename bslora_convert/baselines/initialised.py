@@ -1,8 +1,9 @@
 """What a quantiser can make of A's random initialisation A₀, which costs a file nothing as a seed makes it again.
 
-    B A ≈ B̂ (T̂ A₀ + Δ̂)        bytes of k components: codes of B (k, out), 2 k r₀ for T, codes of Δ (k, in)
+    B A ≈ B̂ (T̂ A₀ + Δ̂)        bytes of k components: codes of B (k, out), 2 k r₀ for T, codes of the first d rows of Δ (d, in)
 
-Three ways for all modules of an adapter: A without A₀, with Δ in the quantiser's own codes, with Δ left out. The one of least
+Codes are the quantiser's own; how many rows of Δ have them is chosen with its ranks. Of several ways to spend the bytes, A
+without A₀ among them, that of least
 
     Σ ‖ΔW − ΔŴ‖² + (κ − 1) Σ ‖what is left out of B Δ‖²
 
@@ -16,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from bslora_convert.baselines.baseline import Fitted, OutOfReach
-from bslora_convert.baselines.blocks import SCALES, Grid
+from bslora_convert.baselines.blocks import SCALES
 from bslora_convert.baselines.coded import Mix
 from bslora_convert.coding.encode import SMALLEST_NORM
 from bslora_convert.coding.items import KAPPA
@@ -31,55 +32,75 @@ INITIAL = "_initial"  # ends the names of forms that know A₀
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """How rows of A are stored. bases: A₀ (r₀, in) of the modules that are stored against it. rest: whether Δ is stored there."""
+class Known:
+    """Of the modules where A₀ is known: bases A₀ (r₀, in); changed: ‖b_i δ_i‖² of every component b_i (t_i A₀ + δ_i)."""
 
     bases: Mapping[str, Tensor] = field(default_factory=dict)
-    rest: bool = True
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, source: Source) -> "Known":
+        """That of a source.
+
+        :raises OutOfReach: where A₀ is known of no module.
+        """
+        initial, bases = source.initial, dict[str, Tensor]()
+        for name, delta in source.deltas.items():
+            base = None if initial is None else initial.base(name)
+            if base is not None:
+                bases[name] = base.to(delta.stored.a.device)
+        if not bases:
+            raise OutOfReach("needs A's random initialisation, which is not known")
+
+        def changed(name: str) -> Tensor:
+            energies = source.svds[name].energies
+            rows = source.svds[name].truncate([source.deltas[name].factors()], len(energies)).a
+            rest = rows - Mix.of(rows, bases[name]).decode()
+            share = rest.double().square().sum(1) / rows.double().square().sum(1).clamp_min(SMALLEST_NORM)
+            return energies * share.to(energies).clamp(0, 1)
+
+        return cls(bases, dict(zip(bases, each(changed, bases), strict=True)))
+
+    def left_out(self, name: str, first: int) -> float:
+        """‖b_i δ_i‖² of a module's components from `first` on; 0 where A₀ is not known."""
+        return float(self.changed[name][first:].sum()) if name in self.changed else 0.0
+
+
+NOTHING = Known()
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How rows of A are stored.
+
+    known: A₀ of the modules that are stored against it. rest: how many rows of Δ, the first, have codes there.
+    """
+
+    known: Known = NOTHING
+    rest: Mapping[str, int] = field(default_factory=dict)
 
     def mix(self, name: str, rows: Tensor) -> Mix | None:
         """What rows (k, in) of a module take of A₀; None where they are stored without it."""
-        return Mix.of(rows, self.bases[name]) if name in self.bases else None
+        return Mix.of(rows, self.known.bases[name]) if name in self.known.bases else None
 
-    def has_codes(self, name: str) -> bool:
-        """Whether a module's rows have codes."""
-        return self.rest or name not in self.bases
-
-    def bytes(self, grid: Grid, name: str, count: int, width: int) -> int:
-        """What so many rows of a module take."""
-        return (grid.bytes(count, width) if self.has_codes(name) else 0) + count * self.beside(name)
+    def coded(self, name: str, count: int) -> int:
+        """How many of the first `count` rows have codes."""
+        return min(self.rest.get(name, 0), count) if name in self.known.bases else count
 
     def beside(self, name: str) -> int:
         """Bytes of one row of T."""
-        return SCALES.itemsize * len(self.bases[name]) if name in self.bases else 0
+        return SCALES.itemsize * len(self.known.bases[name]) if name in self.known.bases else 0
 
     @property
-    def settings(self) -> Mapping[str, str]:
+    def settings(self) -> Mapping[str, object]:
         """What a reader is told of it."""
-        return {"A": "T A0 + codes" if self.rest else "T A0"} if self.bases else {}
+        if not self.known.bases:
+            return {}
+        least, most = min(self.rest.values(), default=0), max(self.rest.values(), default=0)
+        return {"rank of A - T A0": most if least == most else f"{least} to {most}"}
 
 
 PLAIN = Rows()
-
-
-def bases_of(source: Source) -> dict[str, Tensor]:
-    """A₀ of every module where it is known.
-
-    :raises OutOfReach: where that is none.
-    """
-    found: dict[str, Tensor] = {}
-    for name, delta in source.deltas.items():
-        base = None if source.initial is None else source.initial.base(name)
-        if base is not None:
-            found[name] = base.to(delta.stored.a.device)
-    if not found:
-        raise OutOfReach("needs A's random initialisation, which is not known")
-    return found
-
-
-def ways(known: Mapping[str, Tensor]) -> Sequence[Rows]:
-    """Those that a form may take. known: A₀ where it is known, nothing for a form that does without; what takes least is first."""
-    return (Rows(known, rest=False), PLAIN, Rows(known)) if known else (PLAIN,)
 
 
 def seeded(initial: Initial) -> str:
@@ -89,28 +110,23 @@ def seeded(initial: Initial) -> str:
 
 def note_of(source: Source, rows: Rows) -> str:
     """The same of a way to store rows of A."""
-    return "" if source.initial is None or not rows.bases else seeded(source.initial)
+    return "" if source.initial is None or not rows.known.bases else seeded(source.initial)
 
 
-def lost(source: Source, fitted: Fitted, rows: Rows, known: Mapping[str, Tensor]) -> float:
-    """What a fit loses, what it leaves out of B Δ counted κ times (module docstring). known: A₀ where it is known."""
+def lost(source: Source, fitted: Fitted, rows: Rows, known: Known) -> float:
+    """What a fit loses, what it leaves out of B Δ counted κ times (module docstring)."""
 
     def of(name: str) -> float:
-        found, made = source.deltas[name].factors(), fitted.deltas[name]
-        error = residual_energy(found, source.grams[name], made)
-        if name not in known:
-            return error
-        energies = source.svds[name].energies
-        vectors = source.svds[name].truncate([found], len(energies)).a
-        change = vectors - Mix.of(vectors, known[name]).decode()
-        share = change.double().square().sum(1) / vectors.double().square().sum(1).clamp_min(SMALLEST_NORM)
-        stored = made.rank if rows.has_codes(name) else 0
-        return error + (KAPPA - 1) * float((energies * share.to(energies))[stored:].sum())
+        made = fitted.deltas[name]
+        error = residual_energy(source.deltas[name].factors(), source.grams[name], made)
+        return error + (KAPPA - 1) * known.left_out(name, rows.coded(name, made.rank))
 
     return sum(each(of, source.deltas))
 
 
-def best_of(among: Sequence[Choice], fit: Callable[[Choice], Fitted], lost: Callable[[Choice, Fitted], float]) -> Choice:
+def best_of(
+    among: Sequence[Choice], fit: Callable[[Choice], Fitted], lost: Callable[[Choice, Fitted], float]
+) -> Choice:
     """The choice whose fit loses least of those that can be fitted.
 
     :raises OutOfReach: as the first of them does, when none can.

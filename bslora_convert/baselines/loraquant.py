@@ -15,14 +15,13 @@ github.com/Anonymous890920/LoRAQuant) the slope reaches b and a through the scal
 shrinks until what it clips costs as much as finer steps gain. A slope that passes straight through the rounding too was tried
 and gained less.
 
-`…_initial`: with A's random initialisation known, a_i = t_i A₀ + δ_i, and δ_i has the codes that a_i has otherwise (`initialised`);
-the slope for δ_i is that for a_i, with Q(a) = t_i A₀ + Q(δ).
+`…_initial`: with A's random initialisation known, a_i = t_i A₀ + δ_i, and δ_i has the codes that a_i has otherwise, of all
+components, of the strong ones or of none (`initialised`); the slope for δ_i is that for a_i, with Q(a) = t_i A₀ + Q(δ).
 """
 
 from collections.abc import Mapping
-from functools import partial
-from itertools import product
-from typing import Protocol
+from functools import cache, partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch import Tensor
 from bslora_convert.baselines.baseline import Fitted, Fitter, largest
 from bslora_convert.baselines.blocks import TINY, Blocks, Grid, affine, in_blocks, sign
 from bslora_convert.baselines.coded import CodedFactors, larger
-from bslora_convert.baselines.initialised import INITIAL, Rows, bases_of, best_of, lost, ways
+from bslora_convert.baselines.initialised import INITIAL, NOTHING, PLAIN, Known, Rows, best_of, lost
 from bslora_convert.baselines.quantised import quantised_in
 from bslora_convert.fit.source import Source
 
@@ -40,8 +39,16 @@ WEAK = sign(BLOCK)
 
 STEPS, RATE = 50, 0.01  # 300 lose at most 0.1 points less of what loses 6 to 28
 
-Pair = tuple[Blocks, Blocks | None]
-Way = tuple[Rows, int]  # how rows of A are stored, bits of strong components
+Pair = tuple[Blocks, Blocks]
+Split = tuple[Mapping[str, int], Rows]  # strong components of every module, how rows of A are stored
+REST = ("none", "strong", "all")  # components whose δ has codes
+
+
+class Way(NamedTuple):
+    """How the bytes are spent: bits of strong components; of REST, or None for A without its initialisation."""
+
+    bits: int
+    rest: str | None = None
 
 
 class CodePair(Protocol):
@@ -57,30 +64,43 @@ class CodePair(Protocol):
 def loraquant(
     code_strong: CodePair, initial: bool, source: Source, budget: int, storage: torch.dtype, seed: int
 ) -> Fitted:
-    """The largest ρ that fits, with the width of strong components and the way to store rows of A that lose least.
+    """The largest ρ that fits, with the width of strong components, and the components whose δ has codes, that lose least.
 
     :raises OutOfReach: when one strong component of each module and signs for the rest are more than the budget, or A's random
     initialisation has to be known and is not.
     """
     shares = {name: energies.cumsum(0) / energies.sum() for name, energies in source.spectra.items() if energies.sum()}
     ratios = [0.0, *torch.cat(list(shares.values())).unique().tolist()] if shares else [0.0]
-    known = bases_of(source) if initial else {}
+    known = Known.of(source) if initial else NOTHING
 
+    def split(way: Way, ratio: float) -> Split:
+        strong = _strong(source, shares, ratio)
+        if way.rest is None:
+            return strong, PLAIN
+        whole = {name: len(energies) for name, energies in source.spectra.items()}
+        return strong, Rows(known, {"none": {}, "strong": strong, "all": whole}[way.rest])
+
+    @cache
     def ratio_of(way: Way) -> float:
         def size(place: int) -> int:
-            return _bytes(source, _split(source, shares, ratios[place - 1]), way)
+            return _bytes(source, way.bits, split(way, ratios[place - 1]))
 
         return ratios[largest(size, budget * storage.itemsize, len(ratios), "LoRAQuant", "bytes") - 1]
 
-    best = best_of(
-        list(product(ways(known), STRONG)),
-        lambda way: _fitted(source, shares, ratio_of(way), way, rounded),
-        lambda way, fitted: lost(source, fitted, way[0], known),
-    )
-    return _fitted(source, shares, ratio_of(best), best, code_strong)
+    def fit(way: Way, code_strong: CodePair) -> Fitted:
+        ratio = ratio_of(way)
+        settings = {"bits": f"{way.bits} and 1", "ρ": round(ratio, 4)}
+        return _fitted(source, split(way, ratio), way.bits, code_strong, settings)
+
+    def left(way: Way, fitted: Fitted) -> float:
+        return lost(source, fitted, split(way, ratio_of(way))[1], known)
+
+    ways = [Way(bits, rest) for rest in ((*REST, None) if initial else (None,)) for bits in STRONG]
+    best = best_of(ways, lambda way: fit(way, rounded), left)
+    return fit(best, code_strong)
 
 
-def _split(source: Source, shares: Mapping[str, Tensor], ratio: float) -> dict[str, int]:
+def _strong(source: Source, shares: Mapping[str, Tensor], ratio: float) -> dict[str, int]:
     """Strong components of every module, one at least."""
     return {
         name: min(int((shares[name] < ratio).sum()) + 1 if name in shares else 1, len(energies))
@@ -88,35 +108,39 @@ def _split(source: Source, shares: Mapping[str, Tensor], ratio: float) -> dict[s
     }
 
 
-def _bytes(source: Source, strong: Mapping[str, int], way: Way) -> int:
-    rows, bits = way
+def _bytes(source: Source, bits: int, split: Split) -> int:
+    strong, rows = split
     total = 0
     for name, (out, width) in source.shapes.items():
-        for grid, count in ((STRONG[bits], strong[name]), (WEAK, len(source.spectra[name]) - strong[name])):
-            total += grid.bytes(count, out) + rows.bytes(grid, name, count, width)
+        count, k = len(source.spectra[name]), strong[name]
+        coded, first = rows.coded(name, count), rows.coded(name, k)
+        total += STRONG[bits].bytes(k, out) + STRONG[bits].bytes(first, width)
+        total += WEAK.bytes(count - k, out) + WEAK.bytes(coded - first, width)
+        total += count * rows.beside(name)
     return total
 
 
-def _fitted(source: Source, shares: Mapping[str, Tensor], ratio: float, way: Way, code_strong: CodePair) -> Fitted:
-    strong, (rows, bits) = _split(source, shares, ratio), way
+def _fitted(source: Source, split: Split, bits: int, code_strong: CodePair, settings: Mapping[str, object]) -> Fitted:
+    strong, rows = split
 
     def code(name: str) -> CodedFactors:
         factors = source.svds[name].truncate([source.deltas[name].factors()], len(source.spectra[name]))
         b, a = factors.b.float().T, factors.a.float()
-        mix, k, has_codes = rows.mix(name, a), strong[name], rows.has_codes(name)
+        mix, k, coded = rows.mix(name, a), strong[name], rows.coded(name, len(a))
         held = None if mix is None else mix.decode()
-        left = a if held is None else a - held
-        first = code_strong(b[:k], a[:k], STRONG[bits], None if held is None else held[:k], has_codes)
-        second = WEAK.encode(b[k:]), WEAK.encode(left[k:]) if has_codes else None
-        by = larger(left[:k], first[1]), larger(left[k:], second[1])
+        rest = a if held is None else a - held
+        first = code_strong(b[:k], a[:k], STRONG[bits], None if held is None else held[:k], coded > 0)
+        second = WEAK.encode(b[k:]), WEAK.encode(rest[k:coded])
+        by = larger(rest[: len(first[1].codes)], first[1]), larger(rest[k:coded], second[1])
         return CodedFactors((first, second), mix=mix, larger=by)
 
-    return quantised_in(source, code, {"bits": f"{bits} and 1", "ρ": round(ratio, 4)}, rows)
+    return quantised_in(source, code, settings, rows)
 
 
 def rounded(b: Tensor, a: Tensor, grid: Grid, held: Tensor | None = None, rest: bool = True) -> Pair:
     """Codes of the vectors as they are."""
-    return grid.encode(b), grid.encode(a if held is None else a - held) if rest else None
+    left = a if held is None else a - held
+    return grid.encode(b), grid.encode(left if rest else left[:0])
 
 
 def optimised(b: Tensor, a: Tensor, grid: Grid, held: Tensor | None = None, rest: bool = True) -> Pair:
@@ -139,7 +163,7 @@ def optimised(b: Tensor, a: Tensor, grid: Grid, held: Tensor | None = None, rest
             other = 1 - side
             slope = energies[other][:, None] * found[side] - along[other][:, None] * start[side]
             moved[side] = _moved(moved[side], codes[side], slope / error[:, None])
-    return grid.encode(best[0]), grid.encode(best[1]) if rest else None
+    return grid.encode(best[0]), grid.encode(best[1] if rest else best[1][:0])
 
 
 def _moved(x: Tensor, codes: Blocks, slope: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from functools import partial
 
 import torch
 
-from bslora_convert.baselines.baseline import Fitted, Fitter, largest
+from bslora_convert.baselines.baseline import Fitted, Fitter
 from bslora_convert.baselines.blocks import Grid, rtn
 from bslora_convert.baselines.coded import CodedFactors, larger
-from bslora_convert.baselines.initialised import INITIAL, PLAIN, Rows, bases_of, best_of, lost, note_of, ways
+from bslora_convert.baselines.initialised import INITIAL, NOTHING, PLAIN, Known, Rows, best_of, lost, note_of
 from bslora_convert.baselines.nf4 import NF4
-from bslora_convert.fit import allocate
+from bslora_convert.baselines.ranks import Planned, by_energy, for_all
 from bslora_convert.fit.allocate import Ranks
 from bslora_convert.fit.parallel import each
 from bslora_convert.fit.source import Source
@@ -37,8 +37,8 @@ def coded(grid: Grid, factors: Factors, scaling: float = 1.0, rows: Rows = PLAIN
     """Both sides of a module on one grid."""
     b, a = grid.encode(factors.b.float().T), factors.a.float()
     mix = rows.mix(name, a)
-    rest = a if mix is None else a - mix.decode()
-    codes = grid.encode(rest) if rows.has_codes(name) else None
+    rest = (a if mix is None else a - mix.decode())[: rows.coded(name, len(a))]
+    codes = grid.encode(rest)
     return CodedFactors(((b, codes),), scaling, mix, (larger(rest, codes),))
 
 
@@ -50,10 +50,9 @@ def quantised_in(
     settings = {**(settings or {}), **rows.settings}
 
     def fitted(pairs: Mapping[str, CodedFactors]) -> Fitted:
-        deltas = {name: pair.factors() for name, pair in pairs.items()}
         return Fitted(
-            deltas,
-            sum(_numbers(pair, deltas[name]) for name, pair in pairs.items()),
+            {name: pair.factors() for name, pair in pairs.items()},
+            sum(pair.numbers for pair in pairs.values()),
             settings,
             bytes=sum(pair.bytes for pair in pairs.values()),
             times=lambda name, by: pairs[name].times(by).factors(),
@@ -63,15 +62,7 @@ def quantised_in(
     def in_full() -> Fitted:
         return fitted({name: pair.in_full() for name, pair in found.items()})
 
-    return replace(fitted(found), in_full=in_full if rows.bases else None)
-
-
-def _numbers(pair: CodedFactors, delta: Factors) -> int:
-    """Those that are stored, T's among them."""
-    if pair.mix is None:
-        return delta.parameters
-    rest = sum(a.codes.numel() for _, a in pair.parts if a is not None)
-    return delta.b.numel() + rest + pair.mix.numbers.numel()
+    return replace(fitted(found), in_full=in_full if rows.known.bases else None)
 
 
 def whole(grid: Grid, initial: bool, source: Source, budget: int, storage: torch.dtype, seed: int) -> Fitted:
@@ -79,7 +70,8 @@ def whole(grid: Grid, initial: bool, source: Source, budget: int, storage: torch
 
     :raises OutOfReach: where A's random initialisation has to be known and is not.
     """
-    rows = Rows(bases_of(source)) if initial else PLAIN
+    ranks = {name: delta.rank for name, delta in source.deltas.items()}
+    rows = Rows(Known.of(source), ranks) if initial else PLAIN
 
     def code(name: str) -> CodedFactors:
         delta = source.deltas[name]
@@ -91,32 +83,28 @@ def whole(grid: Grid, initial: bool, source: Source, budget: int, storage: torch
 def truncated(
     name: str, adaptive: bool, initial: bool, source: Source, budget: int, storage: torch.dtype, seed: int
 ) -> Fitted:
-    """The truncated SVD of the largest ranks whose codes fit, the rows of A stored in the way that loses least.
+    """The truncated SVD of the largest ranks whose codes fit, with A's initialisation known where that loses less.
 
-    :raises OutOfReach: when the codes of the least ranks are more than the budget, or A's random initialisation has to be known and
-    is not.
+    :raises OutOfReach: when the codes of the least ranks are more than the budget, or A's random initialisation has to be known
+    and is not.
     """
-    known = bases_of(source) if initial else {}
-    fits: dict[int, Fitted] = {}
+    grid, bytes_, known = GRIDS[name], budget * storage.itemsize, Known.of(source) if initial else NOTHING
+    planned: dict[bool, Planned] = {}
+    fits: dict[bool, Fitted] = {}
 
-    def fit(place: int) -> Fitted:
-        fits[place] = _cut(name, adaptive, among[place], source, budget * storage.itemsize)
-        return fits[place]
+    def fit(against: bool) -> Fitted:
+        plan = by_energy if adaptive else for_all
+        ranks, rows = planned[against] = plan(grid, source, known if against else NOTHING, bytes_, f"svd_{name}")
+        fits[against] = _cut(grid, source, ranks, rows)
+        return fits[against]
 
-    among = ways(known)
-    best = best_of(range(len(among)), fit, lambda place, fitted: lost(source, fitted, among[place], known))
-    return fits[best]
+    if not initial:
+        return fit(False)
+    return fits[best_of((True, False), fit, lambda against, fitted: lost(source, fitted, planned[against][1], known))]
 
 
-def _cut(name: str, adaptive: bool, rows: Rows, source: Source, budget: int) -> Fitted:
-    """One way to store the rows of A. budget: in bytes."""
-    grid = GRIDS[name]
-    ranks_of = _by_energy(source, grid, rows) if adaptive else _for_all(source)
-    limit = max(map(len, source.spectra.values()))
-    if adaptive:
-        limit = source.parameters + sum(len(v) * _mixed(grid, rows, n) for n, v in source.spectra.items())
-    found = largest(lambda size: bytes_of(grid, source, ranks_of(size), rows), budget, limit, f"svd_{name}", "bytes")
-    ranks = ranks_of(found)
+def _cut(grid: Grid, source: Source, ranks: Ranks, rows: Rows) -> Fitted:
+    """The truncated SVD of these ranks in codes."""
 
     def code(module: str) -> CodedFactors:
         cut = source.svds[module].truncate([source.deltas[module].factors()], ranks[module])
@@ -124,33 +112,6 @@ def _cut(name: str, adaptive: bool, rows: Rows, source: Source, budget: int) -> 
 
     settings = {"rank": max(ranks.values()), "least rank": min(ranks.values())}
     return quantised_in(source, code, settings, rows)
-
-
-def bytes_of(grid: Grid, source: Source, ranks: Mapping[str, int], rows: Rows = PLAIN) -> int:
-    """Bytes of the codes of these ranks, and of T."""
-    shapes = source.shapes
-    return sum(
-        grid.bytes(rank, shapes[name][0]) + rows.bytes(grid, name, rank, shapes[name][1])
-        for name, rank in ranks.items()
-    )
-
-
-def _for_all(source: Source) -> Callable[[int], Ranks]:
-    return lambda rank: {name: min(rank, len(energies)) for name, energies in source.spectra.items()}
-
-
-def _by_energy(source: Source, grid: Grid, rows: Rows) -> Callable[[int], Ranks]:
-    costs = {
-        name: out + (width if rows.has_codes(name) else 0) + _mixed(grid, rows, name)
-        for name, (out, width) in source.shapes.items()
-    }
-    least = min(costs.values())
-    return lambda numbers: allocate.within_budget(source.spectra, costs, max(numbers, least))
-
-
-def _mixed(grid: Grid, rows: Rows, name: str) -> int:
-    """A row of T in numbers of the grid."""
-    return -(-8 * rows.beside(name) // grid.bits)
 
 
 WHOLE: Mapping[str, Fitter] = {name: partial(whole, grid, False) for name, grid in GRIDS.items()}

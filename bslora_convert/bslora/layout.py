@@ -107,7 +107,7 @@ class Layout:
     def to_config(self) -> dict[str, Any]:
         """The fields of the configuration that `parse` reads."""
         return {
-            **({} if self.origin is None else {"initialisation": asdict(self.origin)}),
+            **({} if self.origin is None else {"initialisation": _origin_to_dict(self.origin)}),
             "transform": transform_to_dict(self.transform),
             "shared": {
                 level: {
@@ -261,16 +261,21 @@ def _parse_place(value: Any, kind: str, where: str) -> Place:
     return Place(*value)
 
 
+def _origin_to_dict(origin: Origin) -> dict[str, Any]:
+    return {name: value for name, value in asdict(origin).items() if value is not None}
+
+
 def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Origin | None:
     places = {name: entry.initial for name, entry in entries.items() if entry.initial is not None}
     if value is None and not places:
         return None
-    if (
-        not isinstance(value, dict)
-        or set(value) != {"seed", "checksum"}
-        or not all(type(one) is int and 0 <= one < SEEDS for one in value.values())
+    known = isinstance(value, dict) and set(value) in ({"seed", "checksum"}, {"file", "checksum"})
+    if not known or not all(
+        isinstance(one, str) if name == "file" else type(one) is int and 0 <= one < SEEDS for name, one in value.items()
     ):
-        raise InputError(f"{where}: initialisation is {value!r}, an object with seed and checksum is expected")
+        raise InputError(
+            f"{where}: initialisation is {value!r}, an object with seed or file, and checksum, is expected"
+        )
     if not places:
         raise InputError(f"{where}: initialisation is given, but no module has a place in it")
     if not are_allowed(places, {name: entries[name].shape for name in places}):

@@ -28,6 +28,7 @@ from torch import Tensor
 from bslora_convert.bslora.codes.coded import GROUP
 from bslora_convert.bslora.codes.composed import from_file, initial_of
 from bslora_convert.bslora.codes.file import NAMES, VERSION, check_codes, stored_numbers
+from bslora_convert.bslora.common import provide
 from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble, named_tensors
@@ -221,6 +222,7 @@ def _read(path: str | FilePath, accept_changed: bool) -> _Read:
             raise InputError(f"{weights_path}: tensor {key}: every key starts with {PREFIX!r}")
         tensors[key.removeprefix(PREFIX)] = tensor
     layout = Layout.parse(config, config_path)
+    provide(layout, directory)
     codes = {name: tensors.pop(name) for name in NAMES if name in tensors} if has_codes(config) else {}
     return _Read(directory, config, layout, codes, tensors, state)
 

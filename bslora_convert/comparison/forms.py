@@ -5,11 +5,11 @@ bslora_<t>_paper    the paper's ranks (section 4.1: SS 2,4,32, GT 2,8,16, KE 2,4
 bslora_<t>_intra    one shared pair for each layer and nothing else, of the largest rank that fits: the paper's ablation
 bslora_<t>_inter    one pair for all layers and nothing else; the third ablation, local parts only, is `svd_uniform`
 svd_int8, svd_int4  truncated SVD in codes of one width, within the bytes that the budget's numbers take
-svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does; like the two above against
-                    A's random initialisation where the source has it
+svd_mixed           a width for each side of each component, as `compress --transform none --bytes` does; like the two above
+                    against A's random initialisation where the source has it
 rtn_int8, nf4, …    other quantisers, of the whole adapter or of its truncated SVD (`baselines.quantised`, `baselines.loraquant`)
-…_initial           the same with A's random initialisation known (`baselines.initialised`); of an adapter without one they have no
-                    fit. `compare` makes them by name only
+…_initial           the same with A's random initialisation known (`baselines.initialised`); an adapter without one has no fit.
+                    `compare` makes them by name only
 …_unbiased          the same with each module's update scaled to the original's strength (`fit.gain`): the scale goes into numbers
                     that are there anyway, floats or the scales of codes, rounded as these are, and takes no bytes; our codes as
                     compress makes them then, with bits where behaviour is
@@ -155,6 +155,6 @@ OWN_SIZE: Mapping[str, Fitter] = {
 
 FORMS: Mapping[str, Fitter] = {**WITHIN_BUDGET, **IN_CODES, **OWN_SIZE, **UNBIASED}
 
-BY_NAME = {name for form in (*QUANTISED_INITIAL, *WHOLE_INITIAL) for name in (form, f"{form}{SUFFIX}")}  # not by default
-USUAL = [name for name in FORMS if name not in BY_NAME]
-KNOWING = SEARCHED | BY_NAME  # those that use A's random initialisation
+GIVEN_INITIAL = {name for form in (*QUANTISED_INITIAL, *WHOLE_INITIAL) for name in (form, f"{form}{SUFFIX}")}
+USUAL = [name for name in FORMS if name not in GIVEN_INITIAL]  # those that are compared by default
+KNOWING = SEARCHED | GIVEN_INITIAL  # those that use A's random initialisation

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
-from bslora_convert.conversion.initial import bytes_without, describe
+from bslora_convert.conversion.initial import Known, bytes_without, describe
 from bslora_convert.conversion.request import Converted
 from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
-from bslora_convert.initialisation.found import Found
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.target import asked_in
@@ -55,14 +54,14 @@ class Extras:
 class Origin:
     """What a result was made from: the adapter, its deltas, the hash of its weights, what the record calls it.
 
-    found: where its A's were drawn, if that is known.
+    known: its random initialisation, where that was found.
     """
 
     adapter: LoraAdapter
     measured: Source
     sha256: str
     name: str
-    found: Found | None = None
+    known: Known | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +120,10 @@ def write_result(
 
 
 def _initialisation(origin: Origin, compact: CompactAdapter, error: float) -> InitialisationRecord | None:
-    if origin.found is None:
+    if origin.known is None:
         return None
     return replace(
-        describe(origin.found, origin.adapter),
+        describe(origin.known, origin.adapter),
         used=len(compact.layout.initial),
         bytes_without=bytes_without(origin.measured, error**2 * origin.measured.energy),
     )

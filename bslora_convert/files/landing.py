@@ -118,8 +118,8 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file beside and renames it into place.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file, of text or bytes, beside and renames it into place.
 
     :raises OutputError: when it can't be written.
     """
@@ -127,7 +127,7 @@ def replace_file(path: Path, text: str) -> None:
         f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     )  # other hosts have this number too
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
         partial.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: can't be written ({error.strerror or error})") from error

@@ -85,6 +85,18 @@ def read_headers(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: truncated or not a safetensors file ({reason_of(error)})") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    :raises InputError: when it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
+
+
 def _holds_its_numbers(tensor: Tensor) -> bool:
     """Whether a tensor is a plain one that has stored every number, unlike a meta or sparse tensor or one expanded by strides."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":

@@ -9,27 +9,34 @@ import torch
 from torch import Tensor
 
 from bslora_convert.errors import InputError
-from bslora_convert.initialisation.kept import Origin, draws_at
+from bslora_convert.initialisation.kept import Key, Origin, draws_at
 from bslora_convert.initialisation.stream import HALF, SEEDS, Place
 
-KEPT = 16  # initialisations that are held ready
+READY = 16  # initialisations that are held ready
 
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """seed: of the draws. places: of the modules whose A₀ is known. draws: their A₀ (rank, in) in whole numbers, int16."""
+    """key: the seed of the draws, or the name of the file that holds them. places: of the modules whose A₀ is known.
 
-    seed: int
+    draws: their A₀ (rank, in) in whole numbers, int16.
+    """
+
+    key: Key
     places: Mapping[str, Place]
     draws: Mapping[str, Tensor]
 
     @classmethod
-    def of_seed(cls, seed: int, places: Mapping[str, Place], widths: Mapping[str, int]) -> Self:
-        """Draws them. widths: `in` of each module."""
+    def at(cls, key: Key, places: Mapping[str, Place], widths: Mapping[str, int]) -> Self:
+        """The draws at these places. widths: `in` of each module.
+
+        :raises InputError: when they are of a file that was not read.
+        """
+        key = key % SEEDS if isinstance(key, int) else key
         spans = [(place.first, place.rank * widths[name]) for name, place in places.items()]
-        found = zip(places.items(), draws_at(seed % SEEDS, spans)[0], strict=True)
+        found = zip(places.items(), draws_at(key, spans)[0], strict=True)
         draws = {name: torch.from_numpy(numbers).view(place.rank, -1) for (name, place), numbers in found}
-        return cls(seed % SEEDS, places, draws)
+        return cls(key, places, draws)
 
     def base(self, name: str) -> Tensor | None:
         """A module's A₀ (rank, in), float32 in units of the draw's bound; None where it is not known."""
@@ -37,34 +44,37 @@ class Initial:
 
     @property
     def origin(self) -> Origin:
-        """What a file says of it."""
-        _, total = draws_at(self.seed, [(place.first, self.draws[name].numel()) for name, place in self.places.items()])
-        return Origin(self.seed, total)
+        """What a file of codes says of it."""
+        spans = [(place.first, self.draws[name].numel()) for name, place in self.places.items()]
+        return Origin.of(self.key, draws_at(self.key, spans)[1])
 
     def only(self, names: Iterable[str]) -> Self | None:
         """That of some modules; None where none of them has it."""
         kept = [name for name in names if name in self.places]
         if not kept:
             return None
-        return type(self)(self.seed, {n: self.places[n] for n in kept}, {n: self.draws[n] for n in kept})
+        return type(self)(self.key, {n: self.places[n] for n in kept}, {n: self.draws[n] for n in kept})
 
 
 def read_initial(origin: Origin, places: Mapping[str, Place], widths: Mapping[str, int], where: object) -> Initial:
-    """That which a file names; adapters of one pipeline share it.
+    """That which a file of codes names; adapters of one pipeline share it.
 
-    :raises InputError: naming `where`, when its draws are not those that the file's checksum was taken of.
+    :raises InputError: naming `where`, when its draws are not those that the checksum was taken of, or are not there.
     """
-    found, actual = _drawn(origin.seed, tuple(places.items()), tuple(widths[name] for name in places))
+    try:
+        found, actual = _drawn(origin.key, tuple(places.items()), tuple(widths[name] for name in places))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     if actual != origin:
         raise InputError(
-            f"{where}: the draws of seed {origin.seed} are not those that the codes were made against (their checksum is "
+            f"{where}: the initialisation {origin.key} is not the one that the codes were made against (its checksum is "
             f"{actual.checksum}, not {origin.checksum}); the adapter is damaged"
         )
     return found
 
 
-@lru_cache(KEPT)
-def _drawn(seed: int, places: tuple[tuple[str, Place], ...], widths: tuple[int, ...]) -> tuple[Initial, Origin]:
+@lru_cache(READY)
+def _drawn(key: Key, places: tuple[tuple[str, Place], ...], widths: tuple[int, ...]) -> tuple[Initial, Origin]:
     sizes = {name: width for (name, _), width in zip(places, widths, strict=True)}
-    found = Initial.of_seed(seed, dict(places), sizes)
+    found = Initial.at(key, dict(places), sizes)
     return found, found.origin

@@ -1,73 +1,117 @@
-"""Draws that files of codes are read against: generated once a process for all adapters of one pipeline, and checked.
+"""Draws that codes are read against: held once a process for all adapters of one pipeline, and checked.
 
-A file names its seed, a place for each module and a checksum, CRC-32 over the CRC-32 of each module's draws. What it names may be
-hostile, so that it is bounded before anything is drawn.
+Draws come from a seed (`stream`), or from a file that was read before (`bslora.common`). What codes are read against has a place
+for each module and a checksum, CRC-32 over the CRC-32 of each place's draws.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from zlib import crc32
 
 import numpy as np
 
-from bslora_convert.initialisation.stream import Place, Stream
+from bslora_convert.errors import InputError
+from bslora_convert.initialisation.stream import SEEDS, Place, Stream
 from bslora_convert.modules.factors import Shape
 
-KEPT_BYTES = 1 << 30  # of draws that stay in memory
+KEPT_BYTES = 1 << 30  # of draws of seeds that stay in memory
 FARTHEST = 1 << 28  # draws before an adapter's own that are looked at, its modules' own draws not counted
 APART = 64  # times a module's numbers that may lie between its draws and those of the module before it
 
 Span = tuple[int, int]  # first draw, count
+Key = int | str  # a seed, or the name of a file
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What draws come from, and their checksum.
+    """Where draws come from, one of seed and file, and their checksum."""
 
-    seed: of MT19937 (`stream`).
-    """
-
-    seed: int
     checksum: int
+    seed: int | None = None
+    file: str | None = None
+
+    @classmethod
+    def of(cls, key: Key, checksum: int) -> "Origin":
+        """That of a seed or a file's name."""
+        return cls(checksum, file=key) if isinstance(key, str) else cls(checksum, seed=key)
+
+    @property
+    def key(self) -> Key:
+        """The seed, or the name of the file."""
+        found = self.seed if self.file is None else self.file
+        assert found is not None  # one of them is given
+        return found
 
 
 @dataclass(slots=True)
 class _Kept:
-    """Draws of one seed by span, with the CRC-32 of each."""
+    """Draws of one seed or file by span, with the CRC-32 of each. whole: all of a file's, None where a seed is drawn from."""
 
-    draws: dict[Span, tuple[np.ndarray, int]]
+    whole: np.ndarray | None = None
+    spans: dict[Span, tuple[np.ndarray, int]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(numbers.nbytes for numbers, _ in self.draws.values())
+        return 0 if self.whole is not None else sum(numbers.nbytes for numbers, _ in self.spans.values())
 
-    def complete(self, seed: int, spans: Sequence[Span]) -> None:
-        """Generates what is missing, in one pass over the stream."""
-        stream, at = Stream(seed), 0
-        for first, count in sorted(set(spans) - set(self.draws)):
-            if first < at:  # spans that overlap are of no real adapter, but they are no harm
-                stream, at = Stream(seed), 0
+    def complete(self, key: Key, spans: Sequence[Span]) -> None:
+        """Cuts out, or draws in one pass over the stream, what is missing."""
+        missing = sorted(set(spans) - set(self.spans))
+        if self.whole is not None:
+            for first, count in missing:
+                self._take(first, self.whole[first : first + count])
+            return
+        assert isinstance(key, int)  # files are whole
+        stream, at = Stream(key), 0
+        for first, count in missing:
+            if first < at:  # spans that overlap are of no real adapter, but they do no harm
+                stream, at = Stream(key), 0
             stream.skip(first - at)
-            numbers = stream.take(count)
+            self._take(first, stream.take(count))
             at = first + count
-            self.draws[first, count] = numbers, crc32(np.ascontiguousarray(numbers, dtype="<i2").data)
+
+    def _take(self, first: int, numbers: np.ndarray) -> None:
+        check = crc32(np.ascontiguousarray(numbers, dtype="<i2").data)
+        self.spans[first, len(numbers)] = numbers, check
 
 
-_kept: dict[int, _Kept] = {}
+_kept: dict[Key, _Kept] = {}
 _lock = Lock()
 
 
-def draws_at(seed: int, spans: Sequence[Span]) -> tuple[list[np.ndarray], int]:
-    """The draws of each span, (count,) int16, and the checksum of all of them in the order of the stream."""
+def hold(file: str, numbers: np.ndarray) -> None:
+    """Keeps a file's draws, int16, for as long as the process lives; of the same name only the first are taken."""
     with _lock:
-        kept = _kept.pop(seed, None) or _Kept({})
-        if any(span not in kept.draws for span in spans):
-            kept.complete(seed, spans)
-        _kept[seed] = kept
-        while len(_kept) > 1 and sum(one.bytes for one in _kept.values()) > KEPT_BYTES:
-            del _kept[next(iter(_kept))]
-        found = {span: kept.draws[span] for span in sorted(spans)}
+        _kept.setdefault(file, _Kept(numbers))
+
+
+def is_held(file: str) -> bool:
+    """Whether a file's draws are kept."""
+    return file in _kept
+
+
+def draws_at(key: Key, spans: Sequence[Span]) -> tuple[list[np.ndarray], int]:
+    """The draws of each span, (count,) int16, and the checksum of all of them in the order of the stream.
+
+    :raises InputError: when they are of a file that has not been read, or that ends before them.
+    """
+    key = key % SEEDS if isinstance(key, int) else key
+    with _lock:
+        if isinstance(key, str) and key not in _kept:
+            raise InputError(
+                f"{key}: the initialisation that the codes were made against was not found beside them or above"
+            )
+        kept = _kept.pop(key, None) or _Kept()
+        _kept[key] = kept
+        if kept.whole is not None and any(first + count > len(kept.whole) for first, count in spans):
+            raise InputError(f"{key}: ends before the draws that the codes were made against")
+        if any(span not in kept.spans for span in spans):
+            kept.complete(key, spans)
+        seeds = [one for one in _kept if isinstance(one, int)]
+        while len(seeds) > 1 and sum(_kept[one].bytes for one in seeds) > KEPT_BYTES:
+            del _kept[seeds.pop(0)]
+        found = {span: kept.spans[span] for span in sorted(spans)}
     total = 0
     for _, check in found.values():
         total = crc32(check.to_bytes(4, "little"), total)

@@ -15,8 +15,11 @@ INITS = ("auto", "none", "search")
 
 def init_option() -> Any:
     """Where A's random initialisation is looked for."""
-    help = "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from one seed, or not at all (none)."
-    return option("auto", help, FORM, metavar="auto|none|search|SEED")
+    return option(
+        "auto",
+        "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from one seed, or not at all (none).",
+        FORM, metavar="auto|none|search|SEED",
+    )  # fmt: skip
 
 
 def checked_init(value: int | str) -> int | str:

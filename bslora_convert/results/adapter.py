@@ -90,13 +90,15 @@ class CodingRecord(Record):
 class InitialisationRecord(Record):
     """A's random initialisation. cosine: mean of A's with their draws; changed: share of A's energy that training put in.
 
-    offset: draws before the adapter's own. modules: whose draws were found; used: that are stored against them.
-    bytes_without: forecast of what codes of the same error would take without it.
+    seed, offset: of the draws, and how many were before the adapter's own; file: of the library, where there is no seed.
+    modules: whose draws were found; used: that are stored against them. bytes_without: forecast of what codes of the same error
+    would take without it.
     """
 
     generator: str
-    seed: int
-    offset: int
+    seed: int | None = None
+    offset: int | None = None
+    file: str | None = None
     modules: int
     cosine: float
     changed: float

@@ -17,7 +17,7 @@ from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, KNOWING, OWN_SIZE, SCALED, SEARCHED, SUFFIX, USUAL, as_strong
-from bslora_convert.conversion.initial import initial_of, look_for
+from bslora_convert.conversion.initial import look_for
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -35,6 +35,7 @@ from bslora_convert.modules.lowrank import inner, residual_energy
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.comparing import CompareOptions
 from bslora_convert.recipe.options import built
+from bslora_convert.recipe.storage import INITS
 from bslora_convert.results.analysis import Comparison, FormBehaviour, FormRow
 from bslora_convert.version import __version__
 
@@ -72,7 +73,8 @@ def compare(
     storage = adapter.dtype if asked.dtype == "auto" else getattr(torch, asked.dtype)
     chosen = [name for name in FORMS if name in (asked.forms or USUAL)]
     knows = asked.init if not KNOWING.isdisjoint(chosen) else "none"
-    initial = initial_of(look_for(adapter, knows, progress=progress), adapter)
+    known = look_for(adapter, knows, progress=progress)
+    initial = None if known is None else known.initial
     digest, found = sha256(adapter.weights), _fitted(adapter, initial, chosen, storage, asked, progress)
     if rows is not None:
         reference = Adapter.of_lora(adapter, Path(lora), digest)
@@ -241,5 +243,9 @@ def _check(asked: CompareOptions, out: str | Path | None) -> None:
         raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}", "forms")
     if asked.save and out is None:
         raise RecipeError("save needs an output directory: give out", "save", "out")
+    if asked.init not in INITS[:2] and KNOWING.isdisjoint(asked.forms or USUAL):
+        raise RecipeError(
+            f"init is {asked.init!r}: none of these forms uses A's random initialisation; give auto or none", "init"
+        )
     if not asked.forms or "vb_lora" in asked.forms:
         need("analysis", "the form vb_lora")

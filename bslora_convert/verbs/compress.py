@@ -9,7 +9,7 @@ Where the source is in the authors' BSLoRA layout there is nothing to fit: see `
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from bslora_convert.behaviour.training_rows import TrainingRun
 from bslora_convert.bslora.official import is_official
 from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
-from bslora_convert.conversion.initial import initial_of, look_for
+from bslora_convert.conversion.initial import Known, look_for
 from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
@@ -33,7 +33,6 @@ from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
-from bslora_convert.initialisation.found import Found
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
@@ -58,6 +57,7 @@ def compress(
     overwrite: bool = False,
     report_html: bool = True,
     recorded_as: str | None = None,
+    commons: Sequence[Path] = (),
     progress: Progress = silent,
 ) -> Fidelity:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
@@ -66,6 +66,7 @@ def compress(
 
     training: how to distil where the recipe says `finetune`. recorded_as: what the record calls the source, instead of its path;
     then it leaves times out as well, so that the same input gives the same bytes in every file, wherever it lies.
+    commons: files of initialisations that a library has (`bslora.common`), which must lie beside or above `out`.
 
     :raises InputError: when the source, a prompt file or the base model is missing or damaged, or they don't belong together.
     :raises Refused: when the source is valid but can't be converted faithfully.
@@ -85,14 +86,14 @@ def compress(
     digest, request, run = sha256(adapter.weights), Request.of(recipe, adapter), TrainingRun(training, out, began)
     with _session(resolve(source), adapter, digest, recipe, progress) or nullcontext() as session:
         measured = _measured(adapter, recipe.device, request)
-        found = _initialisation(adapter, recipe, request, progress)
-        measured = replace(measured, initial=initial_of(found, adapter))
+        known = _initialisation(adapter, recipe, request, commons, progress)
+        measured = replace(measured, initial=None if known is None else known.initial)
         read = time.perf_counter()
         if isinstance(adapter, OfficialSource):
             made, used, extras = as_found(adapter, recipe)
         else:
             made, used, extras = _converted(measured, request, recipe, session, files, run, progress)
-    origin = Origin(adapter, measured, digest, recorded_as or str(adapter.path), found)
+    origin = Origin(adapter, measured, digest, recorded_as or str(adapter.path), known)
     if recipe.calibration.finetune is not None and not is_writer():
         return Fidelity.from_dict(written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:
@@ -142,11 +143,13 @@ def _measured(adapter: LoraAdapter, device: str, request: Request) -> Source:
     return measured
 
 
-def _initialisation(adapter: LoraAdapter, recipe: Recipe, request: Request, progress: Progress) -> Found | None:
-    """Where A's were drawn, of what is to be coded."""
+def _initialisation(
+    adapter: LoraAdapter, recipe: Recipe, request: Request, commons: Sequence[Path], progress: Progress
+) -> Known | None:
+    """The random initialisation of what is to be coded."""
     if isinstance(adapter, OfficialSource) or not request.target.is_coded:
         return None
-    return look_for(adapter, recipe.storage.init, progress=progress)
+    return look_for(adapter, recipe.storage.init, commons, progress)
 
 
 def _converted(

@@ -11,7 +11,7 @@ from bslora_convert.bslora.form import LEVELS, BsloraForm
 from bslora_convert.bslora.official import OFFICIAL_TYPE, OfficialAdapter, load_official
 from bslora_convert.bslora.official.plan import KEY
 from bslora_convert.bslora.storage import PEFT_TYPE, CompactAdapter, load_compact
-from bslora_convert.conversion.initial import describe, initial_of, look_for
+from bslora_convert.conversion.initial import describe, look_for
 from bslora_convert.conversion.sizes import sizes
 from bslora_convert.errors import Refused
 from bslora_convert.files.address import resolve
@@ -56,8 +56,8 @@ def _lora(adapter: LoraAdapter, path: Path, config: Mapping[str, Any], head: Map
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     source = measure(adapter.modules, adapter.kinds)
     check_magnitude(source, adapter.weights)
-    found = look_for(adapter, "auto")
-    source = replace(source, initial=initial_of(found, adapter))
+    known = look_for(adapter, "auto")
+    source = replace(source, initial=None if known is None else known.initial)
     return Inspection(
         kind="lora",
         convertible=True,
@@ -70,7 +70,7 @@ def _lora(adapter: LoraAdapter, path: Path, config: Mapping[str, Any], head: Map
         **_ranks(shapes, list(ranks.values()), ranks),
         spectra=_spectra(source, adapter),
         sizes=sizes(source, adapter, path),
-        initialisation=None if found is None else describe(found, adapter),
+        initialisation=None if known is None else describe(known, adapter),
         notes=list(adapter.notes),
     )
 

@@ -11,7 +11,8 @@ from bslora_convert.baselines import QUANTISED, WHOLE, OutOfReach
 from bslora_convert.baselines.blocks import Blocks, Grid, affine, sign
 from bslora_convert.baselines.loraquant import STRONG, WEAK, optimised, rounded
 from bslora_convert.baselines.nf4 import DYNAMIC, NF4, QUANTILES
-from bslora_convert.baselines.quantised import GRIDS, TRUNCATED, bytes_of
+from bslora_convert.baselines.quantised import GRIDS, TRUNCATED
+from bslora_convert.baselines.ranks import bytes_of
 from bslora_convert.bslora.codes.packing import unpack
 from bslora_convert.comparison.forms import as_strong
 from bslora_convert.fit.source import Source, measure

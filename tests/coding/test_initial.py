@@ -15,7 +15,7 @@ from bslora_convert.bslora.storage import load_coded
 from bslora_convert.coding.encode import code_pair, code_rows, distortions, encode
 from bslora_convert.coding.items import KAPPA, Against, component_items
 from bslora_convert.coding.widths import ALONE, options
-from bslora_convert.conversion.initial import initial_of, look_for
+from bslora_convert.conversion.initial import look_for
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.source import measure
 from bslora_convert.initialisation import kept
@@ -237,10 +237,10 @@ def first_of(config):  # type: ignore[no-untyped-def]
     [
         (lambda c: c["initialisation"].update(seed=43), "checksum"),
         (lambda c: c["initialisation"].update(checksum=1), "checksum"),
-        (lambda c: c["initialisation"].update(seed=-1), "seed and checksum is expected"),
-        (lambda c: c["initialisation"].update(seed=True), "seed and checksum is expected"),
-        (lambda c: c["initialisation"].update(more=1), "seed and checksum is expected"),
-        (lambda c: c.pop("initialisation"), "seed and checksum is expected"),
+        (lambda c: c["initialisation"].update(seed=-1), "an object with seed or file"),
+        (lambda c: c["initialisation"].update(seed=True), "an object with seed or file"),
+        (lambda c: c["initialisation"].update(more=1), "an object with seed or file"),
+        (lambda c: c.pop("initialisation"), "an object with seed or file"),
         (lambda c: [m.pop("initial") for m in c["modules"].values()], "no module has a place"),
         (lambda c: first_of(c).update(initial=[1 << 60, 8]), "draws so far on"),
         (lambda c: first_of(c).update(initial=[0, 1 << 40]), "a first draw and a rank"),
@@ -296,8 +296,9 @@ def test_the_same_adapter_gives_the_same_bytes(drawn: Path, compact: Path, tmp_p
 
 def test_an_initialisation_is_of_the_modules_that_use_it(drawn: Path) -> None:
     adapter = load_lora(drawn)
-    initial = initial_of(look_for(adapter, "auto"), adapter)
-    assert initial is not None
+    known = look_for(adapter, "auto")
+    assert known is not None and known.offset == 0
+    initial = known.initial
     some = list(adapter.modules)[:3]
     part = initial.only(some)
     assert part is not None and list(part.places) == some and initial.only([]) is None

@@ -1,0 +1,96 @@
+"""Adapters that were drawn alike, whoever knows their seed: found by cosine, and what they have in common.
+
+    Ā_m = mean over siblings i of A_im / ‖A_im‖             A₀ of module m, up to a scale, as near as they are many
+
+Random A's of n numbers have a cosine of about 1/√n; siblings' are near one. A mean of three is worth as much as the seed: what
+training put into all of them is in it too.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bslora_convert.initialisation.drawn import Module
+from bslora_convert.initialisation.kept import draws_at
+from bslora_convert.initialisation.stream import Place
+from bslora_convert.modules.factors import Shape
+
+ALIKE, BEYOND_CHANCE = 0.3, 8.0  # least cosine; and in units of what chance gives
+SKETCHED, HEAD = 8, 1024  # modules of a sketch, numbers of each
+TINY = 1e-30
+
+
+def sketch(modules: Mapping[str, Module]) -> tuple[tuple[str, ...], Tensor]:
+    """What siblings are known by: names and shapes of the modules, and some numbers of some A's, of unit length each."""
+    linear = {name: module for name, module in modules.items() if module.kind == "linear" and module.size}
+    names = sorted(linear)
+    signature = tuple(f"{name} {tuple(linear[name].a.shape)}" for name in names)
+    step = max(len(names) // SKETCHED, 1)
+    heads = [linear[name].a.reshape(-1)[:HEAD].double() for name in names[::step][:SKETCHED]]
+    return signature, torch.cat([head / head.norm().clamp_min(TINY) for head in heads] or [torch.zeros(0)])
+
+
+def alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two sketches of one signature are of siblings."""
+    cosine = float(first @ second) / max(float(first.norm() * second.norm()), TINY)
+    return cosine >= bar(len(first))
+
+
+def bar(count: int) -> float:
+    """The least cosine of `count` numbers by which they are taken to be drawn alike."""
+    return max(ALIKE, BEYOND_CHANCE / sqrt(max(count, 1)))
+
+
+def clusters(sketches: Sequence[Tensor]) -> list[list[int]]:
+    """Siblings among sketches of one signature: each with the first of a cluster that it is like, by number."""
+    found: list[list[int]] = []
+    for index, one in enumerate(sketches):
+        for members in found:
+            if alike(sketches[members[0]], one):
+                members.append(index)
+                break
+        else:
+            found.append([index])
+    return found
+
+
+def mean(siblings: Sequence[Mapping[str, Module]]) -> dict[str, Tensor]:
+    """Ā (r, in) of every linear module, float32, in the order of the first sibling's."""
+    found = {}
+    for name, first in siblings[0].items():
+        if first.kind == "linear" and first.size:
+            total = torch.zeros_like(first.a, dtype=torch.float64)
+            for one in siblings:
+                a = one[name].a.double()
+                total += a / a.norm().clamp_min(TINY)
+            found[name] = total.float() / len(siblings)
+    return found
+
+
+def in_common(
+    modules: Mapping[str, Module], file: str, shapes: Mapping[str, Shape]
+) -> tuple[dict[str, Place], dict[str, float]]:
+    """(Places in a file, cosines) of the modules that are like it. shapes: (r, in) of its modules, in its order."""
+    places: dict[str, Place] = {}
+    cosines: dict[str, float] = {}
+    first = 0
+    for name, (rank, width) in shapes.items():
+        place, first = Place(first, rank), first + rank * width
+        module = modules.get(name)
+        if module is None or module.kind != "linear" or tuple(module.a.shape) != (rank, width):
+            continue
+        (numbers,), _ = draws_at(file, [(place.first, rank * width)])
+        cosine = _cosine(module.a, torch.from_numpy(numbers.astype(np.float64)).view(rank, width))
+        if cosine >= bar(rank * width):
+            places[name], cosines[name] = place, cosine
+    return places, cosines
+
+
+def _cosine(a: Tensor, draws: Tensor) -> float:
+    """Of rows, each draw in its own units: √ of the share of A's energy along them."""
+    a = a.double()
+    along = (a * draws).sum(1).square() / draws.square().sum(1).clamp_min(TINY)
+    return float((along.sum() / a.square().sum().clamp_min(TINY)).sqrt()) if float((a * draws).sum()) > 0 else 0.0
