@@ -148,8 +148,13 @@ def write_lora(
     return directory
 
 
-def drawn_lora(source: Path, place: Path, seed: int = 42, offset: int = 0, changed: float = 0.2) -> Path:
-    """A copy of a LoRA directory whose A's are drawn as PEFT draws them, then changed by normal noise of this relative size."""
+def drawn_lora(
+    source: Path, place: Path, seed: int = 42, offset: int = 0, changed: float = 0.2, trained: int = 1
+) -> Path:
+    """A copy of a LoRA directory whose A's are drawn as PEFT draws them, then changed by normal noise of this relative size.
+
+    trained: the seed of the noise: siblings have one seed and another noise.
+    """
     place.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and file.name != "adapter_model.safetensors":
@@ -157,7 +162,7 @@ def drawn_lora(source: Path, place: Path, seed: int = 42, offset: int = 0, chang
     tensors = load_file(source / "adapter_model.safetensors")
     torch.manual_seed(seed)
     torch.empty(offset).uniform_()
-    noise = torch.Generator().manual_seed(seed + 1)
+    noise = torch.Generator().manual_seed(trained)
     for key in sorted(key for key in tensors if key.endswith("lora_A.weight")):
         a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
         torch.empty(a.numel() + b.numel()).uniform_()

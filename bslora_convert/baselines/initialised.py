@@ -103,14 +103,15 @@ class Rows:
 PLAIN = Rows()
 
 
-def seeded(initial: Initial) -> str:
+def against(initial: Initial) -> str:
     """What a reader is told of a form that uses it."""
-    return f"against A's initialisation, seed {initial.seed}"
+    key = initial.key
+    return f"against A's initialisation, {key if isinstance(key, str) else f'seed {key}'}"
 
 
 def note_of(source: Source, rows: Rows) -> str:
     """The same of a way to store rows of A."""
-    return "" if source.initial is None or not rows.known.bases else seeded(source.initial)
+    return "" if source.initial is None or not rows.known.bases else against(source.initial)
 
 
 def lost(source: Source, fitted: Fitted, rows: Rows, known: Known) -> float:

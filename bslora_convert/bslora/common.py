@@ -63,17 +63,30 @@ def provide(layout: Layout, directory: Path) -> None:
     :raises InputError: when it can't be found, or is damaged.
     """
     name = None if layout.origin is None else layout.origin.file
-    if name is None or is_held(name):
-        return
+    if name is not None and not is_held(name):
+        read_common(found_from(directory, name))
+
+
+def found_from(directory: Path, name: str) -> Path:
+    """Where a file of this name is, seen from an adapter's directory.
+
+    :raises InputError: when it is not there.
+    """
     if NAME.fullmatch(name):
         for place in [directory, *list(directory.absolute().parents)[:ABOVE]]:
             if (place / name).is_file():
-                read_common(place / name)
-                return
+                return place / name
     raise InputError(
         f"{directory}: its codes are against {name}, which lies beside the library that it comes from; copy it beside the "
         "adapter or above"
     )
+
+
+def named_in(config: object) -> str | None:
+    """The file that an adapter's configuration names, if its codes are against one; the configuration may say anything."""
+    said = config.get("initialisation") if isinstance(config, dict) else None
+    name = said.get("file") if isinstance(said, dict) else None
+    return name if isinstance(name, str) and NAME.fullmatch(name) else None
 
 
 def read_common(path: Path) -> tuple[str, dict[str, Shape]]:

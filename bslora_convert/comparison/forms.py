@@ -23,7 +23,7 @@ import torch
 
 from bslora_convert.baselines import BASELINES, QUANTISED, QUANTISED_INITIAL, WHOLE, WHOLE_INITIAL
 from bslora_convert.baselines.baseline import Fitted, Fitter, OutOfReach, largest, rounded
-from bslora_convert.baselines.initialised import seeded
+from bslora_convert.baselines.initialised import against
 from bslora_convert.bslora.form import LEVELS, BsloraForm, Module
 from bslora_convert.coding.form import code_form
 from bslora_convert.errors import RecipeError
@@ -95,7 +95,7 @@ def coded(width: int | None, strong: bool, source: Source, budget: int, storage:
     form = found.form
     settings = {"bits a number": round(found.bits / max(form.parameters, 1), 2)}
     deltas = {name: form.delta(name) for name in form.modules}
-    note = "" if found.initial is None else seeded(found.initial)
+    note = "" if found.initial is None else against(found.initial)
     return Fitted(deltas, form.parameters, settings, bytes=-(-found.bits // 8), note=note)
 
 

@@ -30,6 +30,7 @@ WANTED = (
     "*.tiktoken",
     "*.txt",
 )  # of an adapter's directory, or of a library's
+COMMON = "initialisation-*.safetensors"  # of a library, above its adapters (`bslora.common`)
 HELD: list["TemporaryDirectory[str]"] = []  # until the process ends
 
 
@@ -57,7 +58,7 @@ def _from_hub(rest: str, inner: str | None) -> Path:
 
     above = f"{match['sub']}/" if match["sub"] else ""
     folder = f"{above}{inner}/" if inner else above
-    patterns = [f"{folder}{kind}" for kind in WANTED]
+    patterns = [f"{folder}{kind}" for kind in WANTED] + [f"{over}{COMMON}" for over in _above(folder)]
     try:
         root = snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=patterns, endpoint=os.environ.get("HF_ENDPOINT")
@@ -70,6 +71,12 @@ def _from_hub(rest: str, inner: str | None) -> Path:
     return place
 
 
+def _above(folder: str) -> list[str]:
+    """The directories above one, the root first: `a/b/` -> ``, `a/`."""
+    parts = folder.rstrip("/").split("/")
+    return ["".join(f"{part}/" for part in parts[:length]) for length in range(len(parts))] if folder else []
+
+
 def _from_store(address: str, inner: str | None) -> Path:
     store = Store.at(address)
     held = TemporaryDirectory(prefix="bslora-")
@@ -77,6 +84,9 @@ def _from_store(address: str, inner: str | None) -> Path:
     try:
         names = store.names(inner or "")
         store.copy([name for name in names if any(fnmatchcase(name, kind) for kind in WANTED)], place)
+        if inner:
+            above = {name for over in _above(f"{inner}/") for name in store.names(over.rstrip("/"), depth=1)}
+            store.copy([name for name in above if fnmatchcase(name.rpartition("/")[2], COMMON)], place)
         if not (place / (inner or "")).is_dir() or not any(place.iterdir()):
             raise InputError(f"{store.url}: no such place, or an empty one")
     except InputError:

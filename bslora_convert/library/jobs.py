@@ -34,7 +34,8 @@ class Job:
     """What to convert, where to and how.
 
     recipe: the adapter's own (`library/options.py`), training: options by name; key: hash of all that the result depends on.
-    bytes, base_bytes: of the weight files of the adapter and of the base model that its conversion runs.
+    bytes, base_bytes: of the weight files of the adapter and of the base model that its conversion runs. commons: files of
+    initialisations of the library.
     """
 
     item: Item
@@ -46,6 +47,7 @@ class Job:
     bytes: int = 0
     base_bytes: int = 0
     html: bool = True
+    commons: tuple[str, ...] = ()
 
     @property
     def destination(self) -> Path:
@@ -123,6 +125,7 @@ def convert_one(job: Job, compress: Compress) -> Result:
                 training=Training(**job.training) if job.training else None,
                 recorded_as=job.item.uri,
                 report_html=job.html,
+                commons=[Path(path) for path in job.commons],
                 overwrite=is_ours(job),
             )
         result = done(job, record)

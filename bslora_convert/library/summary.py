@@ -13,13 +13,18 @@ SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")
 
 
-def summarise(rows: Sequence[Result], items: int, seconds: float | None, run: RunRecord) -> BatchSummary:
-    """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part."""
+def summarise(
+    rows: Sequence[Result], items: int, seconds: float | None, run: RunRecord, in_common: int = 0
+) -> BatchSummary:
+    """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part.
+
+    in_common: bytes of the initialisations that adapters have in common.
+    """
     counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     good = [row for row in rows if row.status in ("ok", "skipped")]
     converted = [row for row in rows if row.status == "ok"]
     before = sum(row.source_bytes or 0 for row in good)
-    after = sum(row.bytes or 0 for row in good)
+    after = sum(row.bytes or 0 for row in good) + in_common
     errors = [row.relative_error for row in good if row.relative_error is not None]
     rate = 1 / seconds if seconds and converted else None
     return BatchSummary(
@@ -30,6 +35,7 @@ def summarise(rows: Sequence[Result], items: int, seconds: float | None, run: Ru
         duplicates=sum(row.duplicate_of is not None for row in rows),
         bytes_before=before,
         bytes_after=after,
+        bytes_in_common=in_common,
         byte_ratio=after / before if before else None,
         relative_error=_quantiles(errors),
         errors=dict(Counter(row.error for row in rows if row.error is not None)),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bslora_convert.bslora.codes.composed import from_file
 from bslora_convert.bslora.codes.file import NAMES
+from bslora_convert.bslora.common import named_in, provide
 from bslora_convert.bslora.form import PARTS
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.resident import RESIDENT
@@ -31,6 +32,7 @@ from bslora_convert.bslora.storage import (
 )
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.record import CHANGED, integrity
+from bslora_convert.files.remote import fetched
 from bslora_convert.peft.fresh import DEFAULT_RANKS, DEFAULT_TARGETS, SCALING, Fresh, fields
 from bslora_convert.peft.initial import Init
 from bslora_convert.recipe.checks import check_choice, is_number
@@ -213,7 +215,13 @@ class BsloraConfig(PeftConfig):
         weights = directory / WEIGHTS_NAME
         if not accept_changed and weights.is_file() and integrity(directory, weights) == CHANGED:
             raise InputError(changed(directory))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(found, BsloraConfig) and named_in({"initialisation": found.initialisation}) is not None:
+            provide(
+                found.stored,
+                directory if directory.is_dir() else _snapshot(str(pretrained_model_name_or_path), subfolder),
+            )
+        return found
 
     def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors as the model holds them: decoded, in the model's names, scaling taken out.
@@ -237,6 +245,11 @@ class BsloraConfig(PeftConfig):
         self.coding = self.initialisation = None
         self.modules = {n: {k: v for k, v in module.items() if k != "initial"} for n, module in self.modules.items()}
         return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
+
+
+def _snapshot(repo: str, subfolder: str | None) -> Path:
+    """The directory of a Hub's adapter, with the files of its library above it."""
+    return fetched(f"hf://{repo}", subfolder or None)
 
 
 def scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

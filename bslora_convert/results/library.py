@@ -18,7 +18,10 @@ class RunRecord(Record):
 
 @record
 class BatchSummary(Record):
-    """`summary.json`: what `batch` returns. serving: a server's slots before and after."""
+    """`summary.json`: what `batch` returns. serving: a server's slots before and after.
+
+    bytes_after: of all results, and of the initialisations that they have in common, which are bytes_in_common.
+    """
 
     schema_version: int
     items: int
@@ -30,6 +33,7 @@ class BatchSummary(Record):
     duplicates: int
     bytes_before: int
     bytes_after: int
+    bytes_in_common: int = 0
     byte_ratio: float | None
     relative_error: dict[str, float] | None
     errors: dict[str, int]

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
+from bslora_convert.bslora.common import commons_in
 from bslora_convert.errors import InputError, OutputError
 from bslora_convert.extras import need
 from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
 from bslora_convert.files.record import text_of
+from bslora_convert.library.common import commons_of
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
@@ -82,6 +84,8 @@ def batch(
     _make(out)
     made_with.keep(out)
     began = time.perf_counter()
+    commons = tuple(map(str, commons_of(found.jobs, out, recipe, progress)))
+    found = replace(found, jobs=tuple(replace(job, commons=commons) for job in found.jobs))
     rows = _run(found, out, asked, progress)
     seconds = time.perf_counter() - began if asked.shard == (1, 1) else None
     index, count = asked.shard
@@ -92,7 +96,8 @@ def batch(
         gave_up=len(rows) < len(own),
     )
     final = _final(items, rows, out, made_with.key)
-    summary = summarise(final, len(items), seconds, run)
+    in_common = sum(path.stat().st_size for path in commons_in(out))
+    summary = summarise(final, len(items), seconds, run, in_common)
     _write(out, final, summary)
     return summary
 

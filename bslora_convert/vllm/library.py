@@ -7,6 +7,8 @@ What is handed out to vLLM is a snapshot of either (`snapshots.py`), so a store 
 that does not answer is waited for as long as `PATIENCE`, and costs that one request its answer.
 """
 
+import json
+import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Protocol
 
+from bslora_convert.bslora.common import named_in
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError
 from bslora_convert.files.jsonfile import LARGEST_JSON
@@ -108,7 +111,20 @@ class Elsewhere:
         if CONFIG_NAME not in held:
             return None
         store.copy([f"{name}/{file}" for file in held], place)
+        common = _named(place / name / CONFIG_NAME)
+        if common is not None and not Path(self._room.name, common).is_file() and _fits(store, common, LARGEST_WEIGHTS):
+            partial = Path(self._room.name) / f"partial-{secrets.token_hex(4)}"
+            store.copy([common], partial)
+            (partial / common).replace(Path(self._room.name) / common)  # above the place of every tenant
         return place / name
+
+
+def _named(config: Path) -> str | None:
+    """The file of a library that a tenant's configuration names; a damaged one names none, and is refused later."""
+    try:
+        return named_in(json.loads(config.read_bytes()))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _fits(store: Store, file: str, most: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bslora_convert.bslora.common import found_from, provide
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import (
     CONFIG_NAME,
@@ -18,6 +19,7 @@ from bslora_convert.bslora.storage import (
     load_compact,
 )
 from bslora_convert.errors import InputError, Refused
+from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.factors import Shape
@@ -96,9 +98,20 @@ class Tenants:
         if base not in self._shapes:
             self._shapes[base] = shapes_of(base)
         check_shapes(layout.modules, self._shapes[base])
+        self._keep_common(layout, place)
         fill = WRITERS[self.settings.plan]
         path, written = self.snapshots.get(files.digest, lambda out: fill(files, config, out))
         return Tenant(path, len(files.weights), written)
+
+    def _keep_common(self, layout: Layout, place: Path) -> None:
+        """Reads what a tenant's codes are against, and keeps it above its snapshot for workers that decode.
+
+        :raises InputError: when it is not there, or damaged.
+        """
+        provide(layout, place)
+        name = None if layout.origin is None else layout.origin.file
+        if name is not None and not (self.snapshots.place / name).is_file():
+            replace_file(self.snapshots.place / name, found_from(place, name).read_bytes())
 
 
 def read_files(place: Path) -> Files:
