@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bslora_convert.comparison.forms import FORMS, OWN_SIZE, SUFFIX
+from bslora_convert.comparison.forms import OWN_SIZE, SUFFIX, USUAL
 from bslora_convert.comparison.winners import error, kl, winners
 from bslora_convert.report.commands import PROMPTS, UNKNOWN_BASE, joined
 from bslora_convert.results.analysis import Comparison, FormRow
@@ -16,7 +16,7 @@ def compare(record: Comparison) -> str:
     words = ["compare", record.source["path"], "--base-model", UNKNOWN_BASE, *PROMPTS]
     if budgets:
         words += ["--budgets", ",".join(f"{budget:g}" for budget in budgets)]
-    if set(forms) != set(FORMS):
+    if set(forms) != set(USUAL):
         words += ["--forms", ",".join(forms)]
     return joined(*words, "--out", "OUT_DIR")
 

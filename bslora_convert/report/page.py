@@ -65,11 +65,25 @@ def render(
                 "error by module: the stronger the red, the more is lost": plots.picture(
                     lambda width: plots.error_map(*grid, width)
                 ),
+                **_moved(record, kinds),
                 **{title: Picture(plots.data_uri(figure)) for title, figure in figures.items()},
             },
             worst=sorted(modules, key=lambda module: -module.relative_error)[:12],
         )
     )
+
+
+def _moved(record: Fidelity, kinds: Mapping[str, str]) -> dict[str, Picture]:
+    """How far training moved each A from its random initialisation, where that is known."""
+    if record.initialisation is None:
+        return {}
+    names = [module.name for module in record.weight.modules]
+    shown = short_layers([layer_of(name) for name in names])
+    shares = record.initialisation.changed_by_module
+    found = {(layer, kinds[n]): shares[n] for layer, n in zip(shown, names, strict=True) if n in shares}
+    layers, rows = list(dict.fromkeys(shown)), list(dict.fromkeys(kinds.values()))
+    picture = plots.picture(lambda width: plots.change_map(found, layers, rows, width))
+    return {"how far training moved A from its random initialisation": picture}
 
 
 def _error_grid(

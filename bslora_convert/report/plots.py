@@ -27,6 +27,7 @@ PART_COLOURS = {"local": "#2f6f9f", "intra": "#e08e45", "inter": "#7a9e49"}
 WIDE, NARROW = 9.0, 4.4  # inches: a page's width, a phone's
 ROWS = 40  # of a map, before its rows get lower
 LEAST_RED = 0.1  # error that has the full red at least: a map of tiny errors stays pale
+LEAST_BLUE = 0.05  # share of A at the darkest end of its map at least
 STYLE: Any = {
     "svg.hashsalt": "bslora-convert",
     "svg.fonttype": "none",
@@ -92,6 +93,14 @@ def rank_map(
 ) -> Figure:
     """The effective rank of each module, in blues: layers across, kinds down; grey where a layer has no such module."""
     return _map(ranks, layers, kinds, "effective rank", neutral(), max([1.0, *ranks.values()]), width)
+
+
+def change_map(
+    shares: Mapping[tuple[str, str], float], layers: Sequence[str], kinds: Sequence[str], width: float = WIDE
+) -> Figure:
+    """How much of each A's energy training put in, in blues; grey where the initialisation is not known."""
+    most = max([LEAST_BLUE, *shares.values()])
+    return _map(shares, layers, kinds, "share of A that training changed", neutral(), most, width)
 
 
 def _map(

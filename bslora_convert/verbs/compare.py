@@ -72,8 +72,7 @@ def compare(
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if asked.dtype == "auto" else getattr(torch, asked.dtype)
     chosen = [name for name in FORMS if name in (asked.forms or USUAL)]
-    knows = asked.init if not KNOWING.isdisjoint(chosen) else "none"
-    known = look_for(adapter, knows, progress=progress)
+    known = look_for(adapter, "none" if KNOWING.isdisjoint(chosen) else asked.init, progress=progress)
     initial = None if known is None else known.initial
     digest, found = sha256(adapter.weights), _fitted(adapter, initial, chosen, storage, asked, progress)
     if rows is not None:

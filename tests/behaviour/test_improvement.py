@@ -41,6 +41,7 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.metric.metric import Metric
 from tests.behaviour.conftest import BASE, LORA, PROMPTS, TINY
 from tests.conftest import FIXTURES
+from tests.planting import drawn_lora
 from tests.recipes import by_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -226,13 +227,17 @@ def test_distillation_lowers_the_heldout_kl(
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
 
 
-def test_distillation_stays_in_the_codes(session: BaseModelSession, examples: list[Example], tmp_path: Path) -> None:
+@pytest.mark.parametrize("drawn", [False, True])
+def test_distillation_stays_in_the_codes(drawn: bool, tmp_path: Path) -> None:
+    """Those against A's random initialisation too."""
+    lora = drawn_lora(LORA, tmp_path / "lora") if drawn else LORA
     recipe = Recipe(transform="ke", bytes=0.1, shared_size=32, finetune=str(PROMPTS), base_model=str(BASE))
     training = Training(epochs=4, learning_rate=3e-3, evaluate_every=5, max_length=96)
-    compress(LORA, tmp_path / "plain", recipe.but(finetune=None, base_model=None), report_html=False)
-    record = compress(LORA, tmp_path / "tuned", recipe, training=training, report_html=False)
+    compress(lora, tmp_path / "plain", recipe.but(finetune=None, base_model=None), report_html=False)
+    record = compress(lora, tmp_path / "tuned", recipe, training=training, report_html=False)
     assert record["training"]["heldout_kl_after"] < 0.7 * record["training"]["heldout_kl_before"]
     before, after = load_compact(tmp_path / "plain"), load_compact(tmp_path / "tuned")
+    assert before.layout == after.layout and bool(after.layout.initial) is drawn
     assert torch.equal(before.codes[WIDTHS_NAME], after.codes[WIDTHS_NAME])
     assert {name: t.shape for name, t in before.codes.items()} == {name: t.shape for name, t in after.codes.items()}
     first = named_tensors(before.form)
@@ -241,7 +246,7 @@ def test_distillation_stays_in_the_codes(session: BaseModelSession, examples: li
     assert not all(same.values())
     # `finetune` on the directory; where nothing is better, it comes out as it was.
     wild = Training(max_steps=2, learning_rate=3.0, clip=1e9, warmup=0.0, max_length=96)
-    finetune(tmp_path / "tuned", tmp_path / "again", LORA, str(BASE), PROMPTS, wild)
+    finetune(tmp_path / "tuned", tmp_path / "again", lora, str(BASE), PROMPTS, wild)
     again = load_compact(tmp_path / "again")
     assert all(torch.equal(again.codes[name], tensor) for name, tensor in after.codes.items())
 

@@ -12,10 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bslora_convert import compare, load_lora, verify
-from bslora_convert.baselines import BASELINES
+from bslora_convert.baselines import BASELINES, QUANTISED, WHOLE
+from bslora_convert.baselines.initialised import INITIAL
 from bslora_convert.bslora.transforms import Kronecker, Slice
 from bslora_convert.cli import main
-from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SUFFIX, UNBIASED, WITHIN_BUDGET
+from bslora_convert.comparison.forms import CODED, FORMS, IN_CODES, OWN_SIZE, SUFFIX, UNBIASED, USUAL, WITHIN_BUDGET
 from bslora_convert.comparison.winners import winners
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.gain import LARGEST
@@ -54,6 +55,8 @@ def test_every_form_of_the_contract_is_there() -> None:
     } <= set(WITHIN_BUDGET)  # fmt: skip
     assert set(FORMS) == set(WITHIN_BUDGET) | set(IN_CODES) | set(OWN_SIZE) | set(UNBIASED)
     assert {name.removesuffix(SUFFIX) for name in UNBIASED} < set(FORMS)
+    assert set(FORMS) - set(USUAL) == {name for name in FORMS if name.removesuffix(SUFFIX).endswith(INITIAL)}
+    assert {name.removesuffix(INITIAL) for name in set(FORMS) - set(USUAL) - set(UNBIASED)} == {*QUANTISED, *WHOLE}
 
 
 def test_rows_are_honest_about_size_and_files_are_whole(tmp_path: Path) -> None:
