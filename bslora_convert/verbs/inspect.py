@@ -83,7 +83,7 @@ def _compact(adapter: CompactAdapter, head: Mapping[str, Any]) -> Inspection:
         reasons=["already in BSLoRA form; `expand` gives the LoRA back"],
         **head,
         bytes_by_part=(parts or _parts(adapter.form)) | _carried_bytes(adapter.carried, adapter.config),
-        **_form(adapter.form),
+        **_form(adapter.form) | {"parameters": adapter.parameters},
         integrity=adapter.integrity,
         notes=[],
     )

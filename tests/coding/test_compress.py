@@ -165,7 +165,7 @@ def test_damaged_directories_are_refused(tmp_path: Path) -> None:
     for fields, words in (
         ({"coding": None}, "is missing"), ({"coding": {"version": 2, "group": 1024}}, "coding is"),
         ({"coding": {"version": 1, "group": 1024}}, "coding is"), ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"format_version": 4}, "this version reads"),
+        ({"format_version": 5}, "this version reads"),
     ):  # fmt: skip
         change(out, **fields)
         with pytest.raises(InputError, match=words):

@@ -57,7 +57,7 @@ def trained(name: str = "ke", steps: int = 4, **options: Any) -> PeftModel:
 
 
 def numbers(config: BsloraConfig) -> int:
-    return sum(rows * columns for _, (rows, columns) in config.layout().tensors())
+    return sum(rows * columns for _, (rows, columns) in config.layout().stored())
 
 
 @pytest.fixture(scope="module")

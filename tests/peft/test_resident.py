@@ -149,7 +149,7 @@ def test_what_is_saved_is_the_file_that_it_came_from(library: Path, tmp_path: Pa
     for place, name in ((tmp_path / "saved", "ke"), (tmp_path / "saved" / "other", "small")):
         assert (place / WEIGHTS).read_bytes() == (library / name / WEIGHTS).read_bytes()
         stored, again = load_compact(library / name), load_compact(place)
-        assert again.config["format_version"] == 3 and again.config["coding"] == stored.config["coding"]
+        assert again.config["format_version"] == 4 and again.config["coding"] == stored.config["coding"]
         assert not {"resident", "decoded_bytes"} & set(again.config)
         assert again.config["modules"] == stored.config["modules"]
     assert torch.equal(logits(PeftModel.from_pretrained(base(), str(tmp_path / "saved"))), expected)
