@@ -1,20 +1,25 @@
 """A's random initialisation of a LoRA, looked for as its recipe says, and what a record says of it."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from bslora_convert.bslora.common import read_common
 from bslora_convert.coding.forecast import Forecast
 from bslora_convert.coding.items import Against
 from bslora_convert.errors import RecipeError
+from bslora_convert.files.record import EXPANSION_NAME
 from bslora_convert.fit.source import Source
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import Found, find
 from bslora_convert.initialisation.initial import Initial
 from bslora_convert.initialisation.kept import are_allowed
-from bslora_convert.initialisation.siblings import in_common
+from bslora_convert.initialisation.siblings import bar, in_common
+from bslora_convert.initialisation.stream import Place
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.results.adapter import InitialisationRecord
@@ -54,6 +59,9 @@ def look_for(
     if asked == "none":
         return None
     modules, seed = modules_of(adapter), asked if isinstance(asked, int) else None
+    recorded = _recorded(adapter)
+    if recorded is not None and seed in (None, recorded.initial.key):
+        return recorded
     found = find(modules, seed=seed, thorough=asked == "search", progress=progress)
     if found is not None and are_allowed(found.places, {n: adapter.modules[n].shape for n in found.places}):
         return _seeded(found, modules)
@@ -69,6 +77,35 @@ def look_for(
         if places:
             return Known(Initial.at(name, places, {n: modules[n].width for n in places}), cosines)
     return None
+
+
+def _recorded(adapter: LoraAdapter) -> Known | None:
+    """The draws that an adapter was trained from, where its record says so (`peft.Init`) and its A's agree."""
+    try:
+        said = json.loads((adapter.weights.parent / EXPANSION_NAME).read_bytes())["drawn"]
+        places = {name: Place(first, rank) for name, (first, rank) in said["places"].items() if name in adapter.modules}
+        seed, numbers = said["seed"], [number for place in places.values() for number in astuple(place)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not places or not all(type(number) is int and number >= 0 for number in (seed, *numbers)):
+        return None
+    shapes = {name: adapter.modules[name].shape for name in places}
+    if not all(0 < place.rank <= adapter.modules[name].rank for name, place in places.items()):
+        return None
+    if not are_allowed(places, shapes):
+        return None
+    initial = Initial.at(seed, places, {name: shape[1] for name, shape in shapes.items()})
+    cosines = {name: _cosine(adapter.modules[name].a, draws) for name, draws in initial.draws.items()}
+    alike = [name for name, cosine in cosines.items() if cosine >= bar(initial.draws[name].numel())]
+    kept = initial.only(alike)
+    return None if kept is None else Known(kept, {name: cosines[name] for name in alike}, 0)
+
+
+def _cosine(a: Tensor, draws: Tensor) -> float:
+    """Of the first rows of A, as many as the draws have."""
+    rows, base = a[: len(draws)].double(), draws.double()
+    length = float(rows.norm() * base.norm())
+    return float((rows * base).sum()) / length if length else 0.0
 
 
 def _seeded(found: Found, modules: Mapping[str, Module]) -> Known:

@@ -63,12 +63,14 @@ class BsloraConfig(PeftConfig):
     what was said before, at first a GiB.
     scaling: of every part while the adapter is on a model, where files have none: B is multiplied by it as it is saved and
     divided by it as it is loaded, which a power of two does exactly. init: how a new adapter is drawn; None leaves it at zero, as
-    one is that will be loaded. None of resident, decoded_bytes, scaling and init is saved.
+    one is that will be loaded. None of resident, decoded_bytes, scaling and init is saved. drawn: the seed and the places of
+    local A's that are its draws (`Init`).
     """
 
     format_version: int = FORMAT_VERSION
     coding: dict[str, Any] | None = None
     initialisation: dict[str, Any] | None = None
+    drawn: dict[str, Any] | None = None
     dtype: str = "float32"
     transform: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +142,11 @@ class BsloraConfig(PeftConfig):
         chosen = {name: options.pop(name, None) for name in CHOOSING}
         found = fields(form, base, target_modules, chosen)
         given = {"modules_to_save": chosen["modules_to_save"], "scaling": scaling, "init": Init.of(init), **options}
-        return cls(**{**found, **given})
+        config = cls(**{**found, **given})
+        if config.init is not None:
+            config.init = config.init.placed(config.layout())
+            config.drawn = config.init.record
+        return config
 
     @property
     def stays_coded(self) -> bool:

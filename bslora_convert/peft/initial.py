@@ -8,15 +8,19 @@ code that its authors released takes U(±1/√n), Kaiming's with a = √5, for a
 keeps the size of what it maps, that of kernels and gates is the uniform draw's.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bslora_convert.bslora.layout import Layout
+from bslora_convert.initialisation.kept import draws_at
+from bslora_convert.initialisation.stream import HALF, SEEDS, Place
 from bslora_convert.modules.factors import Shape
 from bslora_convert.recipe.checks import check_choice, check_whole
 
@@ -47,7 +51,10 @@ class Init:
     """How the tensors of a new adapter are drawn.
 
     own: kernels and gates. a: A, of local and shared parts. seed: the numbers follow from it and the tensors' names alone; where
-    None they come from torch's generator, as PEFT's do, so that `set_seed` decides.
+    None they come from torch's generator, as PEFT's do, so that `set_seed` decides. Uniform local A's of a seed are draws of
+    `initialisation.stream`, one module after the other, and the adapter's configuration records them: codes need no search.
+
+    places: of these draws, which `placed` gives.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
@@ -55,6 +62,7 @@ class Init:
     own: str = "kaiming_normal"
     a: str = "normal"
     seed: int | None = None
+    places: Mapping[str, Place] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("init", self.own, FOR_OWN)
@@ -69,8 +77,33 @@ class Init:
         """
         return value if isinstance(value, Init) else cls(value)
 
+    def placed(self, layout: Layout) -> "Init":
+        """With the places of local A's that are draws of its seed, in the order of the layout; itself where none are."""
+        if self.seed is None or FOR_A[self.a] is not UNIFORM:
+            return self
+        places, first = {}, 0
+        for name, entry in layout.modules.items():
+            if entry.rank and entry.kind == "linear":
+                places[name], first = Place(first, entry.rank), first + entry.rank * entry.shape[1]
+        return replace(self, places=places)
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What a configuration says of the draws."""
+        if not self.places or self.seed is None:
+            return None
+        return {
+            "seed": self.seed % SEEDS,
+            "places": {name: list(astuple(place)) for name, place in self.places.items()},
+        }
+
     def numbers(self, module: str, name: str, shape: Shape) -> Tensor:
         """A tensor of the format (`local_A`, `intra_own_B`) of a module, float32 on the CPU whatever the model is on."""
+        if name == "local_A" and module in self.places and self.seed is not None:
+            place = self.places[module]
+            (found,), _ = draws_at(self.seed % SEEDS, [(place.first, place.rank * shape[1])])
+            drawn: Tensor = torch.from_numpy(found.astype(np.float32)).view(shape) / (HALF * shape[1] ** 0.5)
+            return drawn
         tensor = torch.zeros(shape)
         part, _, own = name.partition("_own_")
         draw = FOR_OWN[self.own] if own else FOR_A[self.a] if part.endswith("_A") else None

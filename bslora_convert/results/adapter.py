@@ -276,7 +276,10 @@ class ServedRecord(Record):
 
 @record
 class Expanded(Record):
-    """`expansion.json`: what `expand` returns. architecture: of a GGUF file. served: a server's slot, if any."""
+    """`expansion.json`: what `expand` returns. architecture: of a GGUF file. served: a server's slot, if any.
+
+    drawn: seed and places of rows of A that are its draws, of an adapter that was trained from them.
+    """
 
     schema_version: int
     tool_version: str
@@ -293,5 +296,6 @@ class Expanded(Record):
     original: OriginalRecord | None
     dtype: str
     base_model: str | None
+    drawn: dict[str, Any] | None = None
     notes: list[str]
     files: Files | None = None

@@ -93,6 +93,7 @@ def expand(
             original=_original(own, result["relative_error"]),
             dtype=stored,
             base_model=config.get("base_model_name_or_path"),
+            drawn=config.get("drawn") if plan.layout == "lora" else None,
             notes=notes,
         )
         expansion.write(place, record, config, carried(adapter.path))

@@ -20,7 +20,7 @@ from transformers import (
 
 from bslora_convert import Recipe, Training, compress, expand, finetune, inspect, load_compact, load_into, verify
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.peft import BsloraConfig, Init
+from bslora_convert.peft import BsloraConfig, BsloraLayer, Init
 from tests.peft.test_tuner import BASE, IDS, TINY, base, close, logits
 
 RANKS = (2, 3, 4)
@@ -304,6 +304,31 @@ def test_every_verb_takes_what_was_trained(name: str, tmp_path: Path) -> None:
         Training("all", max_steps=1, heldout=0.5, chat_template=False, max_new_tokens=4), report_html=False,
     )  # fmt: skip
     assert load_compact(tmp_path / "tuned").form.parameters == model.get_nb_trainable_parameters()[0]
+
+
+def test_codes_of_what_was_trained_from_a_seed_need_no_search(tmp_path: Path) -> None:
+    """Uniform local A's are draws of the seed, their places are recorded, and `compress` takes them from the record."""
+    init = Init(a="kaiming_uniform", seed=987_654_321)
+    model = fresh("ke", init=init)
+    config = model.peft_config["default"]
+    layer = next(m for m in model.modules() if isinstance(m, BsloraLayer))
+    assert config.drawn["seed"] == 987_654_321 and set(config.drawn["places"]) == set(config.layout().modules)
+    drawn = layer.bslora_local_A["default"]
+    assert float(drawn.abs().max()) <= drawn.shape[1] ** -0.5 and float(drawn.std()) == pytest.approx(
+        (3 * drawn.shape[1]) ** -0.5, rel=0.1
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(3):
+        step(model, optimizer)
+    model.save_pretrained(tmp_path / "compact")
+    assert load_compact(tmp_path / "compact").config["drawn"] == config.drawn
+    expand(tmp_path / "compact", tmp_path / "lora")
+    done = compress(tmp_path / "lora", tmp_path / "coded", Recipe(transform="none", bytes=0.25), report_html=False)
+    assert done.initialisation is not None and done.initialisation.seed == 987_654_321
+    assert done.initialisation.modules == len(config.drawn["places"])
+    (tmp_path / "lora" / "expansion.json").write_text('{"drawn": {"seed": true, "places": {"x": [0, 1, 2]}}}')
+    without = compress(tmp_path / "lora", tmp_path / "plain", Recipe(transform="none", bytes=0.25), report_html=False)
+    assert without.initialisation is None
 
 
 def test_groups_by_kind_without_a_local_part_share_both_sides_across_layers(tmp_path: Path) -> None:
