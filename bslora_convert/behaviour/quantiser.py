@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import Coded, from_vectors, to_vectors
 from bslora_convert.bslora.codes.file import to_file
+from bslora_convert.bslora.layout import MIX
 from bslora_convert.coding.encode import CodedRows, Encoded, code_rows, encode
 from bslora_convert.fit.parallel import each, modules_over_cores
 from bslora_convert.initialisation.initial import Initial
@@ -39,24 +40,18 @@ class Quantiser:
             return {}
         found: dict[str, Coded] = dict(self.start)
         for key, coded in self._coded(trained).items():
-            found[key] = coded.coded if isinstance(coded, Encoded) else coded.rest.coded
-            if isinstance(coded, CodedRows) and coded.mix is not None:
-                found[_mix_of(key)] = coded.mix.coded
+            found |= {key: coded.coded} if isinstance(coded, Encoded) else coded.tensors(key)
         return to_file(found)
 
     def _coded(self, trained: Mapping[str, Tensor]) -> dict[str, Encoded | CodedRows]:
         def code(key: str) -> Encoded | CodedRows:
             start, vectors = self.start[key], to_vectors(key, trained[key].detach().cpu())
-            mix = self.start.get(_mix_of(key)) if key.endswith(".bslora_local_A") else None
+            mix = self.start.get(f"{key}{MIX}")
             if mix is None or self.initial is None:
                 return encode(vectors, start.widths.tolist(), start.scales, True)
-            base, widths = self.initial.base(key.removesuffix(".bslora_local_A")), mix.widths.tolist()
-            return code_rows(vectors, widths, start.widths.tolist(), base, True, (mix.scales, start.scales))
+            widths = list(zip(mix.widths.tolist(), start.widths.tolist(), strict=True))
+            base = self.initial.base(*key.rsplit(".bslora_local_", 1))
+            return code_rows(vectors, widths, base, True, (mix.scales, start.scales))
 
         with modules_over_cores():
             return dict(zip(trained, each(code, trained), strict=True))
-
-
-def _mix_of(key: str) -> str:
-    """The key of T beside that of A."""
-    return f"{key[:-1]}T"

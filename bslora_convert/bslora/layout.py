@@ -21,20 +21,22 @@ from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import natural_order
 
 LARGEST_SIDE = 1 << 24
+AGAINST = ("local_A", "local_B")  # what may be stored against draws
+MIX = "_mix"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One adapted module: shape (out, in), local rank, and its group on each level that it shares on.
 
-    initial: where the random initialisation stands that its A is stored against, if any.
+    initial: where what its local A (and B) are stored against stands, by tensor (`local_A`).
     """
 
     shape: Shape
     rank: int
     groups: Mapping[str, str] = field(default_factory=dict)
     kind: str = "linear"
-    initial: Place | None = None
+    initial: Mapping[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,13 @@ class Layout:
     def of(cls, form: BsloraForm, initial: Initial | None = None) -> "Layout":
         """The layout of a form. initial: the random initialisation that its codes are against, if any."""
         places: Mapping[str, Place] = {} if initial is None else initial.places
+
+        def against(name: str) -> dict[str, Place]:
+            return {own: places[f"{name}.bslora_{own}"] for own in AGAINST if f"{name}.bslora_{own}" in places}
+
         entries = {
             name: Entry(
-                m.shape, m.local.rank, {level: path.group for level, path in m.paths.items()}, m.kind, places.get(name)
+                m.shape, m.local.rank, {level: path.group for level, path in m.paths.items()}, m.kind, against(name)
             )
             for name, m in sorted(form.modules.items(), key=lambda item: natural_order(item[0]))
         }
@@ -101,8 +107,22 @@ class Layout:
 
     @property
     def initial(self) -> dict[str, Place]:
-        """Where the random initialisation of modules stands that are stored against it."""
-        return {name: entry.initial for name, entry in self.modules.items() if entry.initial is not None}
+        """Where what tensors are stored against stands, by key."""
+        return {
+            f"{name}.bslora_{own}": place
+            for name, entry in self.modules.items()
+            for own, place in entry.initial.items()
+        }
+
+    @property
+    def initial_lengths(self) -> dict[str, int]:
+        """Numbers of a vector of these tensors."""
+        sides = {"local_A": 1, "local_B": 0}
+        return {
+            f"{name}.bslora_{own}": entry.shape[sides[own]]
+            for name, entry in self.modules.items()
+            for own in entry.initial
+        }
 
     def to_config(self) -> dict[str, Any]:
         """The fields of the configuration that `parse` reads."""
@@ -118,7 +138,7 @@ class Layout:
             "modules": {
                 name: {"shape": list(entry.shape), "rank": entry.rank}
                 | ({"kind": entry.kind} if entry.kind != "linear" else {})
-                | ({"initial": list(astuple(entry.initial))} if entry.initial is not None else {})
+                | ({"initial": {k[-1]: list(astuple(p)) for k, p in entry.initial.items()}} if entry.initial else {})
                 | dict(entry.groups)
                 for name, entry in self.modules.items()
             },
@@ -154,10 +174,14 @@ class Layout:
         return shapes
 
     def stored_by(self, name: str) -> dict[str, Shape]:
-        """Shapes of what is stored under a module: what it holds, and local_T (r, r₀) where A is stored against draws."""
+        """Shapes of what is stored under a module: what it holds, with `<tensor>_mix` (r, r₀) before what is against draws."""
         entry = self.modules[name]
-        mix = {} if entry.initial is None else {"local_T": (entry.rank, entry.initial.rank)}
-        return mix | self.held_by(name)
+        shapes: dict[str, Shape] = {}
+        for tensor, shape in self.held_by(name).items():
+            if tensor in entry.initial:
+                shapes[f"{tensor}{MIX}"] = entry.rank, entry.initial[tensor].rank
+            shapes[tensor] = shape
+        return shapes
 
     def stored(self) -> Iterator[tuple[str, Shape]]:
         """Every stored tensor's key, without PEFT's prefix, and its shape."""
@@ -242,23 +266,28 @@ def _parse_entry(
     for level, group in groups.items():
         if not isinstance(group, str) or group not in shared.get(level, {}):
             raise InputError(f"{where}: {level} is {group!r}, the name of a group in shared.{level} is expected")
-    initial = _parse_place(value["initial"], kind, where) if "initial" in value else None
-    return _entry((shape[0], shape[1]), value["rank"], tuple(groups.items()), kind, initial)
+    initial = _parse_initial(value["initial"], kind, where) if "initial" in value else {}
+    return _entry((shape[0], shape[1]), value["rank"], tuple(groups.items()), kind, tuple(initial.items()))
 
 
 @lru_cache(1 << 12)
-def _entry(shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str, initial: Place | None) -> Entry:
+def _entry(
+    shape: Shape, rank: int, groups: tuple[tuple[str, str], ...], kind: str, initial: tuple[tuple[str, Place], ...]
+) -> Entry:
     """One object for all modules that are alike, in a thousand adapters on one model."""
-    return Entry(shape, rank, dict(groups), kind, initial)
+    return Entry(shape, rank, dict(groups), kind, dict(initial))
 
 
-def _parse_place(value: Any, kind: str, where: str) -> Place:
-    whole = isinstance(value, list) and len(value) == 2 and all(type(one) is int and one >= 0 for one in value)
-    if not whole or not 0 < value[1] < LARGEST_SIDE:
-        raise InputError(f"{where}: initial is {value!r}, a first draw and a rank are expected")
+def _parse_initial(value: Any, kind: str, where: str) -> dict[str, Place]:
     if kind != "linear":
-        raise InputError(f"{where}: initial is given for an {kind}, whose A is not drawn")
-    return Place(*value)
+        raise InputError(f"{where}: initial is given for an {kind}, which is stored against nothing")
+    if not isinstance(value, dict) or not value or not set(value) <= {"A", "B"}:
+        raise InputError(f"{where}: initial is {value!r}, an object of A and B is expected")
+    for one in value.values():
+        whole = isinstance(one, list) and len(one) == 2 and all(type(number) is int and number >= 0 for number in one)
+        if not whole or not 0 < one[1] < LARGEST_SIDE:
+            raise InputError(f"{where}: initial is {value!r}, a first draw and a rank are expected")
+    return {own: Place(*value[own[-1]]) for own in AGAINST if own[-1] in value}
 
 
 def _origin_to_dict(origin: Origin) -> dict[str, Any]:
@@ -266,7 +295,7 @@ def _origin_to_dict(origin: Origin) -> dict[str, Any]:
 
 
 def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Origin | None:
-    places = {name: entry.initial for name, entry in entries.items() if entry.initial is not None}
+    places = [(place, entry.shape) for entry in entries.values() for place in entry.initial.values()]
     if value is None and not places:
         return None
     known = isinstance(value, dict) and set(value) in ({"seed", "checksum"}, {"file", "checksum"})
@@ -278,6 +307,6 @@ def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Or
         )
     if not places:
         raise InputError(f"{where}: initialisation is given, but no module has a place in it")
-    if not are_allowed(places, {name: entries[name].shape for name in places}):
+    if not are_allowed(*zip(*places, strict=True)):
         raise InputError(f"{where}: no adapter of these shapes has draws so far on as modules[…].initial says")
     return Origin(**value)

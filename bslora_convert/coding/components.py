@@ -23,7 +23,7 @@ from bslora_convert.bslora.form import BsloraForm
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.coding.allocation import Hull, Items
 from bslora_convert.coding.encode import lost_shares, noise_weights
-from bslora_convert.coding.items import Against, component_items
+from bslora_convert.coding.items import Against, component_items, rank_of
 from bslora_convert.coding.widths import Widths, options
 from bslora_convert.fit.in_metric import residual_terms, shared_rank, svd_in
 from bslora_convert.fit.parallel import each
@@ -51,20 +51,20 @@ class LocalComponents:
     shape: Shape
     svd: ProductSvd
     hull: Hull
-    drawn: int = 0
+    known: tuple[int, int] = (0, 0)
 
     @property
     def options(self) -> Sequence[Widths]:
         """Of each component; item k + 1 is option k, item 0 leaves the component out."""
-        return options(bool(self.drawn))
+        return options(*map(bool, self.known))
 
     def vectors(self, kept: Sequence[Widths]) -> list[Vector]:
         """Width and length of every vector of these components."""
-        out, width = self.shape
-        mixed = any(mix for _, mix, _ in kept)
         found: list[Vector] = []
-        for column, mix, row in kept:
-            found += [(column, out), *([(mix, self.drawn)] if mixed else []), (row, width)]
+        for side, (length, rank) in enumerate(zip(self.shape, self.known, strict=True)):
+            found += [(widths[side][1], length) for widths in kept]
+            if any(widths[side][0] for widths in kept):
+                found += [(widths[side][0], rank) for widths in kept]
         return found
 
 
@@ -110,13 +110,12 @@ def _local(
         given = None if target.chooses_ranks else module.local.rank
         count = min(int((svd.energies > 0).sum()), most) if given is None else min(given, len(svd.energies))
         made = cache(lambda: svd.truncate([wanted()], count))
-        base = source.initial.base(name) if source.initial is not None else None
-        against = None if base is None else Against.of(made().a, base, metric.right)
+        against = known_sides(source, name, made)
         items = component_items(
             weights[name] * svd.energies[:count].double().cpu().numpy(), module.shape, against, _noise(metric, made),
             only=target.width, needed=not target.chooses_ranks, unbiased=target.unbiased,
         )  # fmt: skip
-        return LocalComponents(module.shape, svd, items.hull(), 0 if against is None else against.rank)
+        return LocalComponents(module.shape, svd, items.hull(), (rank_of(against[0]), rank_of(against[1])))
 
     return local
 
@@ -125,6 +124,17 @@ def _weights(source: Source, target: Target) -> dict[str, float]:
     """What an error in each module counts for."""
     by_size = target.unbiased and target.error is None and not source.metrics
     return {name: (out * width) ** -SIZE_POWER if by_size else 1.0 for name, (out, width) in source.shapes.items()}
+
+
+def known_sides(source: Source, name: str, made: Callable[[], Factors]) -> tuple[Against | None, Against | None]:
+    """What a module's components are against, on the sides of B and A. made: makes their vectors."""
+    if source.initial is None:
+        return None, None
+    metric, (b, a) = source.metric(name), (source.initial.base(name, side) for side in "BA")
+    return (
+        None if b is None else Against.of(made().b.T, b, metric.left),
+        None if a is None else Against.of(made().a, a, metric.right),
+    )
 
 
 def _noise(metric: Metric, made: Callable[[], Factors]) -> tuple[np.ndarray, np.ndarray] | None:

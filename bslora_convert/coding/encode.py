@@ -28,8 +28,9 @@ from torch.nn.functional import pad
 from bslora_convert.bslora.codes.coded import GROUP, SCALES, Coded, groups_of, spread
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables, windows_of
 from bslora_convert.bslora.codes.widths import NONE, WIDTHS
+from bslora_convert.bslora.layout import MIX
 from bslora_convert.coding.viterbi import paths, paths_on_device
-from bslora_convert.coding.widths import Widths
+from bslora_convert.coding.widths import Side, Widths
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, residual_energy
@@ -197,34 +198,40 @@ def noise_weights(vectors: Tensor, weigh: Weigh = as_it_is) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class CodedRows:
-    """Rows of A (r, in) in codes: rest, and what they are made of A's random initialisation `base` (r₀, in): mix (r, r₀)."""
+    """Vectors (r, n) in codes: rest, and what they are made of what is known, `base` (r₀, n): mix (r, r₀)."""
 
     rest: Encoded
     mix: Encoded | None = None
     base: Tensor | None = None
 
-    def scaled(self, by: Tensor) -> "CodedRows":
-        """The same codes under scales times `by` (r, 1)."""
+    def scaled(self, by: float | Tensor) -> "CodedRows":
+        """The same codes under scales times `by`, a number or (r, 1)."""
         return replace(self, rest=self.rest.scaled(by), mix=None if self.mix is None else self.mix.scaled(by))
 
     def decode(self) -> Tensor:
-        """(r, in) float32."""
+        """(r, n) float32."""
         if self.mix is None or self.base is None:
             return self.rest.decode()
         return torch.addmm(self.rest.decode(), self.mix.decode(), self.base)
 
+    def tensors(self, key: str) -> dict[str, Coded]:
+        """Its codes by the key of its tensor."""
+        mix = {} if self.mix is None else {f"{key}{MIX}": self.mix.coded}
+        return {**mix, key: self.rest.coded}
+
 
 def code_rows(
-    rows: Tensor, mix_widths: Sequence[int], rest_widths: Sequence[int], base: Tensor | None, unbiased: bool = True,
+    rows: Tensor, widths: Sequence[Side], base: Tensor | None = None, unbiased: bool = True,
     like: tuple[Tensor, Tensor] | None = None,
 ) -> CodedRows:  # fmt: skip
-    """Rows (r, in) in codes, against the random initialisation `base` (r₀, in) where mix has widths.
+    """Vectors (r, n) in codes, against `base` (r₀, n) where their mixes have widths.
 
     unbiased: whether what training changed is stored as large as it is (`encode`). like: scales of mix and rest that may fit.
     """
+    mix_widths, rest_widths = zip(*widths, strict=True) if widths else ((), ())
     if base is None or not any(mix_widths):
         return CodedRows(encode(rows, rest_widths))
-    mixed = mixed_rows(mix_widths)
+    mixed = mixed_rows(widths)
     wanted = _solved(base.double() @ base.double().T, base.double() @ rows.double().T).T
     mix = encode(wanted, mix_widths, None if like is None else like[0])
     left = torch.where(mixed[:, None], rows - mix.decode() @ base, rows)
@@ -232,16 +239,16 @@ def code_rows(
     return CodedRows(rest, mix, base)
 
 
-def mixed_rows(mix_widths: Sequence[int]) -> Tensor:
-    """Which rows are stored against the initialisation: (r,)."""
-    return torch.tensor([width != NONE for width in mix_widths], dtype=torch.bool)
+def mixed_rows(widths: Sequence[Side]) -> Tensor:
+    """Which vectors are stored against what is known: (r,)."""
+    return torch.tensor([mix != NONE for mix, _ in widths], dtype=torch.bool)
 
 
 @dataclass(frozen=True, slots=True)
 class CodedPair:
     """B (as r vectors of length out) and A (r, in) in codes, and what they lose of their target."""
 
-    b: Encoded
+    b: CodedRows
     a: CodedRows
     lost: float
 
@@ -251,24 +258,24 @@ class CodedPair:
 
 
 def code_pair(
-    target: Factors, start: Factors, widths: Sequence[Widths], base: Tensor | None = None, metric: Metric = PLAIN,
-    unbiased: bool = True,
+    target: Factors, start: Factors, widths: Sequence[Widths], bases: tuple[Tensor | None, Tensor | None] = (None, None),
+    metric: Metric = PLAIN, unbiased: bool = True,
 ) -> CodedPair:  # fmt: skip
     """The coded product nearest to `target` in the metric that follows from `start` (out, r), (r, in).
 
-    base: the random initialisation of A (r₀, in), where it is known.
+    bases: B₀ᵀ (r₀, out) and A₀ (r₀, in), where they are known.
     """
     weighed = metric.weighed(target)
-    b_widths, mix_widths, rest_widths = zip(*widths, strict=True) if widths else ((), (), ())
-    b = encode(start.b.T, b_widths)
+    columns, rows_widths = [b for b, _ in widths], [a for _, a in widths]
+    b = code_rows(start.b.T, columns, bases[0], unbiased)
     kept = metric.left(b.decode().to(start.b)).double()  # B̂ᵀ
     gram = kept @ kept.T
     rows = _solved(gram, (kept @ weighed.b.double()) @ target.a.double())
-    a = code_rows(rows, mix_widths, rest_widths, base, unbiased)
+    a = code_rows(rows, rows_widths, bases[1], unbiased)
     other = metric.right(a.decode().to(start.a)).double()
     along = ((kept @ weighed.b.double()) * (other @ weighed.a.double().T)).sum(1)
     lengths = _solved(gram * (other @ other.T), along).cpu()[:, None]
-    a = a.scaled(torch.where(mixed_rows(mix_widths)[:, None], 1.0, lengths) if unbiased else lengths)
+    a = a.scaled(torch.where(mixed_rows(rows_widths)[:, None], 1.0, lengths) if unbiased else lengths)
     found = metric.weighed(Factors(b.decode().T, a.decode()).to(device=start.b.device))
     return CodedPair(b, a, residual_energy(weighed, Grams.of(weighed), found))
 

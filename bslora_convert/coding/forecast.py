@@ -15,6 +15,8 @@ from bslora_convert.coding.items import Against, component_items
 from bslora_convert.fit.gain import Strength
 from bslora_convert.modules.factors import Shape
 
+Sides = tuple[Against | None, Against | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -25,12 +27,16 @@ class Forecast:
 
     @classmethod
     def of(
-        cls, spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape], against: Mapping[str, Against] | None = None
+        cls, spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape], against: Mapping[str, Sides] | None = None
     ) -> "Forecast":
-        """spectra: σ² of each module, falling. shapes: (out, in). against: A's random initialisation, where it is known."""
+        """spectra: σ² of each module, falling. shapes: (out, in). against: what is known of B and of A, by module."""
         known = against or {}
         energies = {name: values[values > 0].double().cpu().numpy() for name, values in spectra.items()}
-        found = [component_items(own, shapes[name], known.get(name)) for name, own in energies.items() if len(own)]
+        found = [
+            component_items(own, shapes[name], known.get(name, (None, None)))
+            for name, own in energies.items()
+            if len(own)
+        ]
         owners = np.repeat(np.arange(len(energies)), [len(own) for own in energies.values()])
         return cls(Hull.joined([items.hull() for items in found]) if found else None, owners)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import Coded, bits_in, from_vectors, to_vectors, vectors_of
 from bslora_convert.bslora.form import BsloraForm, Module, Path
-from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.layout import MIX, Layout
 from bslora_convert.coding.components import Components
-from bslora_convert.coding.encode import Encoded, code_pair, encode
+from bslora_convert.coding.encode import CodedRows, code_pair, encode
 from bslora_convert.coding.plan import Plan, plan
 from bslora_convert.coding.widths import Widths
 from bslora_convert.fit.gain import carrier_of, strength_in
@@ -99,11 +99,8 @@ def code_form(
     for one in done.values():
         tensors |= one.tensors
     decoded = replace(form, modules={name: one.module for name, one in done.items()}).to(storage)
-    initial = (
-        None
-        if source.initial is None
-        else source.initial.only(name for name in form.modules if f"{name}.bslora_local_T" in tensors)
-    )
+    against = [key.removesuffix(MIX) for key in tensors if key.endswith(MIX)]
+    initial = None if source.initial is None else source.initial.only(against)
     ordered = {key: tensors[key] for key, _ in Layout.of(decoded, initial).stored()}
     return CodedForm(decoded, ordered, sum(one.lost for one in done.values()), _bits(ordered.values()), initial)
 
@@ -142,12 +139,10 @@ def _coded_module(
     """One module's local part, and its scale. shared: codes of what is shared."""
     metric, target = source.metric(name), add(*residual_terms(source.deltas[name], form, name))
     start, widths = _start(components.locals[name].svd, target, chosen.locals[name])
-    base = source.initial.base(name) if source.initial is not None else None
-    pair = code_pair(target, start, widths, base, metric, unbiased)
+    bases = (None, None) if source.initial is None else (source.initial.base(name, "B"), source.initial.base(name))
+    pair = code_pair(target, start, widths, bases, metric, unbiased)
     module, prefix = replace(form.modules[name], local=pair.factors()), f"{name}.bslora_local"
-    tensors = {f"{prefix}_A": pair.a.rest.coded, f"{prefix}_B": pair.b.coded}
-    if pair.a.mix is not None:
-        tensors[f"{prefix}_T"] = pair.a.mix.coded
+    tensors = {**pair.a.tensors(f"{prefix}_A"), **pair.b.tensors(f"{prefix}_B")}
     done = CodedModule(module, tensors, pair.lost)
     if unbiased:
         done = _unbiased(source, form, name, done, pair.b, shared)
@@ -162,7 +157,7 @@ def _start(svd: ProductSvd, target: Factors, chosen: Sequence[Widths | None]) ->
 
 
 def _unbiased(
-    source: Source, form: BsloraForm, name: str, done: CodedModule, b: Encoded, shared: Mapping[str, Coded]
+    source: Source, form: BsloraForm, name: str, done: CodedModule, b: CodedRows, shared: Mapping[str, Coded]
 ) -> CodedModule:
     """A module with its update unbiased, as its codes decode that take the scale: those of its B, and of what is shared."""
     module = done.module
@@ -170,7 +165,7 @@ def _unbiased(
     if scale == 1:
         return done
     carrier, b = carrier_of(form), b.scaled(scale)
-    tensors = {**done.tensors, f"{name}.bslora_local_B": b.coded}
+    tensors = {**done.tensors, **b.tensors(f"{name}.bslora_local_B")}
     paths = dict(module.paths)
     for level, path in module.paths.items():
         if carrier is not None:

@@ -17,6 +17,7 @@ from functools import partial
 from bslora_convert.bslora.codes.coded import vectors_shape
 from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.form import PARTS, BsloraForm
+from bslora_convert.bslora.layout import MIX
 from bslora_convert.bslora.storage import CompactAdapter
 from bslora_convert.coding import rate
 from bslora_convert.fit import allocate
@@ -153,7 +154,7 @@ def _widths_by_part(source: Source, compact: CompactAdapter) -> dict[str, dict[s
         module, _, tensor = key.rpartition(".bslora_")
         level = tensor.partition("_")[0]
         count, _ = vectors_shape(key, shape)
-        if tensor == "local_T":
+        if tensor.endswith(MIX):
             level = "initialisation"
         counter = found.setdefault(kind_of(module) if level == "local" else level, Counter())
         counter.update(widths[at : at + count])

@@ -4,20 +4,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from bslora_convert.bslora.common import read_common
-from bslora_convert.coding.forecast import Forecast
-from bslora_convert.coding.items import Against
+from bslora_convert.coding.components import known_sides
+from bslora_convert.coding.forecast import Forecast, Sides
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.record import EXPANSION_NAME
 from bslora_convert.fit.source import Source
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import Found, find
-from bslora_convert.initialisation.initial import Initial
-from bslora_convert.initialisation.kept import are_allowed
+from bslora_convert.initialisation.initial import Initial, tensor_key
+from bslora_convert.initialisation.kept import Key, are_allowed
 from bslora_convert.initialisation.siblings import bar, in_common
 from bslora_convert.initialisation.stream import Place
 from bslora_convert.lora import LoraAdapter
@@ -63,7 +64,7 @@ def look_for(
     if recorded is not None and seed in (None, recorded.initial.key):
         return recorded
     found = find(modules, seed=seed, thorough=asked == "search", progress=progress)
-    if found is not None and are_allowed(found.places, {n: adapter.modules[n].shape for n in found.places}):
+    if found is not None and are_allowed(found.places.values(), [adapter.modules[n].shape for n in found.places]):
         return _seeded(found, modules)
     if seed is not None:
         raise RecipeError(
@@ -75,7 +76,7 @@ def look_for(
         name, shapes = read_common(path)
         places, cosines = in_common(modules, name, shapes)
         if places:
-            return Known(Initial.at(name, places, {n: modules[n].width for n in places}), cosines)
+            return Known(_of_a(name, places, {n: modules[n].width for n in places}), cosines)
     return None
 
 
@@ -92,12 +93,12 @@ def _recorded(adapter: LoraAdapter) -> Known | None:
     shapes = {name: adapter.modules[name].shape for name in places}
     if not all(0 < place.rank <= adapter.modules[name].rank for name, place in places.items()):
         return None
-    if not are_allowed(places, shapes):
+    if not are_allowed(places.values(), [shapes[name] for name in places]):
         return None
-    initial = Initial.at(seed, places, {name: shape[1] for name, shape in shapes.items()})
-    cosines = {name: _cosine(adapter.modules[name].a, draws) for name, draws in initial.draws.items()}
-    alike = [name for name, cosine in cosines.items() if cosine >= bar(initial.draws[name].numel())]
-    kept = initial.only(alike)
+    initial = _of_a(seed, places, {name: shape[1] for name, shape in shapes.items()})
+    cosines = {name: _cosine(adapter.modules[name].a, initial.draws[tensor_key(name)]) for name in places}
+    alike = [name for name, cosine in cosines.items() if cosine >= bar(initial.draws[tensor_key(name)].numel())]
+    kept = initial.only(map(tensor_key, alike))
     return None if kept is None else Known(kept, {name: cosines[name] for name in alike}, 0)
 
 
@@ -109,19 +110,28 @@ def _cosine(a: Tensor, draws: Tensor) -> float:
 
 
 def _seeded(found: Found, modules: Mapping[str, Module]) -> Known:
-    initial = Initial.at(found.seed, found.places, {name: modules[name].width for name in found.places})
-    return Known(initial, found.cosines, found.offset)
+    return Known(
+        _of_a(found.seed, found.places, {n: modules[n].width for n in found.places}), found.cosines, found.offset
+    )
 
 
-def against(source: Source) -> dict[str, Against]:
-    """Every module's components against its initialisation, where that is known."""
-    known: dict[str, Against] = {}
-    for name, svd in source.svds.items():
-        base = None if source.initial is None else source.initial.base(name)
-        if base is not None and len(svd.energies):
-            vectors = svd.truncate([source.deltas[name].factors()], len(svd.energies)).a
-            known[name] = Against.of(vectors, base, source.metric(name).right)
-    return known
+def _of_a(key: Key, places: Mapping[str, Place], widths: Mapping[str, int]) -> Initial:
+    """The draws of modules' A's."""
+    of_a = {name: tensor_key(name) for name in places}
+    return Initial.at(key, {of_a[n]: place for n, place in places.items()}, {of_a[n]: widths[n] for n in places})
+
+
+def against(source: Source) -> dict[str, Sides]:
+    """What every module's components are against, where that is known."""
+    if source.initial is None:
+        return {}
+
+    def sides(name: str) -> Sides:
+        svd = source.svds[name]
+        made = cache(lambda: svd.truncate([source.deltas[name].factors()], len(svd.energies)))
+        return known_sides(source, name, made)
+
+    return {name: sides(name) for name in source.initial.modules if len(source.svds[name].energies)}
 
 
 def describe(known: Known, adapter: LoraAdapter) -> InitialisationRecord:

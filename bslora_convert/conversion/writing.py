@@ -124,7 +124,7 @@ def _initialisation(origin: Origin, compact: CompactAdapter, error: float) -> In
         return None
     return replace(
         describe(origin.known, origin.adapter),
-        used=len(compact.layout.initial),
+        used=sum(bool(entry.initial) for entry in compact.layout.modules.values()),
         bytes_without=bytes_without(origin.measured, error**2 * origin.measured.energy),
     )
 

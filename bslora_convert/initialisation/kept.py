@@ -4,7 +4,7 @@ Draws come from a seed (`stream`), or from a file that was read before (`bslora.
 for each module and a checksum, CRC-32 over the CRC-32 of each place's draws.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from zlib import crc32
@@ -118,8 +118,8 @@ def draws_at(key: Key, spans: Sequence[Span]) -> tuple[list[np.ndarray], int]:
     return [found[span][0] for span in spans], total
 
 
-def are_allowed(places: Mapping[str, Place], shapes: Mapping[str, Shape]) -> bool:
-    """Whether an adapter of these shapes (out, in) may have its draws there: not absurdly far into the stream."""
-    own = sum(place.rank * sum(shapes[name]) for name, place in places.items())
-    farthest = FARTHEST + APART * own
-    return all(place.first + place.rank * shapes[name][1] <= farthest for name, place in places.items())
+def are_allowed(places: Iterable[Place], shapes: Iterable[Shape]) -> bool:
+    """Whether modules of these shapes (out, in) may have their draws there: not absurdly far into the stream."""
+    both = list(zip(places, shapes, strict=True))
+    farthest = FARTHEST + APART * sum(place.rank * sum(shape) for place, shape in both)
+    return all(place.first + place.rank * max(shape) <= farthest for place, shape in both)

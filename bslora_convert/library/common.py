@@ -30,7 +30,7 @@ from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import find
-from bslora_convert.initialisation.initial import Initial
+from bslora_convert.initialisation.initial import Initial, tensor_key
 from bslora_convert.initialisation.siblings import clusters, in_common, mean, sketch
 from bslora_convert.initialisation.stream import Place
 from bslora_convert.library.jobs import Job
@@ -102,10 +102,10 @@ def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> bytes | None:
 
 def _initial(rows: Mapping[str, Coded], name: str) -> Initial:
     """Rows in codes as an initialisation of a name that no file has."""
-    decoded = {module: coded.decode() for module, coded in rows.items()}
+    decoded = {tensor_key(module): coded.decode() for module, coded in rows.items()}
     places, first = {}, 0
-    for module, a in decoded.items():
-        places[module], first = Place(first, len(a)), first + a.numel()
+    for key, a in decoded.items():
+        places[key], first = Place(first, len(a)), first + a.numel()
     draws = torch.from_numpy(draws_of(decoded.values()))
     held = {n: draws[p.first : p.first + decoded[n].numel()].view(p.rank, -1) for n, p in places.items()}
     return Initial(name, places, held)

@@ -14,11 +14,12 @@ from bslora_convert.bslora.codes.file import WIDTHS_NAME
 from bslora_convert.bslora.storage import load_coded
 from bslora_convert.coding.encode import code_pair, code_rows, distortions, encode
 from bslora_convert.coding.items import KAPPA, Against, component_items
-from bslora_convert.coding.widths import ALONE, options
+from bslora_convert.coding.widths import options
 from bslora_convert.conversion.initial import look_for
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.source import measure
 from bslora_convert.initialisation import kept
+from bslora_convert.initialisation.initial import tensor_key
 from bslora_convert.initialisation.stream import HALF, draws
 from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
@@ -92,12 +93,13 @@ def test_decoded_rows_are_the_dense_product(compact: Path) -> None:
     parts = {}
     for key, shape in layout.stored():
         parts[key] = shape
-    numbers = draws(42, layout.initial, {name: layout.modules[name].shape[1] for name in layout.initial})
+    numbers = draws(42, layout.initial, layout.initial_lengths)
     from bslora_convert.bslora.codes.file import coded_tensors
 
     held = coded_tensors(coded.codes, layout.stored())  # type: ignore[union-attr]
-    for name, base in numbers.items():
-        mix, rest = held[f"{name}.bslora_local_T"], held[f"{name}.bslora_local_A"]
+    for key, base in numbers.items():
+        name = key.removesuffix(".bslora_local_A")
+        mix, rest = held[f"{key}_mix"], held[key]
         dense = mix.decode().double() @ torch.from_numpy(base.astype(np.float64) / HALF) + rest.decode().double()
         assert torch.equal(read.form.modules[name].local.a, dense.float().to(read.dtype)), name
 
@@ -149,7 +151,7 @@ def test_what_rows_lose_is_what_their_widths_promise(changed: float) -> None:
     base, rows = base_and_rows(changed)
     share = changed**2 / (1 + changed**2)
     for mix, rest in ((8, 0), (8, 2), (5, 1), (8, 4)):
-        coded = code_rows(rows, [mix] * 8, [rest] * 8, base)
+        coded = code_rows(rows, [(mix, rest)] * 8, base)
         lost = float((rows - coded.decode()).square().sum() / rows.square().sum())
         of_rest = 1.0 if rest == 0 else float(distortions(700)[rest - 1] / (1 - distortions(700)[rest - 1]))
         of_mix = (1 - share) * float(distortions(8)[mix - 1])
@@ -161,18 +163,18 @@ def test_what_training_changed_is_stored_as_large_as_it_is() -> None:
     base, rows = base_and_rows(0.4)
     onto = torch.linalg.pinv(base) @ base
     for rest in (1, 2, 3):
-        coded = code_rows(rows, [8] * 8, [rest] * 8, base).decode()
+        coded = code_rows(rows, [(8, rest)] * 8, base).decode()
         own, found = rows - rows @ onto, coded - coded @ onto
         gain = float((own * found).sum() / own.square().sum())
         assert gain == pytest.approx(1.0, abs=0.01)
-        shrunk = code_rows(rows, [8] * 8, [rest] * 8, base, unbiased=False).decode()
+        shrunk = code_rows(rows, [(8, rest)] * 8, base, unbiased=False).decode()
         assert float((own * (shrunk - shrunk @ onto)).sum() / own.square().sum()) < 0.99
 
 
 def test_a_row_without_a_mix_is_coded_as_ever() -> None:
     base, rows = base_and_rows(0.4)
     alone = encode(rows[:3], [2, 3, 4])
-    both = code_rows(rows, [0, 0, 0, *[8] * 5], [2, 3, 4, *[1] * 5], base)
+    both = code_rows(rows, [(0, 2), (0, 3), (0, 4), *[(8, 1)] * 5], base)
     assert torch.equal(both.decode()[:3], alone.decode())
 
 
@@ -181,9 +183,9 @@ def test_a_pair_against_draws_loses_what_dense_says() -> None:
     target = Factors(torch.randn(300, 8, generator=torch.Generator().manual_seed(1)), rows)
     svd = measure({"m": _product(target)}).svds["m"]
     start = svd.truncate([target], 8)
-    for widths in ([(3, 7, 1)] * 8, [(4, 8, 0)] * 4 + [(2, 0, 2)] * 4):
+    for widths in ([((0, 3), (7, 1))] * 8, [((0, 4), (8, 0))] * 4 + [((0, 2), (0, 2))] * 4):
         for unbiased in (True, False):
-            pair = code_pair(target, start, widths, base, unbiased=unbiased)
+            pair = code_pair(target, start, widths, (None, base), unbiased=unbiased)
             made = pair.factors()
             dense = (target.b.double() @ target.a.double() - made.b.double() @ made.a.double()).square().sum()
             assert pair.lost == pytest.approx(float(dense), rel=1e-5)
@@ -191,17 +193,17 @@ def test_a_pair_against_draws_loses_what_dense_says() -> None:
 
 def test_options_are_those_of_the_formula() -> None:
     against = Against(16, np.array([0.0, 0.3]), np.array([0.0, 0.3]), KAPPA)
-    items = component_items(np.array([2.0, 1.0]), (576, 1536), against)
+    items = component_items(np.array([2.0, 1.0]), (576, 1536), (None, against))
     assert items.energy is not None
     assert items.lost[:, 0] == pytest.approx([2.0, 1 + (KAPPA - 1) * 0.3])
     assert items.energy[:, 0] == pytest.approx([2.0, 1.0])
-    place = 1 + options(True).index((2, 6, 0))
+    place = 1 + options(known_a=True).index(((0, 2), (6, 0)))
     d_u, d_t = float(distortions(576)[1]), float(distortions(16)[5])
     expected = 1 - 0.7 * (1 - d_u) + (1 - d_u) * 0.7 * d_t
     assert items.energy[1, place] == pytest.approx(expected)
     assert items.lost[1, place] == pytest.approx(expected + (KAPPA - 1) * 0.3)
     plain = component_items(np.array([2.0, 1.0]), (576, 1536))
-    assert items.energy[:, 1 : 1 + len(ALONE)] == pytest.approx(plain.lost[:, 1:])
+    assert items.energy[:, 1 : 1 + len(options())] == pytest.approx(plain.lost[:, 1:])
 
 
 def test_an_initialisation_that_is_far_gone_is_not_used(tmp_path: Path) -> None:
@@ -242,14 +244,14 @@ def first_of(config):  # type: ignore[no-untyped-def]
         (lambda c: c["initialisation"].update(more=1), "an object with seed or file"),
         (lambda c: c.pop("initialisation"), "an object with seed or file"),
         (lambda c: [m.pop("initial") for m in c["modules"].values()], "no module has a place"),
-        (lambda c: first_of(c).update(initial=[1 << 60, 8]), "draws so far on"),
-        (lambda c: first_of(c).update(initial=[0, 1 << 40]), "a first draw and a rank"),
-        (lambda c: first_of(c).update(initial=[-1, 8]), "a first draw and a rank"),
-        (lambda c: first_of(c).update(initial=[0, 0]), "a first draw and a rank"),
-        (lambda c: first_of(c).update(initial="0"), "a first draw and a rank"),
-        (lambda c: first_of(c).update(initial=[1, 8]), "checksum"),
-        (lambda c: first_of(c).update(initial=[0, 4]), "is expected"),
-        (lambda c: first_of(c).update(kind="embedding"), "not drawn"),
+        (lambda c: first_of(c).update(initial={"A": [1 << 60, 8]}), "draws so far on"),
+        (lambda c: first_of(c).update(initial={"A": [0, 1 << 40]}), "a first draw and a rank"),
+        (lambda c: first_of(c).update(initial={"A": [-1, 8]}), "a first draw and a rank"),
+        (lambda c: first_of(c).update(initial={"A": [0, 0]}), "a first draw and a rank"),
+        (lambda c: first_of(c).update(initial=[0, 8]), "an object of A and B"),
+        (lambda c: first_of(c).update(initial={"A": [1, 8]}), "checksum"),
+        (lambda c: first_of(c).update(initial={"A": [0, 4]}), "is expected"),
+        (lambda c: first_of(c).update(kind="embedding"), "against nothing"),
     ],
 )
 def test_damage_is_refused_before_anything_is_drawn(compact: Path, tmp_path: Path, change, words: str) -> None:  # type: ignore[no-untyped-def]
@@ -300,8 +302,8 @@ def test_an_initialisation_is_of_the_modules_that_use_it(drawn: Path) -> None:
     assert known is not None and known.offset == 0
     initial = known.initial
     some = list(adapter.modules)[:3]
-    part = initial.only(some)
-    assert part is not None and list(part.places) == some and initial.only([]) is None
+    part = initial.only(map(tensor_key, some))
+    assert part is not None and part.modules == some and initial.only([]) is None
     assert part.origin != initial.origin
     source = replace(measure(adapter.modules), initial=part)
     assert source.initial is part and part.base("nothing") is None

@@ -66,11 +66,11 @@ def test_the_refit_never_rises_and_equals_dense() -> None:
     u, s, v = torch.linalg.svd(target.b @ target.a)
     start = Factors(u[:, :4] * s[:4].sqrt(), s[:4].sqrt()[:, None] * v[:4])
     for widths in ([4, 3, 2, 1], [2, 2, 2, 2], [16, 8, 4, 1]):
-        pair = code_pair(target, start, [(width, 0, width) for width in widths])
+        pair = code_pair(target, start, [((0, width), (0, width)) for width in widths])
         made = pair.factors()
         dense = float((target.b.double() @ target.a.double() - made.b.double() @ made.a.double()).square().sum())
         assert pair.lost == pytest.approx(dense, rel=1e-5)
-        assert pair.b.coded.widths.tolist() == pair.a.rest.coded.widths.tolist() == widths
+        assert pair.b.rest.coded.widths.tolist() == pair.a.rest.coded.widths.tolist() == widths
 
 
 @pytest.mark.parametrize("transform", ["none", "ke", "ss", "gt"])

@@ -1,9 +1,9 @@
-"""Rows of A that are stored against A's random initialisation.
+"""Vectors that are stored against what they were before training: rows of A, mostly their random initialisation, columns of B.
 
-    A = T A₀ + R        T (r, r₀) and R (r, in) in codes, A₀ (r₀, in) = 2⁻¹⁵ · draws (`initialisation.stream`)
+    X = T X₀ + R        T (r, r₀) and R (r, n) in codes, X₀ (r₀, n) = 2⁻¹⁵ · draws (`initialisation.stream`)
 
-A row whose T has no bits is R alone, one whose R has none is T A₀. Products are taken in float64, so that every reader's numbers
-are the same once they are rounded.
+A vector whose T has no bits is R's alone, one whose R has none is T's. Products are taken in float64, so that every reader's
+numbers are the same once they are rounded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bslora_convert.bslora.codes.coded import from_vectors, to_vectors
 from bslora_convert.bslora.codes.file import Start, check_codes, decoded
-from bslora_convert.bslora.layout import Layout
+from bslora_convert.bslora.layout import MIX, Layout
 from bslora_convert.initialisation.initial import Initial, read_initial
 from bslora_convert.initialisation.stream import HALF
 from bslora_convert.modules.factors import Shape
-
-MIX = ".bslora_local_T"
 
 
 def from_file(tensors: Mapping[str, Tensor], layout: Layout, dtype: torch.dtype, where: object) -> dict[str, Tensor]:
@@ -48,23 +47,23 @@ def decoded_form(
     found = decoded(tensors, held, torch.float32, start, among)
     initial = initial_of(layout, "the codes")
     assert initial is not None  # there is an origin
-    for name in [key.removesuffix(MIX) for key in found if key.endswith(MIX)]:
-        mix, rest = found.pop(f"{name}{MIX}"), f"{name}.bslora_local_A"
-        found[rest] = composed(mix, initial.draws[name].to(mix.device), found[rest])
+    for key in [key.removesuffix(MIX) for key in found if key.endswith(MIX)]:
+        mix, rest = found.pop(f"{key}{MIX}"), to_vectors(key, found[key])
+        whole = composed(mix, initial.draws[key].to(mix.device), rest)
+        found[key] = from_vectors(key, whole, tuple(found[key].shape))
     return {key: tensor.to(dtype) for key, tensor in found.items()}
 
 
 def composed(mix: Tensor, base: Tensor, rest: Tensor) -> Tensor:
-    """T A₀ + R, float32. mix (r, r₀), base (r₀, in) int16, rest (r, in)."""
+    """T X₀ + R, float32. mix (r, r₀), base (r₀, n) int16, rest (r, n)."""
     return torch.addmm(rest.double(), mix.double(), base.double(), alpha=1 / HALF).float()
 
 
 def initial_of(layout: Layout, where: object) -> Initial | None:
-    """The random initialisation that modules are stored against; None where there is none.
+    """What tensors are stored against; None where there is nothing.
 
     :raises InputError: naming `where`, when the draws are not those of the layout's checksum.
     """
     if layout.origin is None:
         return None
-    places = layout.initial
-    return read_initial(layout.origin, places, {name: layout.modules[name].shape[1] for name in places}, where)
+    return read_initial(layout.origin, layout.initial, layout.initial_lengths, where)

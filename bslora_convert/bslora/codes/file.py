@@ -23,6 +23,7 @@ from bslora_convert.bslora.codes.decode import in_order, is_walked, merged, numb
 from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.codes.trellis import TRELLIS_WIDTHS, tables
 from bslora_convert.bslora.codes.widths import NONE, UNSCALED, WIDTHS
+from bslora_convert.bslora.layout import MIX
 from bslora_convert.errors import InputError
 from bslora_convert.initialisation.stream import Place
 from bslora_convert.modules.factors import Shape
@@ -117,7 +118,7 @@ def check_codes(
 ) -> None:
     """Refuses codes that can't be decoded to `dtype`.
 
-    shapes: key and shape of each tensor, in the layout's order. initial: places of modules that are stored against draws.
+    shapes: key and shape of each tensor, in the layout's order. initial: places of tensors that are stored against draws.
 
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
@@ -162,11 +163,10 @@ def _check_widths(
     absent = (widths == NONE).tolist()
     for key, shape in shapes:
         count, _ = vectors_shape(key, shape)
-        name, _, tensor = key.rpartition(".bslora_")
         own, at = absent[at : at + count], at + count
-        if any(own) and not (tensor in ("local_A", "local_T") and name in initial):
+        if any(own) and key.removesuffix(MIX) not in initial:
             raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for {key}; {allowed} are allowed")
-        if tensor == "local_T" and all(own):
+        if key.endswith(MIX) and all(own):
             raise InputError(f"{where}: {WIDTHS_NAME} holds {NONE} for all of {key}, which is then not needed")
 
 
@@ -174,8 +174,8 @@ def _check_unseen(
     shapes: Iterable[tuple[str, Shape]], initial: Mapping[str, Place], absent: int, numbers: int, where: object
 ) -> None:
     """Refuses files that would have much more drawn, or filled with zeros, than they hold themselves."""
-    drawn = {f"{name}.bslora_local_A": place.rank for name, place in initial.items()}
-    unseen = absent + sum(drawn[key] * shape[1] for key, shape in shapes if key in drawn)
+    lengths = {key: vectors_shape(key, shape)[1] for key, shape in shapes if key in initial}
+    unseen = absent + sum(initial[key].rank * length for key, length in lengths.items())
     if unseen > UNSEEN + UNSEEN_TIMES * (numbers - absent):
         raise InputError(
             f"{where}: {unseen:,} numbers would be drawn or filled in beside {numbers - absent:,} that are stored; "
