@@ -4,12 +4,12 @@
     python benchmarks/initialisation.py times LORA
     python benchmarks/initialisation.py library LORA … [--count 100] [--out build/siblings]
 
-sizes     `compress --transform none` at an error of 0.1 and at shares of the bytes, with `--init auto` and `--init none`: bytes, energy
-          lost, and on a base model the KL to the original. The picture shows the lost energy by bytes.
+sizes     `compress --transform none` at an error of 0.1 and at shares of the bytes, with `--init auto` and `--init none`: bytes,
+          energy lost, and on a base model the KL to the original. The picture shows the lost energy by bytes.
 times     CPU seconds of `compress`, `expand` and reading in fresh processes, with and without; ratios are within this run.
 library   adapters of one seed that nobody knows, planted from real ones: the draws of their A's are replaced by others, and
-          what training changed is turned by a random rotation, so that no two are alike. What `batch` makes of them at an error of
-          0.1, bytes an adapter by the number of adapters that share the file, and from how many on it pays.
+          what training changed is turned by a random rotation, so that no two are alike. What `batch` makes of them at an error
+          of 0.1, bytes an adapter by the number of adapters that share the file, and from how many on it pays.
 """
 
 import argparse

@@ -1,15 +1,16 @@
 """An initialisation that adapters have in common, as a file beside a library: `initialisation-<hash>.safetensors`.
 
-    metadata                 `modules`: JSON, the shape (r, in) of A₀ by name, in the order in which they stand
-    bslora_widths, _scales, _trellis_<w>   codes of all rows of these (`codes.file`)
+    metadata        `vectors`: JSON, by key of a tensor (`<module>.bslora_local_A`) how many vectors and how long, in their order
+    bslora_widths, bslora_scales, bslora_trellis_<w>        codes of all of these, rows of A₀ and columns of B₀ (`codes.file`)
 
-Row by row the decoded numbers x become draws, round((2¹⁵ − 1) x / max |x|) in 16 bits; its scale is left to T of each adapter.
+Vector by vector the decoded numbers x become draws, round((2¹⁵ − 1) x / max |x|) in 16 bits; its scale is left to each adapter.
 A place's first draw counts from the beginning of the file. Adapters name the file and no path; readers look for it beside the
 adapter and in the directories above.
 """
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from re import compile as pattern
@@ -30,26 +31,37 @@ from bslora_convert.initialisation.kept import hold, is_held
 from bslora_convert.initialisation.stream import HALF
 from bslora_convert.modules.factors import Shape
 
-MODULES = "modules"
+VECTORS = "vectors"
 NAME = pattern(r"initialisation-[0-9a-f]{16}\.safetensors")
 ABOVE = 8  # directories in which a reader looks
 TINY = 1e-30
 
 
-def common_bytes(rows: Mapping[str, Coded]) -> bytes:
-    """The file of modules' rows in codes."""
-    shapes = {name: list(coded.codes.shape) for name, coded in rows.items()}
-    return save(to_file(rows), {MODULES: json.dumps(shapes)})
+@dataclass(frozen=True, slots=True)
+class Common:
+    """A file that is not written yet: its name, which follows from its content, and that."""
 
+    name: str
+    content: bytes
 
-def write_common(directory: Path, content: bytes) -> Path:
-    """Writes a file's content under the name that follows from it.
+    @classmethod
+    def of(cls, vectors: Mapping[str, Coded]) -> "Common":
+        """That of vectors in codes, by the keys of their tensors; their draws are kept, as if it had been read."""
+        shapes = {key: list(coded.codes.shape) for key, coded in vectors.items()}
+        content = save(to_file(vectors), {VECTORS: json.dumps(shapes)})
+        found = cls(f"initialisation-{sha256(content).hexdigest()[:16]}.safetensors", content)
+        hold(found.name, draws_of(coded.decode() for coded in vectors.values()))
+        return found
 
-    :raises OutputError: when that fails.
-    """
-    path = directory / f"initialisation-{sha256(content).hexdigest()[:16]}.safetensors"
-    replace_file(path, content)
-    return path
+    def write(self, directory: Path) -> Path:
+        """Writes it, unless it is there.
+
+        :raises OutputError: when that fails.
+        """
+        path = directory / self.name
+        if not path.is_file():
+            replace_file(path, self.content)
+        return path
 
 
 def commons_in(directory: Path) -> list[Path]:
@@ -90,15 +102,15 @@ def named_in(config: object) -> str | None:
 
 
 def read_common(path: Path) -> tuple[str, dict[str, Shape]]:
-    """Reads a file and keeps its draws; returns its name, and the shapes of its modules in their order.
+    """Reads a file and keeps its draws; returns its name, and (vectors, length) of its tensors by key, in their order.
 
     :raises InputError: when it is damaged, or its content is not what its name says.
     """
     if not NAME.fullmatch(path.name) or sha256(path.read_bytes()).hexdigest()[:16] not in path.name:
         raise InputError(f"{path}: its content is not what its name says; it is damaged, copy it again")
-    shapes = _shapes(read_metadata(path).get(MODULES, ""), path)
+    shapes = _shapes(read_metadata(path).get(VECTORS, ""), path)
     if not is_held(path.name):
-        named = [(f"{name}.bslora_local_A", shape) for name, shape in shapes.items()]
+        named = [(f"{number}", shape) for number, shape in enumerate(shapes.values())]
         tensors = read_tensors(path)
         check_codes(tensors, named, torch.float32, path)
         hold(path.name, draws_of(decoded(tensors, named, torch.float32).values()))
@@ -117,7 +129,7 @@ def _shapes(text: str, path: Path) -> dict[str, Shape]:
         shapes = {}
     sides = [side for shape in shapes.values() for side in shape]
     if not shapes or not all(type(side) is int and 0 < side < LARGEST_SIDE for side in sides):
-        raise InputError(f"{path}: does not say which modules it is of; it is damaged")
+        raise InputError(f"{path}: does not say which tensors it is of; it is damaged")
     return shapes
 
 

@@ -3,14 +3,15 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
-from bslora_convert.bslora.common import read_common
+from bslora_convert.bslora.common import Common, read_common
 from bslora_convert.coding.components import known_sides
+from bslora_convert.coding.encode import encode
 from bslora_convert.coding.forecast import Forecast, Sides
 from bslora_convert.errors import RecipeError
 from bslora_convert.files.record import EXPANSION_NAME
@@ -21,11 +22,14 @@ from bslora_convert.initialisation.initial import Initial, tensor_key
 from bslora_convert.initialisation.kept import Key, are_allowed
 from bslora_convert.initialisation.siblings import bar, in_common
 from bslora_convert.initialisation.stream import Place
-from bslora_convert.lora import LoraAdapter
+from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.modules.factors import Shape
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.storage import INITS
 from bslora_convert.results.adapter import InitialisationRecord
 
-SEEDED, SIBLINGS = "mt19937", "siblings"
+SEEDED, SIBLINGS = "mt19937", "adapters"
+OF_START = 8  # bits of a number of an adapter that training went on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,13 @@ class Known:
     """An initialisation that was found in an adapter.
 
     cosines: of A and its draws, by module. offset: draws of the seed before the adapter's own; None where there is no seed.
+    common: the file that holds the draws, where it is to be written beside the result.
     """
 
     initial: Initial
     cosines: Mapping[str, float]
     offset: int | None = None
+    common: Common | None = None
 
 
 def modules_of(adapter: LoraAdapter) -> dict[str, Module]:
@@ -48,6 +54,13 @@ def modules_of(adapter: LoraAdapter) -> dict[str, Module]:
     }
 
 
+def vectors_of(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Rows of A and columns of B of linear modules, by the keys that the form has for them."""
+    linear = {name: module for name, module in adapter.modules.items() if module.kind == "linear"}
+    of_a = {tensor_key(name): module.a for name, module in linear.items()}
+    return of_a | {tensor_key(name, "B"): module.b.T for name, module in linear.items()}
+
+
 def look_for(
     adapter: LoraAdapter, asked: int | str, commons: Sequence[Path] = (), progress: Progress = silent
 ) -> Known | None:
@@ -55,15 +68,19 @@ def look_for(
 
     asked: as of the recipe's `init`. commons: files of initialisations of the library (`bslora.common`).
 
-    :raises RecipeError: when a seed was given and its draws are not found in the adapter.
+    :raises RecipeError: when a seed, or an adapter that training went on from, was given and nothing of it is found.
+    :raises InputError: when that adapter can't be read.
     """
     if asked == "none":
         return None
     modules, seed = modules_of(adapter), asked if isinstance(asked, int) else None
+    began = None if isinstance(asked, int) or asked in INITS else asked
+    if began is not None and not commons:
+        return _continued(adapter, began)
     recorded = _recorded(adapter)
     if recorded is not None and seed in (None, recorded.initial.key):
         return recorded
-    found = find(modules, seed=seed, thorough=asked == "search", progress=progress)
+    found = find(modules, seed=seed, thorough=asked == "search", progress=progress) if began is None else None
     if found is not None and are_allowed(found.places.values(), [adapter.modules[n].shape for n in found.places]):
         return _seeded(found, modules)
     if seed is not None:
@@ -73,11 +90,46 @@ def look_for(
             "init",
         )
     for path in commons:
-        name, shapes = read_common(path)
-        places, cosines = in_common(modules, name, shapes)
-        if places:
-            return Known(_of_a(name, places, {n: modules[n].width for n in places}), cosines)
+        known = _in_file(adapter, *read_common(path))
+        if known is not None:
+            return known
     return None
+
+
+def _continued(adapter: LoraAdapter, began: str) -> Known:
+    """What training began with, a step-0 checkpoint or an adapter: its seed where that says all, else its own numbers."""
+    start = load_lora(began)
+    found = find(modules_of(start))
+    if found is not None and not any(module.b.any() for module in start.modules.values()):
+        again = find(modules_of(adapter), seed=found.seed, before=[found])
+        if again is not None:
+            return _seeded(again, modules_of(adapter))
+    common = common_of(start)
+    shapes = {key: (len(one), one.shape[1]) for key, one in _told(start).items()}
+    known = _in_file(adapter, common.name, shapes)
+    if known is None:
+        raise RecipeError(f"init is {began!r}: no module of {adapter.weights} is like its; give auto or none", "init")
+    return replace(known, common=common)
+
+
+def common_of(start: LoraAdapter) -> Common:
+    """The file of what an adapter began with, precise enough to be it."""
+    return Common.of({key: encode(one, [OF_START] * len(one)).coded for key, one in _told(start).items()})
+
+
+def _told(start: LoraAdapter) -> dict[str, Tensor]:
+    """The vectors that say something: all but those of a B that is zero."""
+    return {key: one for key, one in vectors_of(start).items() if bool(one.any())}
+
+
+def _in_file(adapter: LoraAdapter, name: str, shapes: Mapping[str, Shape]) -> Known | None:
+    """What an adapter has in common with a file; None where that is nothing."""
+    vectors = vectors_of(adapter)
+    places, cosines = in_common(vectors, name, shapes)
+    of_a = {key.rpartition(".bslora_")[0]: cosine for key, cosine in cosines.items() if key.endswith("_A")}
+    if not of_a:
+        return None
+    return Known(Initial.at(name, places, {key: vectors[key].shape[1] for key in places}), of_a)
 
 
 def _recorded(adapter: LoraAdapter) -> Known | None:

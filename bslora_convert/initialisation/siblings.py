@@ -71,21 +71,24 @@ def mean(siblings: Sequence[Mapping[str, Module]]) -> dict[str, Tensor]:
 
 
 def in_common(
-    modules: Mapping[str, Module], file: str, shapes: Mapping[str, Shape]
+    vectors: Mapping[str, Tensor], file: str, shapes: Mapping[str, Shape]
 ) -> tuple[dict[str, Place], dict[str, float]]:
-    """(Places in a file, cosines) of the modules that are like it. shapes: (r, in) of its modules, in its order."""
+    """(Places in a file, cosines) of the tensors that are like it, by key.
+
+    vectors: rows of A, columns of B. shapes: (vectors, length) of the file's tensors, in its order.
+    """
     places: dict[str, Place] = {}
     cosines: dict[str, float] = {}
     first = 0
-    for name, (rank, width) in shapes.items():
-        place, first = Place(first, rank), first + rank * width
-        module = modules.get(name)
-        if module is None or module.kind != "linear" or tuple(module.a.shape) != (rank, width):
+    for key, (count, length) in shapes.items():
+        place, first = Place(first, count), first + count * length
+        own = vectors.get(key)
+        if own is None or tuple(own.shape) != (count, length):
             continue
-        (numbers,), _ = draws_at(file, [(place.first, rank * width)])
-        cosine = _cosine(module.a, torch.from_numpy(numbers.astype(np.float64)).view(rank, width))
-        if cosine >= bar(rank * width):
-            places[name], cosines[name] = place, cosine
+        (numbers,), _ = draws_at(file, [(place.first, count * length)])
+        cosine = _cosine(own, torch.from_numpy(numbers.astype(np.float64)).view(count, length))
+        if cosine >= bar(count * length):
+            places[key], cosines[key] = place, cosine
     return places, cosines
 
 

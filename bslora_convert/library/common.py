@@ -17,14 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bslora_convert.bslora.codes.coded import Coded
-from bslora_convert.bslora.common import common_bytes, commons_in, draws_of, read_common, write_common
+from bslora_convert.bslora.common import Common, commons_in, read_common
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.forecast import Forecast
-from bslora_convert.conversion.initial import against, modules_of
+from bslora_convert.conversion.initial import against, common_of, modules_of, vectors_of
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
@@ -37,33 +35,36 @@ from bslora_convert.library.jobs import Job
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.storage import INITS
 from bslora_convert.recipe.target import DEFAULT_ERROR
 
 LEAST = 3  # adapters of a cluster
 AVERAGED = 16  # adapters of which the mean is taken, at most
 QUANTISED = (2, 3, 4, 5, 6, 8)  # bits a number of the mean
-TRIED = "a mean that is tried"  # its name while its width is chosen
 
 
 def commons_of(jobs: Sequence[Job], out: Path, recipe: Recipe, progress: Progress = silent) -> list[Path]:
     """The files that these adapters may be coded against, those that are made now among them."""
-    if recipe.storage.init not in ("auto", "search") or not _is_coded(recipe):
+    init = recipe.storage.init
+    if init == "none" or isinstance(init, int) or not _is_coded(recipe):
         return []
+    if init not in INITS:
+        return [common_of(load_lora(init)).write(out)]
     known = commons_in(out)
     groups: dict[tuple[str, ...], list[tuple[Job, Tensor]]] = defaultdict(list)
     here = [job for job in jobs if not job.item.is_remote]
     for done, job in enumerate(here if len(here) >= LEAST else ()):
         progress("comparing initialisations", done, len(here))
         with suppress(BsloraConvertError):  # what is wrong with an adapter is said when it is converted
-            modules = modules_of(_load(job))
-            if not any(in_common(modules, *read_common(path))[0] for path in known):
-                signature, numbers = sketch(modules)
+            adapter = _load(job)
+            if not any(in_common(vectors_of(adapter), *read_common(path))[0] for path in known):
+                signature, numbers = sketch(modules_of(adapter))
                 groups[signature].append((job, numbers))
     for group in groups.values():
         for members in clusters([numbers for _, numbers in group]):
             if len(members) >= LEAST:
-                content = _worth_storing([group[index][0] for index in members], recipe)
-                known += [] if content is None else [write_common(out, content)]
+                common = _worth_storing([group[index][0] for index in members], recipe)
+                known += [] if common is None else [common.write(out)]
     return known
 
 
@@ -76,7 +77,7 @@ def _load(job: Job) -> LoraAdapter:
     return load_lora(job.item.uri, alpha=recipe.get("lora_alpha"), rslora=recipe.get("use_rslora"))
 
 
-def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> bytes | None:
+def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> Common | None:
     """The file of what siblings have in common; None where a seed explains it, or where it would not pay."""
     some = [_load(job) for job in jobs[:: math.ceil(len(jobs) / AVERAGED)]]
     siblings = [modules_of(adapter) for adapter in some]
@@ -89,23 +90,19 @@ def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> bytes | None:
     error = recipe.asked.max_error or DEFAULT_ERROR
     lost = error**2 / (1 + error**2) * source.energy
     least = len(jobs) * Forecast.of(source.spectra, source.shapes).bits_for(lost) / 8
-    best: bytes | None = None
+    best: Common | None = None
     for width in QUANTISED:
-        rows = {name: encode(a, [width] * len(a)).coded for name, a in average.items()}
-        content = common_bytes(rows)
-        source = replace(source, initial=_initial(rows, f"{TRIED} in {width} bits"))
+        common = Common.of({tensor_key(name): encode(a, [width] * len(a)).coded for name, a in average.items()})
+        source = replace(source, initial=_whole(common, average))
         expected = Forecast.of(source.spectra, source.shapes, against(source)).bits_for(lost) / 8
-        if (total := len(content) + len(jobs) * expected) < least:
-            least, best = total, content
+        if (total := len(common.content) + len(jobs) * expected) < least:
+            least, best = total, common
     return best
 
 
-def _initial(rows: Mapping[str, Coded], name: str) -> Initial:
-    """Rows in codes as an initialisation of a name that no file has."""
-    decoded = {tensor_key(module): coded.decode() for module, coded in rows.items()}
+def _whole(common: Common, rows: Mapping[str, Tensor]) -> Initial:
+    """All of a file as an initialisation. rows: of its modules, in its order."""
     places, first = {}, 0
-    for key, a in decoded.items():
-        places[key], first = Place(first, len(a)), first + a.numel()
-    draws = torch.from_numpy(draws_of(decoded.values()))
-    held = {n: draws[p.first : p.first + decoded[n].numel()].view(p.rank, -1) for n, p in places.items()}
-    return Initial(name, places, held)
+    for name, a in rows.items():
+        places[tensor_key(name)], first = Place(first, len(a)), first + a.numel()
+    return Initial.at(common.name, places, {tensor_key(name): a.shape[1] for name, a in rows.items()})

@@ -17,8 +17,9 @@ def init_option() -> Any:
     """Where A's random initialisation is looked for."""
     return option(
         "auto",
-        "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from one seed, or not at all (none).",
-        FORM, metavar="auto|none|search|SEED",
+        "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from a seed, not at all (none); or "
+        "take the adapter that training went on from.",
+        FORM, metavar="auto|none|search|SEED|DIR",
     )  # fmt: skip
 
 
@@ -28,8 +29,8 @@ def checked_init(value: int | str) -> int | str:
     :raises RecipeError: for one that is not allowed.
     """
     value = int(value) if isinstance(value, str) and value.isdigit() else value
-    if not (value in INITS or (is_whole(value) and 0 <= value < 1 << 64)):
-        raise RecipeError(f"init is {value!r}: {', '.join(INITS)} or a seed is allowed", "init")
+    if not ((isinstance(value, str) and value) or (is_whole(value) and 0 <= value < 1 << 64)):
+        raise RecipeError(f"init is {value!r}: {', '.join(INITS)}, a seed or an adapter's directory is allowed", "init")
     return value
 
 
@@ -39,7 +40,8 @@ class Storage:
 
     gain: `unbiased`: each module's update is scaled so that ⟨ΔW, ΔŴ⟩ = ‖ΔW‖², which nearly always behaves better;
     `least-squares`: as the fit left it, of least weight error.
-    init: where A's random initialisation is looked for: `auto`, `none`, `search` or a seed.
+    init: where A's random initialisation is looked for: `auto`, `none`, `search`, a seed, or the adapter (its directory, a URL)
+    that training went on from.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """

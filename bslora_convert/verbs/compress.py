@@ -38,6 +38,7 @@ from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import is_whole
 from bslora_convert.recipe.recipe import Recipe
+from bslora_convert.recipe.storage import INITS
 from bslora_convert.recipe.training import Training
 from bslora_convert.report.conversion import publish
 from bslora_convert.results.adapter import Fidelity
@@ -98,6 +99,8 @@ def compress(
         return Fidelity.from_dict(written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
+        if known is not None and known.common is not None and made.initial is not None:
+            known.common.write(out.parent)
         seconds = {"read": read - began, "fit": fitted - read} if recorded_as is None else None
         record = publish(
             place, write_result(place, made, origin, used.to_dict(), extras, seconds, progress), html=report_html
@@ -113,6 +116,12 @@ def compress(
 def _check(recipe: Recipe, training: Training) -> None:
     """What can be refused before anything is read."""
     recipe.check_prompts()
+    init = recipe.storage.init
+    if isinstance(init, str) and init not in INITS and not resolve(init).exists():
+        raise RecipeError(
+            f"init is {init!r}: {', '.join(INITS)}, a seed, or the directory of an adapter that is there is allowed",
+            "init",
+        )
     if recipe.calibration.base_model is None and training != Training(seed=recipe.seed):
         raise RecipeError(
             "options of a training were given without one: give finetune and base_model", "finetune", "base_model"

@@ -133,8 +133,10 @@ def test_a_seed_by_hand_is_taken_and_a_wrong_one_is_refused(drawn: Path, tmp_pat
         compress(drawn, tmp_path / "d", Recipe(transform="none", bytes=0.125, init=43), report_html=False)
     with pytest.raises(RecipeError, match="stored as floats"):
         Recipe(budget=0.25, init=42)
-    with pytest.raises(RecipeError, match="a seed is allowed"):
-        Recipe(bytes=0.25, init="somewhere")
+    with pytest.raises(RecipeError, match="init is 'somewhere': auto, none, search, a seed, or the directory"):
+        compress(drawn, tmp_path / "e", Recipe(bytes=0.25, init="somewhere"), report_html=False)
+    with pytest.raises(RecipeError, match="a seed or an adapter's directory is allowed"):
+        Recipe(bytes=0.25, init=-1)
 
 
 def test_one_width_holds_against_draws_too(drawn: Path, tmp_path: Path) -> None:
