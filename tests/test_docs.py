@@ -85,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("pages")
     for source, name in (
         ("gsm8k", "my-lora"), ("gsm8k", "adapters/tenant-3/support"), ("banking77", "another-lora"),
-        ("banking77", "adapters/tenant-4"),
+        ("banking77", "adapters/tenant-4"), ("gsm8k", "my-lora-v1"), ("gsm8k", "my-lora-v2"),
     ):  # fmt: skip
         cut(TINY / source, place / name)
     shutil.copytree(TINY / "base", place / "base")

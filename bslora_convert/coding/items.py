@@ -38,7 +38,7 @@ from bslora_convert.coding.widths import Side, Widths, options
 from bslora_convert.metric.metric import Weigh, as_it_is
 from bslora_convert.modules.factors import Shape
 
-KAPPA = 4.0
+KAPPA = 6.0
 PLACES = {width: place for place, width in enumerate(WIDTHS)}
 
 

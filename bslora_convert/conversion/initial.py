@@ -14,6 +14,7 @@ from bslora_convert.coding.components import known_sides
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.forecast import Forecast, Sides
 from bslora_convert.errors import RecipeError
+from bslora_convert.files.address import resolve
 from bslora_convert.files.record import EXPANSION_NAME
 from bslora_convert.fit.source import Source
 from bslora_convert.initialisation.drawn import Module
@@ -44,6 +45,15 @@ class Known:
     cosines: Mapping[str, float]
     offset: int | None = None
     common: Common | None = None
+
+
+def check_init(asked: int | str) -> None:
+    """:raises RecipeError: for an adapter that is not there."""
+    if isinstance(asked, str) and asked not in INITS and not resolve(asked).exists():
+        raise RecipeError(
+            f"init is {asked!r}: {', '.join(INITS)}, a seed, or the directory of an adapter that is there is allowed",
+            "init",
+        )
 
 
 def modules_of(adapter: LoraAdapter) -> dict[str, Module]:

@@ -17,8 +17,8 @@ def init_option() -> Any:
     """Where A's random initialisation is looked for."""
     return option(
         "auto",
-        "Look for A's random initialisation: among usual seeds (auto), thoroughly (search), from a seed, not at all (none); or "
-        "take the adapter that training went on from.",
+        "Look for A's random initialisation among usual seeds (auto), thoroughly (search) or not at all; or name its seed or "
+        "adapter.",
         FORM, metavar="auto|none|search|SEED|DIR",
     )  # fmt: skip
 

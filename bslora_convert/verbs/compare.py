@@ -17,7 +17,7 @@ from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.comparison.forms import FORMS, KNOWING, OWN_SIZE, SCALED, SEARCHED, SUFFIX, USUAL, as_strong
-from bslora_convert.conversion.initial import look_for
+from bslora_convert.conversion.initial import check_init, look_for
 from bslora_convert.errors import RecipeError
 from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
@@ -242,6 +242,7 @@ def _check(asked: CompareOptions, out: str | Path | None) -> None:
         raise RecipeError(f"forms: {', '.join(unknown)} unknown; known are {', '.join(FORMS)}", "forms")
     if asked.save and out is None:
         raise RecipeError("save needs an output directory: give out", "save", "out")
+    check_init(asked.init)
     if asked.init not in INITS[:2] and KNOWING.isdisjoint(asked.forms or USUAL):
         raise RecipeError(
             f"init is {asked.init!r}: none of these forms uses A's random initialisation; give auto or none", "init"

@@ -22,7 +22,7 @@ from bslora_convert.behaviour.training_rows import TrainingRun
 from bslora_convert.bslora.official import is_official
 from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
-from bslora_convert.conversion.initial import Known, look_for
+from bslora_convert.conversion.initial import Known, check_init, look_for
 from bslora_convert.conversion.request import Converted, Request
 from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import RecipeError, ThresholdMissed
@@ -38,7 +38,6 @@ from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import is_whole
 from bslora_convert.recipe.recipe import Recipe
-from bslora_convert.recipe.storage import INITS
 from bslora_convert.recipe.training import Training
 from bslora_convert.report.conversion import publish
 from bslora_convert.results.adapter import Fidelity
@@ -116,12 +115,7 @@ def compress(
 def _check(recipe: Recipe, training: Training) -> None:
     """What can be refused before anything is read."""
     recipe.check_prompts()
-    init = recipe.storage.init
-    if isinstance(init, str) and init not in INITS and not resolve(init).exists():
-        raise RecipeError(
-            f"init is {init!r}: {', '.join(INITS)}, a seed, or the directory of an adapter that is there is allowed",
-            "init",
-        )
+    check_init(recipe.storage.init)
     if recipe.calibration.base_model is None and training != Training(seed=recipe.seed):
         raise RecipeError(
             "options of a training were given without one: give finetune and base_model", "finetune", "base_model"

@@ -14,7 +14,7 @@ from bslora_convert.baselines.quantised import GRIDS, TRUNCATED_INITIAL, coded
 from bslora_convert.baselines.ranks import by_energy, bytes_of, for_all
 from bslora_convert.comparison.forms import as_strong
 from bslora_convert.fit.source import Source
-from bslora_convert.initialisation.initial import Initial
+from bslora_convert.initialisation.initial import Initial, tensor_key
 from bslora_convert.initialisation.stream import Place
 from bslora_convert.modules.factors import Factors, Shape
 from tests.baselines.planted import dense, drawn, relative_error, source_of
@@ -33,14 +33,16 @@ def planted(changed: float = 0.15, names: tuple[str, ...] = tuple(SHAPES)) -> So
     for name, (_, width) in SHAPES.items():
         places[name] = Place(first, RANK)
         first += RANK * width
-    initial = Initial.at(SEED, places, {name: width for name, (_, width) in SHAPES.items()})
+    initial = Initial.at(
+        SEED, {tensor_key(n): place for n, place in places.items()}, {tensor_key(n): SHAPES[n][1] for n in places}
+    )
     factors = {}
     for name, (out, width) in SHAPES.items():
         base = initial.base(name)
         assert base is not None
         noise = changed * base.square().mean().sqrt() * random(RANK, width)
         factors[name] = Factors(random(out, RANK) * 0.8 ** torch.arange(RANK), (base + noise) / width**0.5)
-    return replace(source_of(factors), initial=initial.only(names))
+    return replace(source_of(factors), initial=initial.only(map(tensor_key, names)))
 
 
 def size(source: Source, share: float) -> int:

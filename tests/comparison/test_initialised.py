@@ -42,7 +42,7 @@ def test_a_found_initialisation_is_used_by_codes_and_by_forms_named_so(tmp_path:
 def test_an_initialisation_that_is_asked_for_wrongly_is_refused(tmp_path: Path) -> None:
     lora = drawn_lora(TINY / "gsm8k", tmp_path / "lora", seed=42)
     for init, forms, words in (
-        ("somewhere", ["svd_mixed"], "init is 'somewhere': auto, none, search or a seed is allowed"),
+        ("somewhere", ["svd_mixed"], "init is 'somewhere': auto, none, search, a seed"),
         (-1, ["svd_mixed"], "init is -1"), (43, ["svd_mixed"], "init is 43: no A of"),
         (42, ["svd_nf4", "svd_adaptive"], "init is 42: none of these forms"),
     ):  # fmt: skip

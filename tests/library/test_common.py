@@ -57,7 +57,7 @@ def test_siblings_share_one_file_and_take_fewer_bytes(made: Path, tmp_path: Path
         assert record["weight"]["relative_error"] <= 0.2
         found = record["initialisation"]
         assert (found["generator"], found["file"], found["modules"]) == (
-            "siblings",
+            "adapters",
             common.name,
             record["source"]["modules"],
         )
