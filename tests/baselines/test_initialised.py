@@ -12,6 +12,7 @@ from bslora_convert.baselines.initialised import INITIAL, NOTHING, Known, Rows, 
 from bslora_convert.baselines.loraquant import STRONG, optimised, rounded
 from bslora_convert.baselines.quantised import GRIDS, TRUNCATED_INITIAL, coded
 from bslora_convert.baselines.ranks import by_energy, bytes_of, for_all
+from bslora_convert.coding.items import KAPPA
 from bslora_convert.comparison.forms import as_strong
 from bslora_convert.fit.source import Source
 from bslora_convert.initialisation.initial import Initial, tensor_key
@@ -224,7 +225,7 @@ def test_what_is_left_out_of_the_changes_counts_more() -> None:
         fits[rest] = Fitted({name: part.factors() for name, part in parts.items()}, 0, {})
         error = relative_error(source, fits[rest]) ** 2 * source.energy
         changed = sum(known.left_out(name, rest) for name in SHAPES)
-        assert lost(source, fits[rest], rows, known) == pytest.approx(error + 3 * changed)
+        assert lost(source, fits[rest], rows, known) == pytest.approx(error + (KAPPA - 1) * changed)
     assert NOTHING.left_out("anything", 0) == 0
     for name in SHAPES:  # in dense matrices
         product, base = dense(source.deltas[name].factors()), known.bases[name].double()
