@@ -6,7 +6,8 @@
 
 sizes     `compress --transform none` at an error of 0.1 and at shares of the bytes, with `--init auto` and `--init none`: bytes,
           energy lost, and on a base model the KL to the original. The picture shows the lost energy by bytes.
-times     CPU seconds of `compress`, `expand` and reading in fresh processes, with and without; ratios are within this run.
+times     CPU seconds of `compress`, `expand` and reading in fresh processes, with and without; ratios are within this run. And of
+          the draws of an adapter of 8B.
 library   adapters of one seed that nobody knows, planted from real ones: the draws of their A's are replaced by others, and
           what training changed is turned by a random rotation, so that no two are alike. What `batch` makes of them at an error
           of 0.1, bytes an adapter by the number of adapters that share the file, and from how many on it pays.
@@ -19,6 +20,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,15 @@ from safetensors.torch import load_file, save_file
 from bslora_convert import Recipe, batch, compress, load_compact, load_lora, verify
 from bslora_convert.bslora.common import commons_in
 from bslora_convert.conversion.initial import look_for
+from bslora_convert.initialisation.initial import Initial, tensor_key
+from bslora_convert.initialisation.stream import Place
 
 ERROR = 0.1
 SHARES = (0.125, 0.0625, 0.03125, 0.015625)
+EIGHT_BILLION = {
+    "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096), "gate": (14336, 4096), "up": (14336, 4096),
+    "down": (4096, 14336),
+}  # fmt: skip
 NEW_SEED = 987_654_321  # of planted siblings; among those that nobody tries
 
 
@@ -124,6 +132,18 @@ def times(lora: Path, out: Path) -> None:
     for name, row in found.items():
         table.add_row(name, f"{row['none']:.2f}", f"{row['auto']:.2f}", f"{row['auto'] / row['none']:.2f}")
     Console().print(table)
+    places, lengths, at = {}, {}, 0
+    for layer in range(32):
+        for kind, (high, width) in EIGHT_BILLION.items():
+            key = tensor_key(f"{layer}.{kind}")
+            places[key], lengths[key] = Place(at + 16 * (high + width), 16), width
+            at += 16 * (high + 2 * width)
+    began = time.process_time()
+    found = Initial.at(0, places, lengths)
+    print(
+        f"draws of Llama-3-8B's seven kinds, rank 16: {at:,} outputs, {time.process_time() - began:.2f} CPU s once a process, "
+        f"{sum(draws.nbytes for draws in found.draws.values()) / 1e6:.0f} MB"
+    )
 
 
 def planted(loras: Sequence[Path], count: int, out: Path) -> Path:
