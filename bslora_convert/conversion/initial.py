@@ -109,8 +109,8 @@ def look_for(
 def _continued(adapter: LoraAdapter, began: str) -> Known:
     """What training began with, a step-0 checkpoint or an adapter: its seed where that says all, else its own numbers."""
     start = load_lora(began)
-    found = find(modules_of(start))
-    if found is not None and not any(module.b.any() for module in start.modules.values()):
+    found = seed_of(start)
+    if found is not None:
         again = find(modules_of(adapter), seed=found.seed, before=[found])
         if again is not None:
             return _seeded(again, modules_of(adapter))
@@ -120,6 +120,11 @@ def _continued(adapter: LoraAdapter, began: str) -> Known:
     if known is None:
         raise RecipeError(f"init is {began!r}: no module of {adapter.weights} is like its; give auto or none", "init")
     return replace(known, common=common)
+
+
+def seed_of(start: LoraAdapter) -> Found | None:
+    """The seed of a checkpoint of step 0; None of an adapter whose B says something as well."""
+    return None if any(bool(module.b.any()) for module in start.modules.values()) else find(modules_of(start))
 
 
 def common_of(start: LoraAdapter) -> Common:

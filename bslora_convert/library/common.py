@@ -22,7 +22,7 @@ from torch import Tensor
 from bslora_convert.bslora.common import Common, commons_in, read_common
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.forecast import Forecast
-from bslora_convert.conversion.initial import against, common_of, modules_of, vectors_of
+from bslora_convert.conversion.initial import against, common_of, modules_of, seed_of, vectors_of
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
@@ -49,7 +49,8 @@ def commons_of(jobs: Sequence[Job], out: Path, recipe: Recipe, progress: Progres
     if init == "none" or isinstance(init, int) or not _is_coded(recipe):
         return []
     if init not in INITS:
-        return [common_of(load_lora(init)).write(out)]
+        start = load_lora(init)
+        return [] if seed_of(start) is not None else [common_of(start).write(out)]
     known = commons_in(out)
     groups: dict[tuple[str, ...], list[tuple[Job, Tensor]]] = defaultdict(list)
     here = [job for job in jobs if not job.item.is_remote]

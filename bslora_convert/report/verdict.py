@@ -155,6 +155,11 @@ def _initialised(record: Fidelity) -> list[str]:
     if known is None:
         return []
     found = f"A's random initialisation was found (seed {known.seed}): training changed {known.changed:.1%} of A"
+    if known.file is not None:
+        found = (
+            f"Its codes are against {known.file}, which must lie beside this directory or above it: {known.changed:.1%} of A is "
+            "its own"
+        )
     if not known.used:
         return [f"{found}, too much for codes against it to be smaller."]
     without = known.bytes_without or 0
