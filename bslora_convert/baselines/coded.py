@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from bslora_convert.baselines.blocks import SCALES, Blocks
 from bslora_convert.modules.factors import Factors
+from bslora_convert.modules.lowrank import mix_of
 
 MOST = 4.0  # that scales of Δ̂ are multiplied by
 
@@ -27,9 +28,7 @@ class Mix:
     @classmethod
     def of(cls, rows: Tensor, base: Tensor) -> "Mix":
         """The nearest to rows (k, in)."""
-        along = base.double()
-        numbers = rows.double() @ along.T @ torch.linalg.pinv(along @ along.T, hermitian=True)
-        return cls(numbers.to(SCALES), base)
+        return cls(mix_of(rows, base).to(SCALES), base)
 
     def decode(self) -> Tensor:
         """T̂ A₀ (k, in), float32."""

@@ -39,17 +39,21 @@ TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """A file that is not written yet: its name, which follows from its content, and that."""
+    """A file that is not written yet: its name, which follows from its content, and that.
+
+    shapes: (vectors, length) of its tensors by key, in their order.
+    """
 
     name: str
     content: bytes
+    shapes: Mapping[str, Shape]
 
     @classmethod
     def of(cls, vectors: Mapping[str, Coded]) -> "Common":
         """That of vectors in codes, by the keys of their tensors; their draws are kept, as if it had been read."""
-        shapes = {key: list(coded.codes.shape) for key, coded in vectors.items()}
+        shapes = {key: (coded.codes.shape[0], coded.codes.shape[1]) for key, coded in vectors.items()}
         content = save(to_file(vectors), {VECTORS: json.dumps(shapes)})
-        found = cls(f"initialisation-{sha256(content).hexdigest()[:16]}.safetensors", content)
+        found = cls(f"initialisation-{sha256(content).hexdigest()[:16]}.safetensors", content, shapes)
         hold(found.name, draws_of(coded.decode() for coded in vectors.values()))
         return found
 

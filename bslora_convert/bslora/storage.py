@@ -67,16 +67,12 @@ class CompactAdapter:
     """
 
     form: BsloraForm
+    layout: Layout
     carried: Mapping[str, Tensor]
     config: Mapping[str, Any]
     path: FilePath
     codes: Mapping[str, Tensor] = field(default_factory=dict)
     integrity: str = NO_RECORD
-
-    @property
-    def layout(self) -> Layout:
-        """What the file consists of."""
-        return Layout.parse(self.config, self.path / CONFIG_NAME)
 
     @property
     def initial(self) -> Initial | None:
@@ -239,7 +235,7 @@ def _decoded(read: _Read) -> CompactAdapter:
     if len(dtypes) > 1:
         raise InputError(f"{weights_path}: tensors of several dtypes: {sorted(map(str, dtypes))}")
     form = assemble(layout, taken)
-    return CompactAdapter(form, read.tensors, config, read.directory, read.codes, read.state)
+    return CompactAdapter(form, layout, read.tensors, config, read.directory, read.codes, read.state)
 
 
 def _check_passengers(read: _Read) -> None:

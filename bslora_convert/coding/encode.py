@@ -33,7 +33,7 @@ from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.coding.widths import Side, Widths
 from bslora_convert.metric.metric import PLAIN, Metric, Weigh, as_it_is
 from bslora_convert.modules.factors import Factors
-from bslora_convert.modules.lowrank import Grams, residual_energy
+from bslora_convert.modules.lowrank import Grams, mix_of, residual_energy
 
 SMALLEST_SCALE = 1e-30
 SMALLEST_NORM = 1e-300
@@ -232,8 +232,7 @@ def code_rows(
     if base is None or not any(mix_widths):
         return CodedRows(encode(rows, rest_widths))
     mixed = mixed_rows(widths)
-    wanted = _solved(base.double() @ base.double().T, base.double() @ rows.double().T).T
-    mix = encode(wanted, mix_widths, None if like is None else like[0])
+    mix = encode(mix_of(rows, base), mix_widths, None if like is None else like[0])
     left = torch.where(mixed[:, None], rows - mix.decode() @ base, rows)
     rest = encode(left, rest_widths, None if like is None else like[1], mixed & unbiased)
     return CodedRows(rest, mix, base)

@@ -21,15 +21,17 @@ from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import Found, find
 from bslora_convert.initialisation.initial import Initial, tensor_key
 from bslora_convert.initialisation.kept import Key, are_allowed
-from bslora_convert.initialisation.siblings import bar, in_common
+from bslora_convert.initialisation.match import bar, cosine
+from bslora_convert.initialisation.siblings import in_common
 from bslora_convert.initialisation.stream import Place
+from bslora_convert.initialisation.tape import Tape
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.storage import INITS
 from bslora_convert.results.adapter import InitialisationRecord
 
-SEEDED, SIBLINGS = "mt19937", "adapters"
+OF_SEED, OF_ADAPTERS = "mt19937", "adapters"
 OF_START = 8  # bits of a number of an adapter that training went on from
 
 
@@ -100,7 +102,7 @@ def look_for(
             "init",
         )
     for path in commons:
-        known = _in_file(adapter, *read_common(path))
+        known = in_file(adapter, *read_common(path))
         if known is not None:
             return known
     return None
@@ -115,8 +117,7 @@ def _continued(adapter: LoraAdapter, began: str) -> Known:
         if again is not None:
             return _seeded(again, modules_of(adapter))
     common = common_of(start)
-    shapes = {key: (len(one), one.shape[1]) for key, one in _told(start).items()}
-    known = _in_file(adapter, common.name, shapes)
+    known = in_file(adapter, common.name, common.shapes)
     if known is None:
         raise RecipeError(f"init is {began!r}: no module of {adapter.weights} is like its; give auto or none", "init")
     return replace(known, common=common)
@@ -129,15 +130,11 @@ def seed_of(start: LoraAdapter) -> Found | None:
 
 def common_of(start: LoraAdapter) -> Common:
     """The file of what an adapter began with, precise enough to be it."""
-    return Common.of({key: encode(one, [OF_START] * len(one)).coded for key, one in _told(start).items()})
+    told = {key: one for key, one in vectors_of(start).items() if bool(one.any())}  # a B that is zero says nothing
+    return Common.of({key: encode(one, [OF_START] * len(one)).coded for key, one in told.items()})
 
 
-def _told(start: LoraAdapter) -> dict[str, Tensor]:
-    """The vectors that say something: all but those of a B that is zero."""
-    return {key: one for key, one in vectors_of(start).items() if bool(one.any())}
-
-
-def _in_file(adapter: LoraAdapter, name: str, shapes: Mapping[str, Shape]) -> Known | None:
+def in_file(adapter: LoraAdapter, name: str, shapes: Mapping[str, Shape]) -> Known | None:
     """What an adapter has in common with a file; None where that is nothing."""
     vectors = vectors_of(adapter)
     places, cosines = in_common(vectors, name, shapes)
@@ -162,18 +159,13 @@ def _recorded(adapter: LoraAdapter) -> Known | None:
         return None
     if not are_allowed(places.values(), [shapes[name] for name in places]):
         return None
-    initial = _of_a(seed, places, {name: shape[1] for name, shape in shapes.items()})
-    cosines = {name: _cosine(adapter.modules[name].a, initial.draws[tensor_key(name)]) for name in places}
-    alike = [name for name, cosine in cosines.items() if cosine >= bar(initial.draws[tensor_key(name)].numel())]
-    kept = initial.only(map(tensor_key, alike))
-    return None if kept is None else Known(kept, {name: cosines[name] for name in alike}, 0)
-
-
-def _cosine(a: Tensor, draws: Tensor) -> float:
-    """Of the first rows of A, as many as the draws have."""
-    rows, base = a[: len(draws)].double(), draws.double()
-    length = float(rows.norm() * base.norm())
-    return float((rows * base).sum()) / length if length else 0.0
+    tape = Tape(seed)
+    rows = {name: adapter.modules[name].a[: place.rank] for name, place in places.items()}
+    cosines = {name: cosine(rows[name], place.first, tape) for name, place in places.items()}
+    alike = {name: found for name, found in cosines.items() if found >= bar(rows[name].numel())}
+    if not alike:
+        return None
+    return Known(_of_a(seed, {n: places[n] for n in alike}, {n: shapes[n][1] for n in alike}), alike, 0)
 
 
 def _seeded(found: Found, modules: Mapping[str, Module]) -> Known:
@@ -207,7 +199,7 @@ def describe(known: Known, adapter: LoraAdapter) -> InitialisationRecord:
     energies = {name: float(adapter.modules[name].a.double().square().sum()) for name in changed}
     total, origin = sum(energies.values()), known.initial.origin
     return InitialisationRecord(
-        generator=SEEDED if origin.file is None else SIBLINGS,
+        generator=OF_SEED if origin.file is None else OF_ADAPTERS,
         seed=origin.seed,
         offset=known.offset,
         file=origin.file,

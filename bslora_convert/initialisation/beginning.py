@@ -31,12 +31,12 @@ USUAL = (
     12345,
     67280421310721,
 )  # the last is torch's own
-SEEDS = (
+LIKELY = (
     *USUAL, 31337, 54321, 123456, 2017, 2018, 2019, 2020, 2027, 2048, 4096, 4242, 8888, 9999,
     *(seed for seed in range(1025) if seed not in USUAL),
 )  # fmt: skip
 MORE_SEEDS = (
-    *(seed for seed in range(1024, 10_000) if seed not in SEEDS), *range(10_000, 100_000, 1111), *range(20_000, 100_000, 1000),
+    *(seed for seed in range(1024, 10_000) if seed not in LIKELY), *range(10_000, 100_000, 1111), *range(20_000, 100_000, 1000),
     31415, 314159, 27182, 271828, 65535, 65536, 114514, 424242, 654321, 1234567, 19260817, 8675309, 20230101, 123456789,
     987654321, 1234567890, 0xC0FFEE, 0xDEADBEEF, 0x7FFFFFFF, 0xFFFFFFFF,
 )  # fmt: skip

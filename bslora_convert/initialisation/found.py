@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from bslora_convert.initialisation.beginning import (
     DRAWN,
+    LIKELY,
     MORE_SEEDS,
     MOST_USUAL,
     OFFSETS,
-    SEEDS,
     USUAL,
     Beginning,
     Firsts,
@@ -84,12 +84,12 @@ def _search(
     if seed is not None:
         steps += [firsts.at_the_start((seed,), OFFSETS), firsts.further(seed, 0, THOROUGH if thorough else ASKED)]
     else:
-        steps += [firsts.at_the_start(USUAL, OFFSETS), firsts.at_the_start(SEEDS, (0,), DRAWN)]
+        steps += [firsts.at_the_start(USUAL, OFFSETS), firsts.at_the_start(LIKELY, (0,), DRAWN)]
         spans = {one: FAR if one in MOST_USUAL else NEAR for one in USUAL}
         if far:
             steps += [firsts.further(one, 0, span) for one, span in spans.items()]
         if thorough:
-            steps += [firsts.at_the_start(batched, (0,)) for batched in _batches((*SEEDS, *MORE_SEEDS))]
+            steps += [firsts.at_the_start(batched, (0,)) for batched in _batches((*LIKELY, *MORE_SEEDS))]
             steps += [firsts.further(one, span, THOROUGH) for one, span in spans.items()]
     for done, step in enumerate(steps):
         progress(PHASE, done, len(steps))

@@ -7,7 +7,6 @@ training put into all of them is in it too.
 """
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.kept import draws_at
+from bslora_convert.initialisation.match import bar
 from bslora_convert.initialisation.stream import Place
 from bslora_convert.modules.factors import Shape
 
-ALIKE, BEYOND_CHANCE = 0.3, 8.0  # least cosine; and in units of what chance gives
 SKETCHED, HEAD = 8, 1024  # modules of a sketch, numbers of each
 TINY = 1e-30
 
@@ -36,12 +35,7 @@ def sketch(modules: Mapping[str, Module]) -> tuple[tuple[str, ...], Tensor]:
 def alike(first: Tensor, second: Tensor) -> bool:
     """Whether two sketches of one signature are of siblings."""
     cosine = float(first @ second) / max(float(first.norm() * second.norm()), TINY)
-    return cosine >= bar(len(first))
-
-
-def bar(count: int) -> float:
-    """The least cosine of `count` numbers by which they are taken to be drawn alike."""
-    return max(ALIKE, BEYOND_CHANCE / sqrt(max(count, 1)))
+    return cosine >= bar(max(len(first), 1))
 
 
 def clusters(sketches: Sequence[Tensor]) -> list[list[int]]:

@@ -10,9 +10,7 @@ such as b is left to whoever uses the draws. Whole numbers have no rounding, so 
 A seed alone is a stream of 32 bits' worth of state. NumPy's `RandomState` is frozen (NEP 19): its outputs never change.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from zlib import crc32
 
 import numpy as np
 
@@ -44,33 +42,3 @@ class Stream:
         """Leaves out the next draws."""
         for begin in range(0, count, AT_ONCE):
             self._outputs.randint(0, SEEDS, size=min(AT_ONCE, count - begin), dtype=np.uint32)
-
-
-def draws(seed: int, places: Mapping[str, Place], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """A₀ (rank, in) int16 of every module that has a place, in the order of the stream; `in` from widths.
-
-    Places must not overlap.
-    """
-    stream, at, found = Stream(seed), 0, {}
-    for name, place in sorted(places.items(), key=lambda item: item[1].first):
-        stream.skip(place.first - at)
-        found[name] = stream.take(place.rank * widths[name]).reshape(place.rank, -1)
-        at = place.first + found[name].size
-    return found
-
-
-def checksum(found: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 of draws as little-endian bytes, modules in the order of the mapping."""
-    total = 0
-    for numbers in found.values():
-        total = crc32(np.ascontiguousarray(numbers, dtype="<i2").data, total)
-    return total
-
-
-def chunks(seed: int, size: int, overlap: int) -> Iterator[np.ndarray]:
-    """The stream in pieces of `size`, each but the first beginning with the last `overlap` draws of the one before."""
-    stream = Stream(seed)
-    held = stream.take(size)
-    while True:
-        yield held
-        held = np.concatenate([held[-overlap:], stream.take(size - overlap)]) if overlap else stream.take(size)

@@ -22,15 +22,14 @@ from torch import Tensor
 from bslora_convert.bslora.common import Common, commons_in, read_common
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.forecast import Forecast
-from bslora_convert.conversion.initial import against, common_of, modules_of, seed_of, vectors_of
+from bslora_convert.conversion.initial import against, common_of, in_file, modules_of, seed_of, vectors_of
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import find
-from bslora_convert.initialisation.initial import Initial, tensor_key
+from bslora_convert.initialisation.initial import tensor_key
 from bslora_convert.initialisation.siblings import clusters, in_common, mean, sketch
-from bslora_convert.initialisation.stream import Place
 from bslora_convert.library.jobs import Job
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
@@ -52,13 +51,14 @@ def commons_of(jobs: Sequence[Job], out: Path, recipe: Recipe, progress: Progres
         start = load_lora(init)
         return [] if seed_of(start) is not None else [common_of(start).write(out)]
     known = commons_in(out)
+    there = [read_common(path) for path in known]
     groups: dict[tuple[str, ...], list[tuple[Job, Tensor]]] = defaultdict(list)
     here = [job for job in jobs if not job.item.is_remote]
     for done, job in enumerate(here if len(here) >= LEAST else ()):
         progress("comparing initialisations", done, len(here))
         with suppress(BsloraConvertError):  # what is wrong with an adapter is said when it is converted
             adapter = _load(job)
-            if not any(in_common(vectors_of(adapter), *read_common(path))[0] for path in known):
+            if not any(in_common(vectors_of(adapter), *file)[0] for file in there):
                 signature, numbers = sketch(modules_of(adapter))
                 groups[signature].append((job, numbers))
     for group in groups.values():
@@ -94,16 +94,9 @@ def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> Common | None:
     best: Common | None = None
     for width in QUANTISED:
         common = Common.of({tensor_key(name): encode(a, [width] * len(a)).coded for name, a in average.items()})
-        source = replace(source, initial=_whole(common, average))
+        known = in_file(some[0], common.name, common.shapes)
+        source = replace(source, initial=None if known is None else known.initial)
         expected = Forecast.of(source.spectra, source.shapes, against(source)).bits_for(lost) / 8
         if (total := len(common.content) + len(jobs) * expected) < least:
             least, best = total, common
     return best
-
-
-def _whole(common: Common, rows: Mapping[str, Tensor]) -> Initial:
-    """All of a file as an initialisation. rows: of its modules, in its order."""
-    places, first = {}, 0
-    for name, a in rows.items():
-        places[tensor_key(name)], first = Place(first, len(a)), first + a.numel()
-    return Initial.at(common.name, places, {tensor_key(name): a.shape[1] for name, a in rows.items()})

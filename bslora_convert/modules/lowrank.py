@@ -201,6 +201,13 @@ def _root(gram_a: Tensor) -> tuple[Tensor, Tensor]:
     return vectors[:, kept] * root, (vectors[:, kept] / root).T
 
 
+def mix_of(vectors: Tensor, base: Tensor) -> Tensor:
+    """T (k, r₀), float64, of least ‖vectors − T base‖: (k, n), (r₀, n). Rows of base may depend on each other, or be zero."""
+    along = base.double()
+    found: Tensor = vectors.double() @ along.T @ torch.linalg.pinv(along @ along.T, hermitian=True)
+    return found
+
+
 def residual_energy(target: Factors, target_grams: Grams, approximation: Factors) -> float:
     """‖BA − B̂Â‖_F² from Gram matrices, float64: exact to about 1e-15 of ‖BA‖²."""
     return max(target_grams.energy - 2 * inner(target, approximation) + Grams.of(approximation).energy, 0.0)

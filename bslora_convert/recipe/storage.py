@@ -55,7 +55,6 @@ class Storage:
         "unbiased", "Scale each module's update to the original's strength (unbiased), or leave it at the least error.", FORM,
         choices=GAINS,
     )  # fmt: skip
-
     init: int | str = init_option()
 
     def __post_init__(self) -> None:

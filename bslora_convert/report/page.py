@@ -29,7 +29,7 @@ def render(
     """
     modules = record.weight.modules
     kinds = {module.name: kind_of(module.name) for module in modules}
-    grid = _error_grid(modules, kinds)
+    grid = _grid({module.name: module.relative_error for module in modules}, kinds)
     figures = {
         "beside plain SVD of the same size": plots.baselines(_errors(record)),
         "spectra of the source": plots.spectra(*_spectra(modules, spectra, _few(kinds))),
@@ -77,24 +77,18 @@ def _moved(record: Fidelity, kinds: Mapping[str, str]) -> dict[str, Picture]:
     """How far training moved each A from its random initialisation, where that is known."""
     if record.initialisation is None:
         return {}
-    names = [module.name for module in record.weight.modules]
-    shown = short_layers([layer_of(name) for name in names])
-    shares = record.initialisation.changed_by_module
-    found = {(layer, kinds[n]): shares[n] for layer, n in zip(shown, names, strict=True) if n in shares}
-    layers, rows = list(dict.fromkeys(shown)), list(dict.fromkeys(kinds.values()))
-    picture = plots.picture(lambda width: plots.change_map(found, layers, rows, width))
+    grid = _grid(record.initialisation.changed_by_module, kinds)
+    picture = plots.picture(lambda width: plots.change_map(*grid, width))
     return {"how far training moved A from its random initialisation": picture}
 
 
-def _error_grid(
-    modules: Sequence[ModuleRecord], kinds: Mapping[str, str]
+def _grid(
+    values: Mapping[str, float], kinds: Mapping[str, str]
 ) -> tuple[dict[tuple[str, str], float], list[str], list[str]]:
-    shown = short_layers([layer_of(module.name) for module in modules])
-    errors = {
-        (layer, kinds[module.name]): module.relative_error
-        for layer, module in zip(shown, modules, strict=True)
-    }  # fmt: skip
-    return errors, list(dict.fromkeys(shown)), list(dict.fromkeys(kinds.values()))
+    """Values of modules by layer and kind, with all layers and kinds. kinds: of all modules."""
+    shown = short_layers([layer_of(name) for name in kinds])
+    found = {(layer, kinds[n]): values[n] for layer, n in zip(shown, kinds, strict=True) if n in values}
+    return found, list(dict.fromkeys(shown)), list(dict.fromkeys(kinds.values()))
 
 
 def _few(kinds: Mapping[str, str]) -> dict[str, str]:

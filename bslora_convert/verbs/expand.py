@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bslora_convert.bslora.form import LEVELS, BsloraForm
+from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.official import is_official, load_official, save_official
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
 from bslora_convert.errors import Refused
@@ -116,7 +117,9 @@ def _load(path: Path, accept_changed: bool) -> tuple[CompactAdapter, Path]:
     if not is_official(path):
         return load_compact(path, accept_changed=accept_changed), path / WEIGHTS_NAME
     official = load_official(path)
-    found = CompactAdapter(official.form, {}, official.inherited, official.weights.parent, integrity=AS_WRITTEN)
+    found = CompactAdapter(
+        official.form, Layout.of(official.form), {}, official.inherited, official.weights.parent, integrity=AS_WRITTEN
+    )
     return found, official.weights
 
 

@@ -20,9 +20,10 @@ from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.fit.source import measure
 from bslora_convert.initialisation import kept
 from bslora_convert.initialisation.initial import tensor_key
-from bslora_convert.initialisation.stream import HALF, draws
+from bslora_convert.initialisation.stream import HALF
 from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
+from tests.initialisation.planted import draws
 from tests.planting import drawn_lora
 
 GSM8K = FIXTURES / "tiny" / "gsm8k"
@@ -191,6 +192,17 @@ def test_a_pair_against_draws_loses_what_dense_says() -> None:
             made = pair.factors()
             dense = (target.b.double() @ target.a.double() - made.b.double() @ made.a.double()).square().sum()
             assert pair.lost == pytest.approx(float(dense), rel=1e-5)
+
+
+def test_rows_of_what_is_known_may_depend_on_each_other() -> None:
+    """As columns of a B that training left at zero do."""
+    base, rows = base_and_rows(0.2)
+    base[3], base[5] = 0.0, base[4]
+    against = Against.of(rows, base)
+    onto = torch.linalg.pinv(base.double()) @ base.double()
+    outside = 1 - (rows.double() @ onto).square().sum(1) / rows.double().square().sum(1)
+    assert against.outside == pytest.approx(outside.numpy(), abs=1e-6)
+    assert bool(code_rows(rows, [(8, 2)] * 8, base).decode().isfinite().all())
 
 
 def test_options_are_those_of_the_formula() -> None:

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import Found
-from bslora_convert.initialisation.stream import HALF, draws
+from bslora_convert.initialisation.kept import draws_at
+from bslora_convert.initialisation.stream import HALF, Place
 from bslora_convert.modules.factors import Shape
 from tests.planting import KINDS
+
+
+def draws(seed: int, places: Mapping[str, Place], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """A₀ (rank, in) int16 of every module that has a place, in the order of the stream."""
+    names = sorted(places, key=lambda name: places[name].first)
+    found, _ = draws_at(seed, [(places[name].first, places[name].rank * widths[name]) for name in names])
+    return {name: numbers.reshape(places[name].rank, -1) for name, numbers in zip(names, found, strict=True)}
 
 
 def llama(layers: int) -> dict[str, Shape]:
