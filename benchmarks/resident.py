@@ -32,10 +32,18 @@ ROOT = Path(__file__).parents[1]
 LORA = ROOT / "fixtures" / "smollm2-135m-math-r16"
 LORA_NUMBERS = 4_884_480
 CODES = ("0.25", "0.125", "0.0625")
+RECIPES: dict[str, dict[str, Any]] = {
+    **{share: {"transform": "none", "bytes": float(share)} for share in CODES},
+    "near": {"transform": "none", "max_error": 0.1},
+    "near-plain": {"transform": "none", "max_error": 0.1, "init": "none"},
+    "ke": {"transform": "ke", "budget": 0.4459},
+}
 KINDS = {  # name: (what is loaded, dtype of base and adapter, as what codes are held)
     "LoRA r=16, float32": ("lora", "float32", ""),
     "LoRA r=16, bf16": ("lora", "bfloat16", ""),
     **{f"codes {share}": (share, "bfloat16", "codes") for share in CODES},
+    "codes of error 0.1": ("near", "bfloat16", "codes"),
+    "the same with --init none": ("near-plain", "bfloat16", "codes"),
     "codes 0.125 as floats, bf16": ("0.125", "bfloat16", "floats"),
     "ke 0.4459, bf16": ("ke", "bfloat16", "floats"),
     "ke 0.4459, float32": ("ke", "float32", "floats"),
@@ -144,10 +152,7 @@ def convert(lora: Path, place: Path, share: str) -> None:
     from bslora_convert import Recipe, compress
 
     if not (place / share / "fidelity.json").exists():
-        recipe = (
-            Recipe(transform="ke", budget=0.4459) if share == "ke" else Recipe(transform="none", bytes=float(share))
-        )
-        compress(lora, place / share, recipe, report_html=False)
+        compress(lora, place / share, Recipe(**RECIPES[share]), report_html=False)
 
 
 def memory(place: Path, results: Results, counts: list[int], most_gib: float) -> None:
@@ -351,7 +356,7 @@ def main() -> None:
         return
     place.mkdir(parents=True, exist_ok=True)
     results = Results(place / "results.json")
-    for share in ("ke", *CODES):
+    for share in RECIPES:
         convert(LORA, place, share)
     if "memory" in options.tables:
         memory(place, results, [int(count) for count in options.counts.split(",")], options.most_gib)

@@ -2,7 +2,7 @@
 
 python docs/pages.py build/docs
 
-docs/*.md                           as they are
+docs/*.md, pictures                 as they are
 index, contributing, changelog      README.md, CONTRIBUTING.md, CHANGELOG.md
 tutorial                            examples/library.ipynb, with what it printed
 reference/cli                       --help of every verb
@@ -42,7 +42,8 @@ def gather(out: Path) -> None:
     for name, text in pages.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "docs" / STYLE, out)
+    for path in (ROOT / "docs" / STYLE, *sorted((ROOT / "docs").glob("*.svg"))):
+        shutil.copy(path, out)
 
 
 def moved(text: str) -> str:

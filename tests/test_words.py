@@ -350,7 +350,7 @@ def test_what_cannot_be_reached_is_named() -> None:
         click.echo(unreachable(ConnectionError()) or unreachable(_gaierror()))
 
     said = CliRunner().invoke(command, ["hf://nobody/nothing"]).output
-    assert said.startswith("hf:/nobody/nothing can't be reached (")
+    assert said.startswith("hf://nobody/nothing can't be reached (")
 
 
 def _gaierror() -> OSError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import click
 
 from bslora_convert.errors import BsloraConvertError, RecipeError, reason_of
+from bslora_convert.files.store import as_written, is_url
 
 # Modules whose errors are of the network, by the names of the errors: none of the packages is imported for the question.
 NETWORK = {
@@ -50,7 +51,7 @@ def _addresses() -> str:
     """Whatever of the arguments has a scheme."""
     context = click.get_current_context(silent=True)
     given = context.params.values() if context is not None else ()
-    return ", ".join(str(value) for value in given if re.match(r"[a-z0-9+]+:/", str(value))) or "what was asked for"
+    return ", ".join(as_written(value) for value in given if is_url(value)) or "what was asked for"
 
 
 def _options() -> dict[str, str]:

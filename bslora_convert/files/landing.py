@@ -1,9 +1,22 @@
-"""Results land whole or not at all: written beside the output place, then renamed into it."""
+"""Results land whole or not at all: written beside the output place, then renamed into it.
 
+    out                       looked at                                  what is there
+    .out.partial-HOST-PID     written                                    the result, unfinished
+    .out.old-HOST-PID         out, renamed, and compared with the look   what it replaces
+    out                       .out.partial-HOST-PID, renamed             the result
+
+Where nothing was there, the last step alone is taken, which fails if there is something now.
+"""
+
+import errno
+import glob
 import os
+import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +25,8 @@ from bslora_convert.files.address import MARK
 from bslora_convert.files.record import foreign, named
 
 ADAPTER = "adapter_config.json"  # the mark of a directory that is an adapter
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # numbers of processes are a host's, or a container's, own
+Look = Mapping[str, tuple[int, int]]  # (bytes, time of the last change) by path in a directory
 
 
 def check_outside(out: Path) -> None:
@@ -44,6 +59,8 @@ def check_output(out: Path, overwrite: bool, *sources: Path) -> None:
     if out.exists():
         if not out.is_dir():
             raise OutputError(f"{out}: exists and is not a directory")
+        if out.resolve().is_mount():
+            raise OutputError(f"{out}: a file system is mounted there, so it can't be replaced; give a directory in it")
         _check_content(out, overwrite)
     ancestor = out.resolve().parent
     while not ancestor.exists():
@@ -89,9 +106,10 @@ def landing(out: Path, overwrite: bool) -> Iterator[Path]:
 
     A link to a directory stays; the directory that it means is replaced.
 
-    :raises OutputError: as `check_output`, or when writing fails (disk full, permissions).
+    :raises OutputError: as `check_output`; when writing fails (disk full, permissions); or when `out` was changed meanwhile, and
+        then what stands there is kept.
     """
-    _remove_stale(out.resolve())
+    _put_back(out.resolve())
     check_output(out, overwrite)
     with replacing(out) as place:
         yield place
@@ -99,19 +117,20 @@ def landing(out: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """As `landing`, for a directory that is known to be this tool's own: what stands there is not looked at.
+    """As `landing`, for a directory that is known to be this tool's own: whose it is is not asked.
 
-    :raises OutputError: when writing fails.
+    :raises OutputError: when writing fails, or another put something there meanwhile.
     """
     target = out.resolve()
-    _remove_stale(target)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    _put_back(target)
+    partial = _beside(target, "partial")
     try:
+        before = _look(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        _replace(partial, target)
+        _replace(partial, target, before)
     except OSError as error:
         raise OutputError(f"{out}: can't be written ({error.strerror or error})") from error
     finally:
@@ -135,33 +154,107 @@ def replace_file(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _replace(partial: Path, out: Path) -> None:
-    """Renames `partial` to `out`; what stood there is moved aside first and comes back if that fails."""
-    old = out.parent / f".{out.name}.old-{os.getpid()}"
-    if out.exists():
-        out.rename(old)
+def copy_files(source: Path, place: Path) -> None:
+    """Copies every file of a directory to the same path below `place`: what it holds alone, for a mount may take nothing else.
+
+    :raises OSError: when one can't be copied.
+    """
+    for path in source.rglob("*"):
+        if path.is_file():
+            target = place / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _replace(partial: Path, out: Path, before: Look) -> None:
+    """Renames `partial` to `out`; what stood there is moved aside, and comes back if it is not what it was or if that fails."""
+    changed = OutputError(f"{out}: was changed while this ran; what is there now was kept and nothing was written")
+    if not before:
+        try:
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise changed from None
+            raise
+        return
+    old = _beside(out, "old")
+    if not out.exists():
+        raise changed
+    _move_aside(out, old)
     try:
+        if _look(old) != before:
+            raise changed
         partial.rename(out)
-    except OSError:
-        if old.exists():
+    except (OSError, OutputError):
+        if not out.exists():
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_stale(out: Path) -> None:
-    """Removes what killed runs for the same output left behind."""
-    for left in out.parent.glob(f".{out.name}.partial-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not _is_alive(int(process)):
+def _look(directory: Path) -> Look:
+    """What stands in a directory; nothing where it is not there."""
+    if not directory.is_dir():
+        return {}
+    entries = ((path.relative_to(directory).as_posix(), path.lstat()) for path in directory.rglob("*"))
+    return {
+        name: (0, 0) if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns) for name, found in entries
+    }
+
+
+def _move_aside(out: Path, old: Path) -> None:
+    """Renames a directory, or, where a file system of layers renames none of a lower one, file by file."""
+    try:
+        out.rename(old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        moved = _beside(out, "moved")
+        try:
+            _move_files(out, moved)
+        except OSError:
+            _move_files(moved, out)
+            raise
+        moved.rename(old)
+
+
+def _move_files(source: Path, place: Path) -> None:
+    """Moves every file and folder to the same path below `place`, and removes `source`."""
+    place.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            _move_files(path, place / path.name)
+        else:
+            path.rename(place / path.name)
+    source.rmdir()
+
+
+def _put_back(out: Path) -> None:
+    """Tidies up after runs for the same output that were killed: what they moved comes back, and what they wrote goes."""
+    for left in _left_by_the_dead(out, "partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in _left_by_the_dead(out, "moved"):
+        _move_files(left, out)
+    for left in _left_by_the_dead(out, "old"):
+        if out.exists():
             shutil.rmtree(left, ignore_errors=True)
-    for left in out.parent.glob(f".{out.name}.old-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not _is_alive(int(process)):
-            if out.exists():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.rename(out)  # killed between the two renames: what stood there comes back
+        else:
+            left.rename(out)  # killed between the two renames
+
+
+def _beside(out: Path, what: str) -> Path:
+    """What a run of this process for `out` has beside it."""
+    return out.parent / f".{out.name}.{what}-{HOST}-{os.getpid()}"
+
+
+def _left_by_the_dead(out: Path, what: str) -> list[Path]:
+    """What runs of this host had beside `out` whose processes are no more."""
+    found = [
+        (left, left.name.rpartition("-")[2]) for left in out.parent.glob(f".{glob.escape(out.name)}.{what}-{HOST}-*")
+    ]
+    return [left for left, process in found if process.isdigit() and not _is_alive(int(process))]
 
 
 def _is_alive(process: int) -> bool:
@@ -169,6 +262,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True

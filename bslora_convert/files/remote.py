@@ -29,6 +29,11 @@ WANTED = (
     "*.spm",
     "*.tiktoken",
     "*.txt",
+    "adapter_model.pt",
+    "mm_projector.*",
+    "non_lora_*",
+    "v_head.*",
+    "value_head.*",
 )  # of an adapter's directory, or of a library's
 COMMON = "initialisation-*.safetensors"  # of a library, above its adapters (`bslora.common`)
 HELD: list["TemporaryDirectory[str]"] = []  # until the process ends

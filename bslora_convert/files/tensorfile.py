@@ -4,6 +4,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(stored, path, metadata=METADATA)
     except SafetensorError as error:  # a full disk, for instance, which is no OSError there
         raise OSError(f"{path}: {error}") from error
-    path.chmod(
-        path.parent.stat().st_mode & 0o666
-    )  # readable by whom the directory is; the library writes it for the owner only
+    with suppress(OSError):  # mounts of object stores have no modes
+        path.chmod(
+            path.parent.stat().st_mode & 0o666
+        )  # whom the directory is open to; the library writes for the owner only
 
 
 def check_finite(path: Path, key: str, tensor: Tensor) -> None:

@@ -94,16 +94,16 @@ def travels(name: str) -> bool:
 
 
 def travelling(directory: Path) -> list[str]:
-    """The files of a directory that travel, by path in it, in order; a link that leads out of it is none."""
-    root = directory.resolve()
-    files = [path for pattern in ("*", "*/*") for path in directory.glob(pattern) if path.is_file()]
-    names = {path.relative_to(directory).as_posix(): path for path in files}
-    return sorted(name for name, path in names.items() if travels(name) and root in path.resolve().parents)
+    """The files of a directory that travel, by path in it, in order.
+
+    A link is the file that it means where that lies in the directory too, or in the Hub's cache, which keeps files by links.
+    """
+    return _sorted_out(directory)[0]
 
 
 def copy_travelling(source: Path, place: Path) -> tuple[str, ...]:
-    """Copies what travels, and returns notes on what changes answers and on what stays behind without being known."""
-    names = travelling(source)
+    """Copies what travels; returns notes on what changes answers and on what stays: links to elsewhere, and what is not known."""
+    names, elsewhere = _sorted_out(source)
     for name in names:
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, place / name)
@@ -115,14 +115,41 @@ def copy_travelling(source: Path, place: Path) -> tuple[str, ...]:
             "be compressed: copied unchanged beside the result; loading the adapter alone does not load it"
         )
         notes.append(str(Note(said, "attention")))
+    if elsewhere:
+        said = f"not copied, for a link leads out of the source's directory: {named(elsewhere, NAMED)}"
+        notes.append(str(Note(said, "attention")))
+    known = {name.split("/")[0] for name in (*names, *elsewhere)}
     left = sorted(
         f"{path.name}{'/' if path.is_dir() else ''}"
         for path in source.iterdir()
-        if not _is_any(path.name, LEFT_BEHIND) and not any(n.split("/")[0] == path.name for n in names)
+        if not _is_any(path.name, LEFT_BEHIND) and path.name not in known
     )
     if left:
         notes.append(f"not known, so not copied from the source's directory: {named(left, NAMED)}")
     return tuple(notes)
+
+
+def _sorted_out(directory: Path) -> tuple[list[str], list[str]]:
+    """(Files that travel, files that would if no link led elsewhere), by path in the directory."""
+    homes = _homes(directory.resolve())
+    files = [path for pattern in ("*", "*/*") for path in directory.glob(pattern) if path.is_file()]
+    own, elsewhere = [], []
+    for path in sorted(files):
+        name = path.relative_to(directory).as_posix()
+        if travels(name):
+            (own if any(home in path.resolve().parents for home in homes) else elsewhere).append(name)
+    return own, elsewhere
+
+
+def _homes(directory: Path) -> list[Path]:
+    """Where a directory's files may lie: in it; of a snapshot in the Hub's cache among its repository's blobs, or the cache's.
+
+    …/models--org--name/snapshots/<commit>/…    ->    …/models--org--name/blobs, …/blobs
+    """
+    repository = next((p.parent for p in (directory, *directory.parents) if p.name == "snapshots"), None)
+    if repository is None or not repository.name.startswith("models--"):
+        return [directory]
+    return [directory, repository / "blobs", repository.parent / "blobs"]
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:

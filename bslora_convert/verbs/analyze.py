@@ -14,6 +14,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import ANALYSIS_NAME, seal
+from bslora_convert.files.store import as_written
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
@@ -93,7 +94,7 @@ def _measured(
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "source": {
-            "path": str(adapter.path),
+            "path": as_written(adapter.path),
             "sha256": sha256(adapter.weights),
             "parameters": source.parameters,
             "modules": len(source.deltas),

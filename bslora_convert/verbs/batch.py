@@ -7,7 +7,6 @@ comes next makes manifest and summary of all that are there.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -21,7 +20,7 @@ from bslora_convert.bslora.common import commons_in
 from bslora_convert.errors import InputError, OutputError
 from bslora_convert.extras import need
 from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
-from bslora_convert.files.landing import check_apart, check_outside, landing, replace_file
+from bslora_convert.files.landing import check_apart, check_outside, copy_files, landing, replace_file
 from bslora_convert.files.record import text_of
 from bslora_convert.library.common import commons_of
 from bslora_convert.library.discovery import discover
@@ -164,7 +163,7 @@ def _copy(first: Job, job: Job, result: Result) -> Result:
                 Path(job.out), replace(same, status=COPYING, final=False)
             )  # whoever comes after a kill knows it is ours
             with landing(job.destination, overwrite=ours) as place:
-                shutil.copytree(first.destination, place, dirs_exist_ok=True)
+                copy_files(first.destination, place)
         except (OSError, OutputError) as error:
             same = failure(job, "failed", "OutputError", str(error))
     mark(Path(job.out), same)

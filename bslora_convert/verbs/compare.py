@@ -24,6 +24,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
 from bslora_convert.files.record import COMPARISON_NAME, seal
+from bslora_convert.files.store import as_written
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
@@ -83,7 +84,7 @@ def compare(
         schema_version=SCHEMA_VERSION,
         tool_version=__version__,
         source={
-            "path": str(adapter.path),
+            "path": as_written(adapter.path),
             "sha256": digest,
             "parameters": adapter.parameters,
             "modules": len(adapter.modules),

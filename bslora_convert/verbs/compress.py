@@ -30,6 +30,7 @@ from bslora_convert.extras import need
 from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_apart, check_output, landing
+from bslora_convert.files.store import as_written
 from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
@@ -93,7 +94,7 @@ def compress(
             made, used, extras = as_found(adapter, recipe)
         else:
             made, used, extras = _converted(measured, request, recipe, session, files, run, progress)
-    origin = Origin(adapter, measured, digest, recorded_as or str(adapter.path), known)
+    origin = Origin(adapter, measured, digest, recorded_as or as_written(adapter.path), known)
     if recipe.calibration.finetune is not None and not is_writer():
         return Fidelity.from_dict(written_by_another(out))
     with modules_over_cores(), landing(out, overwrite) as place:

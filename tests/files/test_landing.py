@@ -1,14 +1,19 @@
 """Results land whole or not at all."""
 
+import errno
 import os
 import re
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from bslora_convert.errors import InputError, OutputError
-from bslora_convert.files.landing import check_apart, check_output, landing, replacing
+from bslora_convert.files.landing import HOST, check_apart, check_output, copy_files, landing, replacing
 from bslora_convert.files.record import foreign, seal
+from bslora_convert.files.tensorfile import write_tensors
 
 
 def files(directory: Path) -> list[str]:
@@ -129,7 +134,7 @@ def test_a_non_empty_output_is_refused_and_an_empty_one_taken(tmp_path: Path) ->
 
 
 def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_path: Path) -> None:
-    dead, living = tmp_path / ".out.partial-999999999", tmp_path / f".out.partial-{os.getppid()}"
+    dead, living = tmp_path / f".out.partial-{HOST}-999999999", tmp_path / f".out.partial-{HOST}-{os.getppid()}"
     for left in (dead, living):
         left.mkdir()
         (left / "half").write_text("x")
@@ -140,7 +145,7 @@ def test_what_a_killed_run_left_is_removed_but_not_what_a_living_one_writes(tmp_
 
 
 def test_what_a_killed_run_moved_aside_comes_back_or_goes(tmp_path: Path) -> None:
-    old = tmp_path / ".out.old-999999999"
+    old = tmp_path / f".out.old-{HOST}-999999999"
     old.mkdir()
     (old / "file").write_text("before")
     with pytest.raises(OutputError, match="not empty"), landing(tmp_path / "out", overwrite=False):
@@ -170,3 +175,125 @@ def test_the_current_directory_and_a_librarys_addresses_are_not_replaced(
             check_output(out, overwrite=True)
     with pytest.raises(OutputError, match="`batch` alone writes"):
         check_output(tmp_path / "library::id", overwrite=False)
+
+
+def test_another_hosts_unfinished_result_is_let_be(tmp_path: Path) -> None:
+    theirs = tmp_path / ".out.partial-00000000-999999999"
+    theirs.mkdir()
+    write(tmp_path / "out", new="x")
+    assert theirs.is_dir()
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty directory"])
+def test_what_was_put_there_meanwhile_is_kept(tmp_path: Path, there: str) -> None:
+    out = tmp_path / "out"
+    if there != "nothing":
+        out.mkdir()
+    with pytest.raises(OutputError, match="was changed while this ran"), landing(out, overwrite=True) as place:
+        (place / "ours").write_text("x")
+        write(out, theirs="y")  # another run, which was faster
+    assert files(tmp_path) == ["out", "out/fidelity.json", "out/theirs"]
+
+
+@pytest.mark.parametrize("change", ["added", "edited", "removed", "replaced"])
+def test_what_was_changed_meanwhile_is_not_replaced(tmp_path: Path, change: str) -> None:
+    out = tmp_path / "out"
+    write(out, old="ours")
+    with pytest.raises(OutputError, match="was changed while this ran"), landing(out, overwrite=True) as place:
+        (place / "new").write_text("x")
+        if change == "added":
+            (out / "thesis.tex").write_text("mine")
+        elif change == "edited":
+            (out / "old").write_text("mine")
+        elif change == "removed":
+            (out / "old").unlink()
+        else:
+            write(out, overwrite=True, other="y")
+    names = {"added": ["old", "thesis.tex"], "edited": ["old"], "removed": [], "replaced": ["other"]}[change]
+    assert files(tmp_path) == ["out", *sorted(f"out/{name}" for name in ["fidelity.json", *names])]
+
+
+def test_a_file_in_the_place_of_a_result_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError), landing(out, overwrite=False) as place:
+        (place / "ours").write_text("x")
+        out.write_text("mine")
+    assert out.read_text() == "mine" and files(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A directory of a lower layer: it is not renamed, what is in it is."""
+    rename = Path.rename
+    lower: set[Path] = set()
+
+    def refusing(self: Path, target: Path) -> Path:
+        if self in lower:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    return lower.add
+
+
+def test_a_directory_that_can_not_be_renamed_is_moved_file_by_file(
+    tmp_path: Path, layers: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "out"
+    with landing(out, overwrite=False) as place:
+        (place / "folder").mkdir()
+        (place / "folder" / "old").write_text("x")
+        (place / "link").symlink_to("folder")
+        seal(place, "fidelity.json", {"tool_version": "0", "files": {}})
+    (out / "link").unlink()
+    layers(out)
+    write(out, overwrite=True, new="y")
+    assert files(tmp_path) == ["out", "out/fidelity.json", "out/new"]
+
+
+def test_what_a_killed_run_moved_file_by_file_comes_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, one="1", two="2")
+    moved = tmp_path / f".out.moved-{HOST}-999999999"
+    moved.mkdir()
+    (out / "one").rename(moved / "one")
+    check = pytest.raises(OutputError, match="not empty")
+    with check, landing(out, overwrite=False):
+        pass
+    assert files(tmp_path) == ["out", "out/fidelity.json", "out/one", "out/two"]
+
+
+def test_a_mount_without_modes_takes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    for name in ("chmod", "utime", "chown"):
+        monkeypatch.setattr(os, name, refused)
+    monkeypatch.setattr(Path, "chmod", refused)
+    write_tensors(tmp_path / "file.safetensors", {"x": torch.zeros(1)})
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "file").write_text("x")
+    copy_files(tmp_path / "in", tmp_path / "copied")
+    assert (tmp_path / "copied" / "file").read_text() == "x"
+
+
+@pytest.mark.skipif(not Path("/proc").is_mount(), reason="no mount to try it with")
+def test_a_mount_is_not_replaced() -> None:
+    with pytest.raises(OutputError, match="mounted there"):
+        check_output(Path("/proc"), overwrite=True)
+
+
+def test_on_a_real_file_system_of_layers(tmp_path: Path) -> None:
+    lower, upper, work, seen = (tmp_path / name for name in ("lower", "upper", "work", "seen"))
+    for place in (lower, upper, work, seen):
+        place.mkdir()
+    write(lower / "out", old="x")
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, str(seen)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no right to mount one here")
+    try:
+        write(seen / "out", overwrite=True, new="y")
+        assert files(seen) == ["out", "out/fidelity.json", "out/new"]
+    finally:
+        subprocess.run(["umount", str(seen)], check=True)

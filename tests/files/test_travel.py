@@ -1,5 +1,8 @@
 """What stands beside an adapter: what prepares inputs travels, what changes answers travels and is said, the rest is named."""
 
+import hashlib
+import os
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -71,6 +74,52 @@ def test_links_that_lead_away_do_not_travel(tmp_path: Path) -> None:
     (tmp_path / "place").mkdir()
     copy_travelling(source, tmp_path / "place")
     assert sorted(path.name for path in (tmp_path / "place").rglob("*")) == ["vocab.json", "vocab.txt"]
+    (note,) = copy_travelling(source, tmp_path / "place")
+    assert "a link leads out" in note and note.endswith("1_Pooling/config.json, tokenizer.json")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def in_the_hubs_cache(source: Path, cache: Path, hops: int) -> Path:
+    """A repository as the Hub's client keeps it: a snapshot of links to blobs, which newer clients share by a second hop."""
+    repository = cache / "models--org--name"
+    snapshot, blobs, shared = repository / "snapshots" / COMMIT, repository / "blobs", cache / "blobs"
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        link = snapshot / path.relative_to(source)
+        for folder in (link.parent, blobs, shared):
+            folder.mkdir(parents=True, exist_ok=True)
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        if hops == 2:
+            shutil.copy(path, shared / blob.name)
+            blob.unlink(missing_ok=True)
+            blob.symlink_to(f"../../blobs/{blob.name}")
+        else:
+            shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_links_of_the_hubs_cache_are_the_files(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hops: int
+) -> None:
+    snapshot = in_the_hubs_cache(lora, tmp_path / "cache", hops)
+    (snapshot / "tokenizer_config.json").symlink_to(tmp_path / "cache" / "models--org--name" / "refs" / "main")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "by-path").symlink_to(snapshot)
+    for number, source in enumerate((snapshot, tmp_path / "by-path", "hf://org/name", f"hf://org/name@{COMMIT}")):
+        place = tmp_path / f"out{number}"
+        record = compress(source, place, Recipe(transform="none"), report_html=False)
+        assert record["source"]["path"] == str(source)
+        for name in (*SILENT, *SAID):
+            assert (place / name).read_text() == f"content of {name}", name
+            assert not (place / name).is_symlink()
+        assert not (place / "tokenizer_config.json").exists()
+        assert any("tokenizer_config.json" in note and "link" in note for note in record["notes"])
 
 
 def test_it_travels_from_a_store_too(lora: Path, tmp_path: Path) -> None:

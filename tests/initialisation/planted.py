@@ -50,7 +50,7 @@ def trained(
     modules: Mapping[str, Module], noise: float = 0.1, scale: float = 0.97, dtype: torch.dtype = torch.float32
 ) -> dict[str, Module]:
     """The modules with noise in each A, in units of its rms, and shrunk."""
-    generator = torch.Generator().manual_seed(987_654_321)
+    generator = torch.Generator().manual_seed(618_033_988)
 
     def moved(a: Tensor) -> Tensor:
         return (scale * (a + noise * a.square().mean().sqrt() * torch.randn(a.shape, generator=generator))).to(dtype)

@@ -308,11 +308,11 @@ def test_every_verb_takes_what_was_trained(name: str, tmp_path: Path) -> None:
 
 def test_codes_of_what_was_trained_from_a_seed_need_no_search(tmp_path: Path) -> None:
     """Uniform local A's are draws of the seed, their places are recorded, and `compress` takes them from the record."""
-    init = Init(a="kaiming_uniform", seed=987_654_321)
+    init = Init(a="kaiming_uniform", seed=618_033_988)
     model = fresh("ke", init=init)
     config = model.peft_config["default"]
     layer = next(m for m in model.modules() if isinstance(m, BsloraLayer))
-    assert config.drawn["seed"] == 987_654_321 and set(config.drawn["places"]) == set(config.layout().modules)
+    assert config.drawn["seed"] == 618_033_988 and set(config.drawn["places"]) == set(config.layout().modules)
     drawn = layer.bslora_local_A["default"]
     assert float(drawn.abs().max()) <= drawn.shape[1] ** -0.5 and float(drawn.std()) == pytest.approx(
         (3 * drawn.shape[1]) ** -0.5, rel=0.1
@@ -324,7 +324,7 @@ def test_codes_of_what_was_trained_from_a_seed_need_no_search(tmp_path: Path) ->
     assert load_compact(tmp_path / "compact").config["drawn"] == config.drawn
     expand(tmp_path / "compact", tmp_path / "lora")
     done = compress(tmp_path / "lora", tmp_path / "coded", Recipe(transform="none", bytes=0.25), report_html=False)
-    assert done.initialisation is not None and done.initialisation.seed == 987_654_321
+    assert done.initialisation is not None and done.initialisation.seed == 618_033_988
     assert done.initialisation.modules == len(config.drawn["places"])
     (tmp_path / "lora" / "expansion.json").write_text('{"drawn": {"seed": true, "places": {"x": [0, 1, 2]}}}')
     without = compress(tmp_path / "lora", tmp_path / "plain", Recipe(transform="none", bytes=0.25), report_html=False)
