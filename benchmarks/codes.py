@@ -5,7 +5,7 @@
 
 Each form is fitted and measured as `compare` does; other quantisers twice, the second time with A's random initialisation known,
 where it is found (`…_initial`). Forms that are of one size, the whole adapter in int8, int4 and NF4, stand at that size, with the
-mixed code of as many bytes. Rows go to OUT/codes.jsonl as a size ends, and what is there already is not made again.
+mixed code of as many bytes. Each row goes to OUT/codes.jsonl as it is made, and what is there already is not made again.
 """
 
 import argparse
@@ -92,18 +92,16 @@ def main() -> None:
     for size, forms in sizes(options.lora, budgets, options.forms.split(",")):
         here = {**about, "size": size}
         known = {row["form"] for row in rows if here.items() <= row.items()}
-        missing = [form for form in forms if form not in known]
-        if not missing:
-            continue
-        found = compare(
-            options.lora, budgets=[size], forms=missing, base_model=options.base_model, prompts=options.prompts,
-            limit=options.limit,
-        )  # fmt: skip
-        fresh = [{**row, **here} for row in found["rows"]]
-        rows += fresh
-        with log.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in fresh)
-        print(f"{options.lora.name} at {size:.2%}: {len(fresh)} rows", flush=True)
+        for form in (form for form in forms if form not in known):
+            found = compare(
+                options.lora, budgets=[size], forms=[form], base_model=options.base_model, prompts=options.prompts,
+                limit=options.limit,
+            )  # fmt: skip
+            (row,) = [{**row.to_dict(), **here} for row in found["rows"]]
+            rows.append(row)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{options.lora.name} at {size:.2%}: {form}", flush=True)
     Console(width=160).print(shown([row for row in rows if about.items() <= row.items()]))
 
 

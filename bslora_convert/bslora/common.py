@@ -5,7 +5,7 @@
 
 Vector by vector the decoded numbers x become draws, round((2¹⁵ − 1) x / max |x|) in 16 bits; its scale is left to each adapter.
 A place's first draw counts from the beginning of the file. Adapters name the file and no path; readers look for it beside the
-adapter and in the directories above.
+adapter, in it, and in every directory above.
 """
 
 import json
@@ -18,22 +18,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from bslora_convert.bslora.codes.coded import Coded
 from bslora_convert.bslora.codes.file import check_codes, decoded, to_file
 from bslora_convert.bslora.layout import LARGEST_SIDE, Layout
 from bslora_convert.errors import InputError
+from bslora_convert.files.jsonfile import check_file, read_json
 from bslora_convert.files.landing import replace_file
-from bslora_convert.files.tensorfile import read_metadata, read_tensors
 from bslora_convert.initialisation.kept import hold, is_held
 from bslora_convert.initialisation.stream import HALF
+from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.modules.factors import Shape
 
 VECTORS = "vectors"
 NAME = pattern(r"initialisation-[0-9a-f]{16}\.safetensors")
-ABOVE = 8  # directories in which a reader looks
 TINY = 1e-30
 
 
@@ -58,12 +59,13 @@ class Common:
         return found
 
     def write(self, directory: Path) -> Path:
-        """Writes it, unless it is there.
+        """Writes it, unless it is there and whole.
 
         :raises OutputError: when that fails.
         """
         path = directory / self.name
-        if not path.is_file():
+        if not is_intact(path):
+            directory.mkdir(parents=True, exist_ok=True)
             replace_file(path, self.content)
         return path
 
@@ -74,13 +76,46 @@ def commons_in(directory: Path) -> list[Path]:
 
 
 def provide(layout: Layout, directory: Path) -> None:
-    """Reads the file that a layout's codes are against, once a process, where there is one.
+    """Reads the file that a layout's codes are against, once a process, where there is one; it has to be there each time.
 
     :raises InputError: when it can't be found, or is damaged.
     """
     name = None if layout.origin is None else layout.origin.file
-    if name is not None and not is_held(name):
-        read_common(found_from(directory, name))
+    if name is not None:
+        path = found_from(directory, name)
+        if not is_held(name):
+            read_common(path)
+
+
+def carry(name: str, source: Path, out: Path, inside: bool = False) -> None:
+    """Sees to it that readers of `out` find a file of this name that those of `source` find, beside it if nowhere else.
+
+    inside: in it, if nowhere else: a directory that may be moved by itself.
+
+    :raises InputError: when it is not there, or damaged. :raises OutputError: when it can't be written.
+    """
+    path = found_from(source, name)
+    if not any(is_intact(place / name) for place in _around(out)):
+        read_common(path)
+        replace_file((out if inside else out.parent) / name, path.read_bytes())
+
+
+def needed_by(directory: Path) -> dict[str, Path]:
+    """The file that an adapter's codes are against, by its name, where it lies elsewhere; nothing of any other directory.
+
+    :raises InputError: when it is not there.
+    """
+    config = directory / CONFIG_NAME
+    name = named_in(read_json(config)) if config.is_file() else None
+    return {} if name is None or (directory / name).is_file() else {name: found_from(directory, name)}
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file is there and its content is what its name says."""
+    try:
+        return sha256(path.read_bytes()).hexdigest()[:16] in path.name
+    except OSError:
+        return False
 
 
 def found_from(directory: Path, name: str) -> Path:
@@ -89,13 +124,18 @@ def found_from(directory: Path, name: str) -> Path:
     :raises InputError: when it is not there.
     """
     if NAME.fullmatch(name):
-        for place in [directory, *list(directory.absolute().parents)[:ABOVE]]:
+        for place in _around(directory):
             if (place / name).is_file():
                 return place / name
     raise InputError(
         f"{directory}: its codes are against {name}, which lies beside the library that it comes from; copy it beside the "
         "adapter or above"
     )
+
+
+def _around(directory: Path) -> list[Path]:
+    """Where a reader of an adapter looks: in its directory and above, and above what that is a link to."""
+    return list(dict.fromkeys([directory, *directory.absolute().parents, *directory.resolve().parents]))
 
 
 def named_in(config: object) -> str | None:
@@ -110,31 +150,36 @@ def read_common(path: Path) -> tuple[str, dict[str, Shape]]:
 
     :raises InputError: when it is damaged, or its content is not what its name says.
     """
-    if not NAME.fullmatch(path.name) or sha256(path.read_bytes()).hexdigest()[:16] not in path.name:
-        raise InputError(f"{path}: its content is not what its name says; it is damaged, copy it again")
-    shapes = _shapes(read_metadata(path).get(VECTORS, ""), path)
+    check_file(path)
+    content = path.read_bytes()
+    if not NAME.fullmatch(path.name) or sha256(content).hexdigest()[:16] not in path.name:
+        raise InputError(
+            f"{path}: its content is not what its name says; it is damaged: copy it again, or convert what names it again"
+        )
+    shapes, tensors = _parsed(content, path)
     if not is_held(path.name):
         named = [(f"{number}", shape) for number, shape in enumerate(shapes.values())]
-        tensors = read_tensors(path)
         check_codes(tensors, named, torch.float32, path)
         hold(path.name, draws_of(decoded(tensors, named, torch.float32).values()))
     return path.name, shapes
 
 
-def _shapes(text: str, path: Path) -> dict[str, Shape]:
-    """The shapes that a file's metadata gives.
+def _parsed(content: bytes, path: Path) -> tuple[dict[str, Shape], dict[str, Tensor]]:
+    """The shapes that the metadata in a file's header gives, and its tensors.
 
     :raises InputError: naming the file.
     """
     try:
-        said: Any = json.loads(text)
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        said: Any = json.loads(header["__metadata__"][VECTORS])
         shapes = {str(name): (rank, width) for name, (rank, width) in said.items()}
-    except (ValueError, TypeError, AttributeError):
-        shapes = {}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, SafetensorError):
+        shapes, tensors = {}, {}
     sides = [side for shape in shapes.values() for side in shape]
     if not shapes or not all(type(side) is int and 0 < side < LARGEST_SIDE for side in sides):
         raise InputError(f"{path}: does not say which tensors it is of; it is damaged")
-    return shapes
+    return shapes, tensors
 
 
 def draws_of(parts: Iterable[Tensor]) -> np.ndarray:

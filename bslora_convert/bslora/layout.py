@@ -5,13 +5,15 @@ owns it: the first of the group's modules in natural order (layer 2 before layer
 configuration, and a model can be prepared for it, before a single number is read.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from sys import intern
 from typing import Any, cast
 
 from bslora_convert.bslora.form import KINDS, LEVELS, BsloraForm
+from bslora_convert.bslora.patterns import MOST, names_of, patterns
 from bslora_convert.bslora.transforms import TRANSFORMS, Slice, Transform
 from bslora_convert.errors import InputError
 from bslora_convert.initialisation.initial import Initial
@@ -23,6 +25,7 @@ from bslora_convert.modules.names import natural_order
 LARGEST_SIDE = 1 << 24
 AGAINST = ("local_A", "local_B")  # what may be stored against draws
 MIX = "_mix"
+LONGEST_NUMBER = 20  # digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,10 @@ class Layout:
         """
         transform = _parse_transform(config.get("transform"), where)
         shared = _parse_shared(config.get("shared", {}), where)
-        modules = config.get("modules")
-        if not isinstance(modules, dict) or not modules:
+        said = config.get("modules")
+        if not isinstance(said, dict) or not said:
             raise InputError(f"{where}: modules is empty or not an object")
+        modules = _by_name(said, f"{where}: modules")
         entries = {
             intern(name): _parse_entry(modules[name], transform, shared, f"{where}: modules[{name}]")
             for name in sorted(modules, key=natural_order)
@@ -131,17 +135,16 @@ class Layout:
             "transform": transform_to_dict(self.transform),
             "shared": {
                 level: {
-                    name: {k: v for k, v in asdict(group).items() if self._says(k)} for name, group in groups.items()
+                    pattern: {
+                        key: _column([getattr(groups[name], key) for name in names])
+                        for key in ("rank", "kernel_rank")
+                        if self._says(key)
+                    }
+                    for pattern, names in patterns(groups).items()
                 }
                 for level, groups in self.shared.items()
             },
-            "modules": {
-                name: {"shape": list(entry.shape), "rank": entry.rank}
-                | ({"kind": entry.kind} if entry.kind != "linear" else {})
-                | ({"initial": {k[-1]: list(astuple(p)) for k, p in entry.initial.items()}} if entry.initial else {})
-                | dict(entry.groups)
-                for name, entry in self.modules.items()
-            },
+            "modules": _modules_to_dict(self.modules),
         }
 
     def _says(self, setting: str) -> bool:
@@ -190,6 +193,90 @@ class Layout:
                 yield f"{name}.bslora_{tensor}", shape
 
 
+def _modules_to_dict(modules: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
+    """Entries by pattern: modules of one shape together, with what is not the same for all of them as a list in one text."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, entry in modules.items():
+        initial = tuple((key, place.rank) for key, place in entry.initial.items())
+        alike.setdefault((entry.shape, entry.kind, initial, tuple(entry.groups)), []).append(name)
+    found: dict[str, dict[str, Any]] = {}
+    for (shape, kind, initial, levels), names in alike.items():
+        for pattern, members in patterns(names).items():
+            entries = [modules[name] for name in members]
+            found[pattern] = {
+                "shape": list(shape),
+                "rank": _column([entry.rank for entry in entries]),
+                **({"kind": kind} if kind != "linear" else {}),
+                **({"initial": _places_to_dict(entries)} if initial else {}),
+                **{level: _named([entry.groups[level] for entry in entries]) for level in levels},
+            }
+    return dict(sorted(found.items(), key=lambda item: natural_order(item[0])))
+
+
+def _places_to_dict(entries: Sequence[Entry]) -> dict[str, Any]:
+    return {
+        key[-1]: [_column([entry.initial[key].first for entry in entries]), place.rank]
+        for key, place in entries[0].initial.items()
+    }
+
+
+def _column(numbers: Sequence[int]) -> int | str:
+    """What each of several modules has: the number itself where it is one for all, else all of them, in order, in one text."""
+    return numbers[0] if len(set(numbers)) == 1 else " ".join(map(str, numbers))
+
+
+def _named(groups: Sequence[str]) -> str | list[str]:
+    """The group of each of several modules: one name, a pattern that stands for all of them in order, or a list."""
+    if len(set(groups)) == 1:
+        return groups[0]
+    ((pattern, names), *others) = patterns(groups).items()
+    return pattern if not others and names == groups else list(groups)
+
+
+def _by_name(by_pattern: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What stands there of each name, by pattern; what is no object is left as it is, for its reader to refuse."""
+    found: dict[str, Any] = {}
+    for pattern, said in by_pattern.items():
+        here = f"{where}[{pattern}]"
+        names = names_of(pattern, MOST - len(found), where)
+        columns = said if isinstance(said, dict) else {}
+        columns = {key: _spread(key, one, len(names), f"{here}.{key}") for key, one in columns.items()}
+        for index, name in enumerate(names):
+            if name in found:
+                raise InputError(f"{where}: {name} stands there twice")
+            found[name] = {key: column[index] for key, column in columns.items()} if isinstance(said, dict) else said
+    return found
+
+
+def _spread(key: str, value: Any, count: int, where: str) -> Sequence[Any]:
+    """What a field says of each of the modules of a pattern."""
+    if key == "initial" and isinstance(value, dict):
+        sides = {
+            side: [[first, place[1]] for first in _spread("first", place[0], count, f"{where}.{side}")]
+            if isinstance(place, list) and len(place) == 2
+            else [place] * count
+            for side, place in value.items()
+        }
+        return [{side: places[index] for side, places in sides.items()} for index in range(count)]
+    words = [value] * count
+    if key in LEVELS and isinstance(value, list):
+        words = value
+    elif isinstance(value, str) and key in LEVELS and "{" in value:
+        words = names_of(value, count, where)
+    elif isinstance(value, str) and key not in (*LEVELS, "kind"):
+        words = _numbers(value, where)
+    if len(words) != count:
+        raise InputError(f"{where} says {len(words)} things of {count} modules")
+    return words
+
+
+def _numbers(text: str, where: str) -> list[int]:
+    words = text.split(" ")
+    if not all(word.isascii() and word.isdecimal() and len(word) <= LONGEST_NUMBER for word in words):
+        raise InputError(f"{where} is {text[:60]!r}, whole numbers are expected")
+    return [int(word) for word in words]
+
+
 def transform_to_dict(transform: Transform | None) -> dict[str, Any]:
     """The transform's name and settings."""
     if transform is None:
@@ -231,7 +318,7 @@ def _parse_shared(value: Any, where: object) -> dict[str, dict[str, Group]]:
     for level, groups in value.items():
         if level not in LEVELS:
             raise InputError(f"{where}: shared.{level}: one of {', '.join(LEVELS)} is expected")
-        for name, group in groups.items():
+        for name, group in _by_name(groups, f"{where}: shared.{level}").items():
             if not isinstance(group, dict) or not group or not set(group) <= {"rank", "kernel_rank"}:
                 raise InputError(f"{where}: shared.{level}[{name}] is {group!r}, an object with a rank is expected")
             for key in group:
@@ -295,7 +382,10 @@ def _origin_to_dict(origin: Origin) -> dict[str, Any]:
 
 
 def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Origin | None:
-    places = [(place, entry.shape) for entry in entries.values() for place in entry.initial.values()]
+    placed = [
+        (AGAINST.index(key), place, entry.shape) for entry in entries.values() for key, place in entry.initial.items()
+    ]
+    places = [(place, shape) for _, place, shape in placed]
     if value is None and not places:
         return None
     known = isinstance(value, dict) and set(value) in ({"seed", "checksum"}, {"file", "checksum"})
@@ -307,6 +397,9 @@ def _parse_origin(value: Any, entries: Mapping[str, Entry], where: object) -> Or
         )
     if not places:
         raise InputError(f"{where}: initialisation is given, but no module has a place in it")
+    spans = sorted({(p.first, p.first + p.rank * shape[1 - at]) for at, p, shape in placed})
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise InputError(f"{where}: modules[…].initial has places that overlap; the adapter is damaged")
     if not are_allowed(*zip(*places, strict=True)):
         raise InputError(f"{where}: no adapter of these shapes has draws so far on as modules[…].initial says")
     return Origin(**value)

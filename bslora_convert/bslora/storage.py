@@ -51,7 +51,7 @@ from bslora_convert.lora.targets import target_fields
 from bslora_convert.modules.factors import Shape
 
 PEFT_TYPE = "BSLORA"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CODING = {"version": VERSION, "group": GROUP}  # what the configuration of an adapter in codes says of them
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -38,7 +38,11 @@ def look_at_push(repo: str | None, dry_run: bool) -> None:
 
 def pushed(place: Path, repo: str | None, dry_run: bool) -> dict[str, Any]:
     """`{"push": …}` of a result that was pushed; nothing where nothing was asked for."""
-    return {} if repo is None else {"push": hub.push(place, repo, dry_run=dry_run)}
+    if repo is None:
+        return {}
+    from bslora_convert.bslora.common import needed_by
+
+    return {"push": hub.push(place, repo, beside=needed_by(place), dry_run=dry_run)}
 
 
 def push_line(done: Mapping[str, Any]) -> str:

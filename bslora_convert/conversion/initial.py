@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -74,11 +75,12 @@ def vectors_of(adapter: LoraAdapter) -> dict[str, Tensor]:
 
 
 def look_for(
-    adapter: LoraAdapter, asked: int | str, commons: Sequence[Path] = (), progress: Progress = silent
+    adapter: LoraAdapter, asked: int | str, commons: Sequence[Path] | None = None, progress: Progress = silent
 ) -> Known | None:
     """The adapter's initialisation: a seed's, else one that it has in common with others of its library.
 
-    asked: as of the recipe's `init`. commons: files of initialisations of the library (`bslora.common`).
+    asked: as of the recipe's `init`. commons: files of initialisations of the library (`bslora.common`), where the adapter is of
+    one; adapters that did not go on from the one that was given are let be then.
 
     :raises RecipeError: when a seed, or an adapter that training went on from, was given and nothing of it is found.
     :raises InputError: when that adapter can't be read.
@@ -87,7 +89,7 @@ def look_for(
         return None
     modules, seed = modules_of(adapter), asked if isinstance(asked, int) else None
     began = None if isinstance(asked, int) or asked in INITS else asked
-    if began is not None and not commons:
+    if began is not None and commons is None:
         return _continued(adapter, began)
     recorded = _recorded(adapter)
     if recorded is not None and seed in (None, recorded.initial.key):
@@ -101,11 +103,8 @@ def look_for(
             "auto, search or none",
             "init",
         )
-    for path in commons:
-        known = in_file(adapter, *read_common(path))
-        if known is not None:
-            return known
-    return None
+    alike = [known for path in commons or () if (known := in_file(adapter, *read_common(path))) is not None]
+    return max(alike, key=lambda known: sum(known.cosines.values()), default=None)
 
 
 def _continued(adapter: LoraAdapter, began: str) -> Known:
@@ -146,9 +145,10 @@ def in_file(adapter: LoraAdapter, name: str, shapes: Mapping[str, Shape]) -> Kno
 
 def _recorded(adapter: LoraAdapter) -> Known | None:
     """The draws that an adapter was trained from, where its record says so (`peft.Init`) and its A's agree."""
+    linear = {name for name, module in adapter.modules.items() if module.kind == "linear"}
     try:
         said = json.loads((adapter.weights.parent / EXPANSION_NAME).read_bytes())["drawn"]
-        places = {name: Place(first, rank) for name, (first, rank) in said["places"].items() if name in adapter.modules}
+        places = {name: Place(first, rank) for name, (first, rank) in said["places"].items() if name in linear}
         seed, numbers = said["seed"], [number for place in places.values() for number in astuple(place)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -208,6 +208,16 @@ def describe(known: Known, adapter: LoraAdapter) -> InitialisationRecord:
         changed=sum(changed[name] * energies[name] for name in changed) / total if total else 0.0,
         changed_by_module=changed,
     )
+
+
+def recalled(record: Mapping[str, Any], initial: Initial | None) -> Known | None:
+    """What was found when an adapter was converted that has this initialisation, by its record; None where that says nothing."""
+    said = record.get("initialisation")
+    if initial is None or not isinstance(said, dict):
+        return None
+    found = InitialisationRecord.from_dict(said)
+    cosines = {name: math.sqrt(1 - changed) for name, changed in found.changed_by_module.items()}
+    return Known(initial, cosines, found.offset)
 
 
 def bytes_without(source: Source, lost: float) -> int:

@@ -5,7 +5,7 @@ A commit takes at most 100 files here, as the Hub advises, and never parts the f
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,21 @@ def check_push(repo: str, dry_run: bool = False) -> None:
         raise InputError(f"{repo}: nobody is logged in to the Hub; `hf auth login`, or set HF_TOKEN")
 
 
-def push(place: Path, repo: str, *, dry_run: bool = False) -> dict[str, Any]:
+def push(place: Path, repo: str, *, beside: Mapping[str, Path] | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Uploads a result, or all results of a library, under the paths that they have there; nothing with `dry_run`.
+
+    beside: further files by the name that they get, which the result needs and which lie elsewhere.
 
     Returns `repo`, `files`, `bytes`, `commits` (their hashes, empty for a dry run) and `dry_run`. A repository that is not there
     is made, private as the account says.
 
     :raises OutputError: when it can't be uploaded; what is here stays.
     """
-    files = sorted(files_of(place))
+    paths = {name: place / name for name in sorted(files_of(place))} | dict(beside or {})
     record: dict[str, Any] = {
         "repo": repo,
-        "files": len(files),
-        "bytes": sum((place / name).stat().st_size for name in files),
+        "files": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths.values()),
         "commits": [],
         "dry_run": dry_run,
     }
@@ -55,11 +57,11 @@ def push(place: Path, repo: str, *, dry_run: bool = False) -> dict[str, Any]:
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="bslora-convert")
     try:
         api.create_repo(repo, exist_ok=True)
-        parts = list(commits(files))
+        parts = list(commits(list(paths)))
         for number, part in enumerate(parts, 1):
             done = api.create_commit(
                 repo,
-                [CommitOperationAdd(name, place / name) for name in part],
+                [CommitOperationAdd(name, paths[name]) for name in part],
                 commit_message=f"bslora-convert: {len(part)} files"
                 + (f" ({number}/{len(parts)})" if len(parts) > 1 else ""),
             )

@@ -133,7 +133,8 @@ def _sorted_out(directory: Path) -> tuple[list[str], list[str]]:
     """(Files that travel, files that would if no link led elsewhere), by path in the directory."""
     homes = _homes(directory.resolve())
     files = [path for pattern in ("*", "*/*") for path in directory.glob(pattern) if path.is_file()]
-    own, elsewhere = [], []
+    own: list[str] = []
+    elsewhere: list[str] = []
     for path in sorted(files):
         name = path.relative_to(directory).as_posix()
         if travels(name):

@@ -4,7 +4,7 @@ Draws come from a seed (`stream`), or from a file that was read before (`bslora.
 for each module and a checksum, CRC-32 over the CRC-32 of each place's draws.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from zlib import crc32
@@ -55,6 +55,20 @@ class _Kept:
     def bytes(self) -> int:
         return 0 if self.whole is not None else sum(numbers.nbytes for numbers, _ in self.spans.values())
 
+    def use(self, spans: Sequence[Span]) -> dict[Span, tuple[np.ndarray, int]]:
+        """These spans, in the order of the stream; what was used last is kept the longest."""
+        found = {span: self.spans.pop(span) for span in sorted(set(spans))}
+        self.spans |= found
+        return found
+
+    def drop(self, surplus: int, but: Collection[Span]) -> int:
+        """Lets go of what was used the longest ago, until so many bytes are free; returns how many are still too many."""
+        for span in [span for span in self.spans if span not in but]:
+            if surplus <= 0:
+                break
+            surplus -= self.spans.pop(span)[0].nbytes
+        return surplus
+
     def complete(self, key: Key, spans: Sequence[Span]) -> None:
         """Cuts out, or draws in one pass over the stream, what is missing."""
         missing = sorted(set(spans) - set(self.spans))
@@ -65,7 +79,7 @@ class _Kept:
         assert isinstance(key, int)  # files are whole
         stream, at = Stream(key), 0
         for first, count in missing:
-            if first < at:  # spans that overlap are of no real adapter, but they do no harm
+            if first < at:  # no adapter has spans that overlap, but two of one seed may
                 stream, at = Stream(key), 0
             stream.skip(first - at)
             self._take(first, stream.take(count))
@@ -84,6 +98,12 @@ def hold(file: str, numbers: np.ndarray) -> None:
     """Keeps a file's draws, int16, for as long as the process lives; of the same name only the first are taken."""
     with _lock:
         _kept.setdefault(file, _Kept(numbers))
+
+
+def release(file: str) -> None:
+    """Forgets a file's draws."""
+    with _lock:
+        _kept.pop(file, None)
 
 
 def is_held(file: str) -> bool:
@@ -108,10 +128,10 @@ def draws_at(key: Key, spans: Sequence[Span]) -> tuple[list[np.ndarray], int]:
             raise InputError(f"{key}: ends before the draws that the codes were made against")
         if any(span not in kept.spans for span in spans):
             kept.complete(key, spans)
-        seeds = [one for one in _kept if isinstance(one, int)]
-        while len(seeds) > 1 and sum(_kept[one].bytes for one in seeds) > KEPT_BYTES:
-            del _kept[seeds.pop(0)]
-        found = {span: kept.spans[span] for span in sorted(spans)}
+        found = kept.use(spans)
+        surplus = sum(one.bytes for one in _kept.values()) - KEPT_BYTES
+        for one in list(_kept.values()) if surplus > 0 else ():
+            surplus = one.drop(surplus, found if one is kept else ()) if one.whole is None else surplus
     total = 0
     for _, check in found.values():
         total = crc32(check.to_bytes(4, "little"), total)

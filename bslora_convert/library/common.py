@@ -19,22 +19,22 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.common import Common, commons_in, read_common
+from bslora_convert.bslora.common import Common, commons_in, is_intact, read_common
 from bslora_convert.coding.encode import encode
 from bslora_convert.coding.forecast import Forecast
-from bslora_convert.conversion.initial import against, common_of, in_file, modules_of, seed_of, vectors_of
+from bslora_convert.conversion.initial import against, common_of, in_file, modules_of, seed_of
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import measure
 from bslora_convert.initialisation.drawn import Module
 from bslora_convert.initialisation.found import find
 from bslora_convert.initialisation.initial import tensor_key
-from bslora_convert.initialisation.siblings import clusters, in_common, mean, sketch
+from bslora_convert.initialisation.kept import release
+from bslora_convert.initialisation.siblings import clusters, mean, sketch
 from bslora_convert.library.jobs import Job
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.recipe import Recipe
-from bslora_convert.recipe.storage import INITS
 from bslora_convert.recipe.target import DEFAULT_ERROR
 
 LEAST = 3  # adapters of a cluster
@@ -44,13 +44,13 @@ QUANTISED = (2, 3, 4, 5, 6, 8)  # bits a number of the mean
 
 def commons_of(jobs: Sequence[Job], out: Path, recipe: Recipe, progress: Progress = silent) -> list[Path]:
     """The files that these adapters may be coded against, those that are made now among them."""
-    init = recipe.storage.init
+    init, begins = recipe.storage.init, recipe.storage.begins
     if init == "none" or isinstance(init, int) or not _is_coded(recipe):
         return []
-    if init not in INITS:
-        start = load_lora(init)
+    if begins is not None:
+        start = load_lora(begins)
         return [] if seed_of(start) is not None else [common_of(start).write(out)]
-    known = commons_in(out)
+    known = [path for path in commons_in(out) if is_intact(path)]
     there = [read_common(path) for path in known]
     groups: dict[tuple[str, ...], list[tuple[Job, Tensor]]] = defaultdict(list)
     here = [job for job in jobs if not job.item.is_remote]
@@ -58,7 +58,7 @@ def commons_of(jobs: Sequence[Job], out: Path, recipe: Recipe, progress: Progres
         progress("comparing initialisations", done, len(here))
         with suppress(BsloraConvertError):  # what is wrong with an adapter is said when it is converted
             adapter = _load(job)
-            if not any(in_common(vectors_of(adapter), *file)[0] for file in there):
+            if all(in_file(adapter, *file) is None for file in there):
                 signature, numbers = sketch(modules_of(adapter))
                 groups[signature].append((job, numbers))
     for group in groups.values():
@@ -97,6 +97,11 @@ def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> Common | None:
         known = in_file(some[0], common.name, common.shapes)
         source = replace(source, initial=None if known is None else known.initial)
         expected = Forecast.of(source.spectra, source.shapes, against(source)).bits_for(lost) / 8
-        if (total := len(common.content) + len(jobs) * expected) < least:
-            least, best = total, common
+        total = len(common.content) + len(jobs) * expected
+        if total >= least:
+            release(common.name)
+            continue
+        if best is not None:
+            release(best.name)
+        least, best = total, common
     return best

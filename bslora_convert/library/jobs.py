@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.behaviour.loaded import drop_base
+from bslora_convert.bslora.common import found_from, is_intact, named_in
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError, Refused
 from bslora_convert.files.address import STATE
 from bslora_convert.files.hashing import sha256
+from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
+from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.process.interrupt import heeded
 from bslora_convert.results.adapter import Fidelity
 
@@ -167,6 +170,7 @@ def done(job: Job, record: Fidelity) -> Result:
         relative_error=record.weight.relative_error,
         heldout_kl=record.training.heldout_kl_after if record.training is not None else None,
         settings={
+            **({"initialisation": found.file} if (found := record.initialisation) is not None and found.used else {}),
             "transform": compact.transform,
             "expanded_rank": compact.expanded_rank,
             "source_rank": source.largest_rank,
@@ -216,6 +220,15 @@ def mark(out: Path, result: Result) -> None:
         return
 
 
+def _is_readable(directory: Path) -> bool:
+    """Whether the file that a result's codes are against, where there is one, is where its readers look."""
+    try:
+        name = named_in(read_json(directory / CONFIG_NAME))
+        return name is None or is_intact(found_from(directory, name))
+    except BsloraConvertError:
+        return False
+
+
 def marked(job: Job) -> Result | None:
     """How the adapter ended before, if that was for the same key and what it left is still there."""
     try:
@@ -228,6 +241,6 @@ def marked(job: Job) -> Result | None:
         weights = job.destination / WEIGHTS_NAME
         if not weights.is_file() or weights.stat().st_size != result.bytes or not os.access(weights, os.R_OK):
             return None
-        if sha256(weights) != result.settings.get("sha256"):
+        if sha256(weights) != result.settings.get("sha256") or not _is_readable(job.destination):
             return None
     return result

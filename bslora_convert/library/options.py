@@ -32,7 +32,7 @@ def recipe_of(item: Item, recipe: Mapping[str, Any]) -> dict[str, Any]:
         own[BASE] = item.base_model
     if item.prompts is not None and own.get(BASE) is None:
         raise RecipeError(f"{item.id}: it has prompts and no base model; give base_model in the manifest")
-    Recipe.from_dict(own).check_prompts()
+    Recipe.from_dict(own).check_target()
     return own
 
 

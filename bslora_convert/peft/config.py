@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from sys import intern
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from bslora_convert.bslora.codes.composed import from_file
 from bslora_convert.bslora.codes.file import NAMES
-from bslora_convert.bslora.common import named_in, provide
+from bslora_convert.bslora.common import carry, found_from, named_in, read_common
 from bslora_convert.bslora.form import PARTS
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.resident import RESIDENT
@@ -32,7 +33,6 @@ from bslora_convert.bslora.storage import (
 )
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.record import CHANGED, integrity
-from bslora_convert.files.remote import fetched
 from bslora_convert.peft.fresh import DEFAULT_RANKS, DEFAULT_TARGETS, SCALING, Fresh, fields
 from bslora_convert.peft.initial import Init
 from bslora_convert.recipe.checks import check_choice, is_number
@@ -110,6 +110,7 @@ class BsloraConfig(PeftConfig):
         if isinstance(self.target_modules, list):
             self.target_modules = {intern(name) for name in self.target_modules}
         self._renamed: dict[str, str] = {}
+        self.common: Path | None = None  # the file that the codes are against
         self.layers: frozenset[str] = frozenset()  # of the model, those that it changes
         self.target_modules_to_tie: list[str] = []
         self.modules_to_tie: list[str] | None = None
@@ -169,7 +170,7 @@ class BsloraConfig(PeftConfig):
             )
             return
         before = self._layout
-        self.modules = {names[name]: module for name, module in self.modules.items()}
+        self.modules = before.renamed(names).to_config()["modules"]
         self._layout = after = self._parsed()
         moved = {
             f"{name}.bslora_{tensor}": f"{names[name]}.bslora_{tensor}"
@@ -222,12 +223,24 @@ class BsloraConfig(PeftConfig):
         if not accept_changed and weights.is_file() and integrity(directory, weights) == CHANGED:
             raise InputError(changed(directory))
         found = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        if isinstance(found, BsloraConfig) and named_in({"initialisation": found.initialisation}) is not None:
-            provide(
-                found.stored,
-                directory if directory.is_dir() else _snapshot(str(pretrained_model_name_or_path), subfolder),
-            )
+        name = named_in(found.to_dict())
+        if isinstance(found, BsloraConfig) and name is not None:
+            if not directory.is_dir():
+                downloading = cls._split_kwargs(kwargs)[0]  # type: ignore[no-untyped-call]
+                directory = _downloaded(str(pretrained_model_name_or_path), subfolder or "", name, downloading).parent
+            found.common = found_from(directory, name)
+            read_common(found.common)
         return found
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the configuration, and the file that the codes are against, if they are against one, beside it.
+
+        :raises InputError: when that file is gone or damaged. :raises OutputError: when it can't be written.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        name = named_in(self.to_dict())
+        if self.common is not None and name is not None:
+            carry(name, self.common.parent, Path(save_directory), inside=True)
 
     def put_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors as the model holds them: decoded, in the model's names, scaling taken out.
@@ -253,9 +266,18 @@ class BsloraConfig(PeftConfig):
         return rest | {PREFIX + key: tensor for key, tensor in decoded.items()}
 
 
-def _snapshot(repo: str, subfolder: str | None) -> Path:
-    """The directory of a Hub's adapter, with the files of its library above it."""
-    return fetched(f"hf://{repo}", subfolder or None)
+def _downloaded(repo: str, subfolder: str, name: str, options: Mapping[str, Any]) -> Path:
+    """A file that lies beside or above an adapter on the Hub, downloaded as PEFT downloads the adapter.
+
+    :raises InputError: when it is not there.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for place in (PurePosixPath(subfolder), *PurePosixPath(subfolder).parents):
+        with suppress(EntryNotFoundError):
+            return Path(hf_hub_download(repo, name, subfolder=str(place).strip("."), **options))
+    raise InputError(f"{repo}: the adapter's codes are against {name}, which is not beside it or above")
 
 
 def scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

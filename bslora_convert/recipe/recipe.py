@@ -87,12 +87,19 @@ class Recipe:
                 "init", asked.option,
             )  # fmt: skip
 
-    def check_prompts(self) -> None:
-        """:raises RecipeError: when a behaviour is asked for and there are no prompts to measure it on."""
+    def check_target(self) -> None:
+        """:raises RecipeError: for a behaviour without prompts to measure it on, or an error that distillation would not keep."""
         if self.asked.measure is not None and self.calibration.prompts is None:
             name = self.asked.option
             raise RecipeError(
                 f"{name} is measured on prompts that the fit has not seen: give base_model and prompts", name, "prompts"
+            )
+        if self.asked.is_given and self.asked.max_error is not None and self.calibration.finetune is not None:
+            raise RecipeError(
+                f"max_error is {self.asked.max_error:g}: finetune gives up nearness of the weights for that of the behaviour; "
+                "give bytes, or min_retention, max_kl or min_agreement with prompts",
+                "max_error",
+                "finetune",
             )
 
     def resolved(self, parameters: int, file_bytes: int, slot: int | None) -> tuple[Structure, Target]:

@@ -28,7 +28,7 @@ def checked_init(value: int | str) -> int | str:
 
     :raises RecipeError: for one that is not allowed.
     """
-    value = int(value) if isinstance(value, str) and value.isdigit() else value
+    value = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
     if not ((isinstance(value, str) and value) or (is_whole(value) and 0 <= value < 1 << 64)):
         raise RecipeError(f"init is {value!r}: {', '.join(INITS)}, a seed or an adapter's directory is allowed", "init")
     return value
@@ -56,6 +56,11 @@ class Storage:
         choices=GAINS,
     )  # fmt: skip
     init: int | str = init_option()
+
+    @property
+    def begins(self) -> str | None:
+        """The adapter that training went on from, as it was given; None where another answer or none was."""
+        return self.init if isinstance(self.init, str) and self.init not in INITS else None
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

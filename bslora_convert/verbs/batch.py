@@ -22,6 +22,7 @@ from bslora_convert.extras import need
 from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
 from bslora_convert.files.landing import check_apart, check_outside, copy_files, landing, replace_file
 from bslora_convert.files.record import text_of
+from bslora_convert.files.store import is_url
 from bslora_convert.library.common import commons_of
 from bslora_convert.library.discovery import discover
 from bslora_convert.library.engines import ENGINES
@@ -67,6 +68,8 @@ def batch(
     :raises OutputError: when `out` can't be written, was not made by `batch`, or holds results of another recipe.
     """
     recipe, asked, out = recipe or Recipe(), built(BatchOptions, options, fields), Path(out).absolute()
+    if recipe.storage.begins is not None and not is_url(recipe.storage.begins):
+        recipe = recipe.but(init=str(Path(recipe.storage.begins).absolute()))  # a run that goes on may stand elsewhere
     _check_extras(recipe, asked.engine)
     for file in recipe.calibration.files.values():
         read_prompts(file)
@@ -95,7 +98,8 @@ def batch(
         gave_up=len(rows) < len(own),
     )
     final = _final(items, rows, out, made_with.key)
-    in_common = sum(path.stat().st_size for path in commons_in(out))
+    named = {row.settings.get("initialisation") for row in final}
+    in_common = sum(path.stat().st_size for path in commons_in(out) if path.name in named)
     summary = summarise(final, len(items), seconds, run, in_common)
     _write(out, final, summary)
     return summary

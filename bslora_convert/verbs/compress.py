@@ -9,8 +9,8 @@ Where the source is in the authors' BSLoRA layout there is nothing to fit: see `
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from bslora_convert.behaviour.checkpoints import forget_completions
 from bslora_convert.behaviour.processes import is_writer, meet, written_by_another
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.training_rows import TrainingRun
+from bslora_convert.bslora.common import Common, is_intact
 from bslora_convert.bslora.official import is_official
 from bslora_convert.conversion.convert import convert
 from bslora_convert.conversion.found import OfficialSource, as_found, load_source
@@ -58,7 +59,7 @@ def compress(
     overwrite: bool = False,
     report_html: bool = True,
     recorded_as: str | None = None,
-    commons: Sequence[Path] = (),
+    commons: Sequence[Path] | None = None,
     progress: Progress = silent,
 ) -> Fidelity:
     """Converts one LoRA adapter into a compact BSLoRA directory and returns what its `fidelity.json` holds.
@@ -67,7 +68,7 @@ def compress(
 
     training: how to distil where the recipe says `finetune`. recorded_as: what the record calls the source, instead of its path;
     then it leaves times out as well, so that the same input gives the same bytes in every file, wherever it lies.
-    commons: files of initialisations that a library has (`bslora.common`), which must lie beside or above `out`.
+    commons: files of initialisations that the library has of which this is a part (`bslora.common`), which must lie above `out`.
 
     :raises InputError: when the source, a prompt file or the base model is missing or damaged, or they don't belong together.
     :raises Refused: when the source is valid but can't be converted faithfully.
@@ -94,13 +95,14 @@ def compress(
             made, used, extras = as_found(adapter, recipe)
         else:
             made, used, extras = _converted(measured, request, recipe, session, files, run, progress)
+        if known is None and request.target.is_coded and recipe.storage.begins is not None:
+            made = replace(made, notes=(*made.notes, f"is not like {recipe.storage.begins}, so it was coded without"))
     origin = Origin(adapter, measured, digest, recorded_as or as_written(adapter.path), known)
     if recipe.calibration.finetune is not None and not is_writer():
         return Fidelity.from_dict(written_by_another(out))
-    with modules_over_cores(), landing(out, overwrite) as place:
+    begun = None if known is None or made.initial is None else known.common
+    with _beside(out, begun), modules_over_cores(), landing(out, overwrite) as place:
         fitted = time.perf_counter()
-        if known is not None and known.common is not None and made.initial is not None:
-            known.common.write(out.parent)
         seconds = {"read": read - began, "fit": fitted - read} if recorded_as is None else None
         record = publish(
             place, write_result(place, made, origin, used.to_dict(), extras, seconds, progress), html=report_html
@@ -113,9 +115,25 @@ def compress(
     return record
 
 
+@contextmanager
+def _beside(out: Path, begun: Common | None) -> Iterator[None]:
+    """What training went on from, written beside a result; it goes again if the result fails and it was not there before."""
+    if begun is None:
+        yield
+        return
+    was_there = is_intact(out.parent / begun.name)
+    try:
+        begun.write(out.parent)
+        yield
+    except BaseException:
+        if not was_there:
+            (out.parent / begun.name).unlink(missing_ok=True)
+        raise
+
+
 def _check(recipe: Recipe, training: Training) -> None:
     """What can be refused before anything is read."""
-    recipe.check_prompts()
+    recipe.check_target()
     check_init(recipe.storage.init)
     if recipe.calibration.base_model is None and training != Training(seed=recipe.seed):
         raise RecipeError(
@@ -148,7 +166,7 @@ def _measured(adapter: LoraAdapter, device: str, request: Request) -> Source:
 
 
 def _initialisation(
-    adapter: LoraAdapter, recipe: Recipe, request: Request, commons: Sequence[Path], progress: Progress
+    adapter: LoraAdapter, recipe: Recipe, request: Request, commons: Sequence[Path] | None, progress: Progress
 ) -> Known | None:
     """The random initialisation of what is to be coded."""
     if isinstance(adapter, OfficialSource) or not request.target.is_coded:
@@ -172,7 +190,7 @@ def _converted(
 def _nearest(made: Converted, recipe: Recipe) -> tuple[Converted, Recipe]:
     """The recipe as it is recorded: with the error that nobody asked for, or with the nearest one that was reached and a note."""
     allowed, reached = recipe.asked.max_error, made.error
-    if recipe.asked.is_given or allowed is None or reached is None:
+    if recipe.asked.is_given or recipe.calibration.finetune is not None or allowed is None or reached is None:
         return made, recipe
     if reached > allowed:
         note = Note(f"{missed(recipe, reached)}; what comes nearest was written", "attention")
@@ -184,7 +202,7 @@ def _nearest(made: Converted, recipe: Recipe) -> tuple[Converted, Recipe]:
 def _check_error(recipe: Recipe, adapter: LoraAdapter, error: float) -> None:
     """:raises ThresholdMissed: when the error that was asked for is not reached by what was written."""
     allowed = recipe.asked.max_error if recipe.asked.is_given else None
-    if allowed is not None and recipe.calibration.base_model is None and error > allowed:
+    if allowed is not None and error > allowed:
         raise ThresholdMissed(missed(recipe, error, fitted=not isinstance(adapter, OfficialSource)))
 
 

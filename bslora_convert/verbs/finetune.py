@@ -15,7 +15,9 @@ from bslora_convert.behaviour.processes import is_writer, meet, written_by_anoth
 from bslora_convert.behaviour.prompts import Prompts, Row
 from bslora_convert.behaviour.session import BaseModelSession
 from bslora_convert.behaviour.training_rows import TrainingRows, TrainingRun
+from bslora_convert.bslora.common import carry, named_in
 from bslora_convert.bslora.storage import CompactAdapter, load_compact
+from bslora_convert.conversion.initial import recalled
 from bslora_convert.conversion.request import Converted
 from bslora_convert.conversion.writing import Extras, Origin, write_result
 from bslora_convert.errors import InputError, RecipeError
@@ -23,6 +25,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.landing import check_output, landing
 from bslora_convert.files.record import recorded
+from bslora_convert.files.store import as_written
 from bslora_convert.fit.convert import Source, measure
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import check_magnitude
@@ -86,7 +89,12 @@ def finetune(
     extras = Extras(evidence, done.record, done.log, notes)
     recipe = {**known.get("recipe", {}), "finetune": str(prompts), "base_model": str(base_model)}
     source = replace(pair.source, carried=pair.student.carried)
-    origin = Origin(source, pair.measured, session.adapter.sha256, str(source.path))
+    origin = Origin(
+        source, pair.measured, session.adapter.sha256, as_written(source.path), recalled(known, pair.student.initial)
+    )
+    common = named_in(pair.student.config)
+    if common is not None:
+        carry(common, compact, out)
     with modules_over_cores(), landing(out, asked.overwrite) as place:
         trained = time.perf_counter()
         seconds = {"read": read - began, "fit": trained - read}

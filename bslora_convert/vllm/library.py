@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Protocol
 
-from bslora_convert.bslora.common import named_in
+from bslora_convert.bslora.common import is_intact, named_in
 from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError, InputError
 from bslora_convert.files.jsonfile import LARGEST_JSON
@@ -112,10 +112,11 @@ class Elsewhere:
             return None
         store.copy([f"{name}/{file}" for file in held], place)
         common = _named(place / name / CONFIG_NAME)
-        if common is not None and not Path(self._room.name, common).is_file() and _fits(store, common, LARGEST_WEIGHTS):
-            partial = Path(self._room.name) / f"partial-{secrets.token_hex(4)}"
+        kept = Path(self._room.name)  # above the place of every tenant
+        if common is not None and not is_intact(kept / common) and _fits(store, common, LARGEST_WEIGHTS):
+            partial = kept / f"partial-{secrets.token_hex(4)}"
             store.copy([common], partial)
-            (partial / common).replace(Path(self._room.name) / common)  # above the place of every tenant
+            (partial / common).replace(kept / common)
         return place / name
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bslora_convert.bslora.common import found_from, provide
+from bslora_convert.bslora.common import found_from, is_intact, provide
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.storage import (
     CONFIG_NAME,
@@ -29,7 +29,7 @@ from bslora_convert.version import __version__
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.library import LARGEST, Away, opened
 from bslora_convert.vllm.settings import Settings
-from bslora_convert.vllm.snapshots import Snapshots, digest_of, read_small
+from bslora_convert.vllm.snapshots import PARTIAL, Snapshots, digest_of, read_small
 
 FIELDS_NAME = "lora.json"  # in a compact snapshot: the fields of a LoRA's configuration that vLLM reads
 TRIES, PAUSE = 3, 0.1  # `batch` puts a new result into an old one's place by two renames
@@ -110,7 +110,7 @@ class Tenants:
         """
         provide(layout, place)
         name = None if layout.origin is None else layout.origin.file
-        if name is not None and not (self.snapshots.place / name).is_file():
+        if name is not None and not is_intact(self.snapshots.place / name):
             replace_file(self.snapshots.place / name, found_from(place, name).read_bytes())
 
 
@@ -155,7 +155,7 @@ def write_lora(files: Files, config: dict[str, Any], out: Path) -> None:
 
     :raises InputError: when it is damaged. :raises Refused: when vLLM can't serve it.
     """
-    with tempfile.TemporaryDirectory(prefix="bslora-") as room:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out.parent) as room:  # below what the library has in common
         copy = Path(room) / "adapter"
         copy.mkdir()
         copy_to(files, copy)

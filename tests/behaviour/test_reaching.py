@@ -86,6 +86,16 @@ def test_a_miss_says_what_was_reached_and_leaves_nothing(tmp_path: Path, rows: P
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_that_is_asked_for_is_met_on_a_base_model_too(tmp_path: Path, rows: Path) -> None:
+    record = compress(LORA, tmp_path / "met", recipe(rows, max_error=0.2), report_html=False)
+    assert record["weight"]["relative_error"] <= 0.2
+    with pytest.raises(ThresholdMissed, match="finer than codes can hold"):
+        compress(LORA, tmp_path / "missed", recipe(rows, max_error=1e-5), report_html=False)
+    with pytest.raises(RecipeError, match=r"max_error is 0\.2: finetune"):
+        compress(LORA, tmp_path / "tuned", recipe(rows, max_error=0.2, finetune=True), report_html=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["met"]
+
+
 @pytest.mark.slow
 def test_a_smaller_one_is_tried_distilled(tmp_path: Path, rows: Path) -> None:
     asked = recipe(rows, min_retention=0.97)

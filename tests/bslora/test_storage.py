@@ -140,7 +140,7 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
     }
     assert json.loads((directory / CONFIG).read_text()) == {
         "peft_type": "BSLORA",
-        "format_version": 4,
+        "format_version": 5,
         "inference_mode": True,
         "base_model_name_or_path": "a-base",
         "task_type": "CAUSAL_LM",
@@ -261,8 +261,8 @@ def module(**changes: Any) -> dict[str, Any]:
     ("changes", "words"),
     [
         ({"peft_type": "LORA"}, "peft_type"),
-        ({"format_version": 5}, "format_version is 5, this version reads 4"),
-        ({"format_version": 1}, "format_version is 1, this version reads 4; convert the LoRA again"),
+        ({"format_version": 6}, "format_version is 6, this version reads 5"),
+        ({"format_version": 1}, "format_version is 1, this version reads 5; convert the LoRA again"),
         ({"coding": {"version": 1, "group": 1024}}, "coding is"),
         ({"format_version": None}, "format_version"),
         ({"transform": None}, "transform is None"),

@@ -244,6 +244,11 @@ def changed_config(compact: Path, place: Path, change) -> Path:  # type: ignore[
     return place
 
 
+def overlapping(config) -> None:  # type: ignore[no-untyped-def]
+    place = first_of(config)["initial"]["A"]
+    place[0] = " ".join(str(1 << 20 | number) for number in range(len(place[0].split())))
+
+
 def first_of(config):  # type: ignore[no-untyped-def]
     return next(iter(config["modules"].values()))
 
@@ -264,8 +269,9 @@ def first_of(config):  # type: ignore[no-untyped-def]
         (lambda c: first_of(c).update(initial={"A": [0, 0]}), "a first draw and a rank"),
         (lambda c: first_of(c).update(initial=[0, 8]), "an object of A and B"),
         (lambda c: first_of(c).update(initial={"A": [1, 8]}), "checksum"),
-        (lambda c: first_of(c).update(initial={"A": [0, 4]}), "is expected"),
+        (lambda c: first_of(c).update(initial={"A": [0, 4]}), "beyond its last vector"),
         (lambda c: first_of(c).update(kind="embedding"), "against nothing"),
+        (overlapping, "places that overlap"),
     ],
 )
 def test_damage_is_refused_before_anything_is_drawn(compact: Path, tmp_path: Path, change, words: str) -> None:  # type: ignore[no-untyped-def]

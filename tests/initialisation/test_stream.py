@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bslora_convert.initialisation import kept
 from bslora_convert.initialisation.stream import HALF, Place, Stream
 from bslora_convert.initialisation.tape import BLOCK, KEPT, Tape
 from tests.initialisation.planted import draws
@@ -68,3 +69,20 @@ def test_a_tape_is_read_anywhere() -> None:
     assert np.array_equal(tape.read(far - 50, 300), stream.take(300))
     assert np.array_equal(tape.read(0, 100), begin)  # its block was dropped in between
     assert len(tape.read(5, 0)) == 0
+
+
+def test_what_is_kept_has_a_bound_whatever_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_kept", {})
+    monkeypatch.setattr(kept, "KEPT_BYTES", 4000)
+    first, _ = kept.draws_at(1, [(0, 500), (500, 500)])
+    again, _ = kept.draws_at(1, [(0, 500)])
+    assert again[0] is first[0]
+    kept.draws_at(1, [(2000, 1500)])  # the last used stays, what came before it goes
+    kept.draws_at(2, [(0, 100)])
+    held = sum(one.bytes for one in kept._kept.values())
+    assert held <= 4000
+    asked, _ = kept.draws_at(3, [(0, 5000)])  # what is asked for is had, however much it is
+    assert len(asked[0]) == 5000
+    kept.hold("file", np.zeros(10, dtype=np.int16))
+    kept.release("file")
+    assert not kept.is_held("file")

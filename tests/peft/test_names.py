@@ -185,5 +185,5 @@ def test_a_compact_adapter_is_saved_in_todays_names(tmp_path: Path) -> None:
     assert float((expected - logits(llava())).norm()) > 0.01
     first.save_pretrained(tmp_path / "again")
     modules = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["modules"]
-    assert "model.language_model.layers.0.self_attn.q_proj" in modules
+    assert "model.language_model.layers.{0-1}.self_attn.q_proj" in modules
     assert torch.equal(logits(PeftModel.from_pretrained(llava(), str(tmp_path / "again"))), expected)

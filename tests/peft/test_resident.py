@@ -23,7 +23,7 @@ from bslora_convert import Recipe, compress, load_compact, load_into
 from bslora_convert.behaviour.attach import decoded_of
 from bslora_convert.bslora.decoded import Decoded
 from bslora_convert.bslora.resident import Resident
-from bslora_convert.bslora.storage import CodedAdapter, load_coded
+from bslora_convert.bslora.storage import FORMAT_VERSION, CodedAdapter, load_coded
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.peft import BsloraLayer, load_many
 from bslora_convert.peft.table import AdapterTable
@@ -149,7 +149,7 @@ def test_what_is_saved_is_the_file_that_it_came_from(library: Path, tmp_path: Pa
     for place, name in ((tmp_path / "saved", "ke"), (tmp_path / "saved" / "other", "small")):
         assert (place / WEIGHTS).read_bytes() == (library / name / WEIGHTS).read_bytes()
         stored, again = load_compact(library / name), load_compact(place)
-        assert again.config["format_version"] == 4 and again.config["coding"] == stored.config["coding"]
+        assert again.config["format_version"] == FORMAT_VERSION and again.config["coding"] == stored.config["coding"]
         assert not {"resident", "decoded_bytes"} & set(again.config)
         assert again.config["modules"] == stored.config["modules"]
     assert torch.equal(logits(PeftModel.from_pretrained(base(), str(tmp_path / "saved"))), expected)

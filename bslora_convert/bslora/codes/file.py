@@ -123,8 +123,9 @@ def check_codes(
     :raises InputError: when a tensor is missing, left over, or not what layout and widths ask for.
     """
     shapes, initial = list(shapes), initial or {}
+    vectors = sum(vectors_shape(key, shape)[0] for key, shape in shapes)  # before anything is as long as a file says
+    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), vectors, where).cpu()
     lengths = _lengths(shapes)
-    widths = _taken(tensors, WIDTHS_NAME, (torch.uint8,), lengths.numel(), where).cpu()
     _check_widths(widths, shapes, initial, where)
     _check_unseen(shapes, initial, int(lengths[widths == NONE].sum()), int(lengths.sum()), where)
     counts = {width: int(lengths[widths == width].sum()) for width in WIDTHS}
