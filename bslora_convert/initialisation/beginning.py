@@ -1,7 +1,7 @@
 """Where a first module is found: seeds at the start of their stream, then some seeds' streams by correlation.
 
 Seeds are tried by how usual they are. Scripts seed with 42 (transformers), 3407 (Unsloth), 0; a head, an embedding or a data
-loader's seed may have been drawn before the first module. The default search takes a few seconds for an adapter of any size.
+loader's seed may have been drawn before the first module. The default search takes a second or two for an adapter of any size.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
