@@ -90,20 +90,26 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams |= {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "initialisation",
+    }  # text as text; the same each time
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, adapter in enumerate(dict.fromkeys(row["adapter"] for row in rows)):
         for init, style in (("none", "--"), ("auto", "-")):
             line = sorted((r["byte_ratio"], r["lost"]) for r in rows if r["adapter"] == adapter and r["init"] == init)
-            label = f"{adapter}, " + ("the initialisation known" if init == "auto" else "without it")
+            label = f"{adapter.split('-')[-2]}, " + ("initialisation known" if init == "auto" else "without")
             axes.plot(*zip(*line, strict=True), style, color=f"C{number}", marker="o", markersize=4, label=label)
     axes.set(xscale="log", yscale="log", xlabel="share of the LoRA's bytes", ylabel="share of the update's energy lost")
     ticks = [*SHARES, 0.2]
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
+    axes.set_xticks(ticks, [f"{100 * tick:.3g} %" for tick in ticks], minor=False)
+    heights = [0.01, 0.03, 0.1, 0.3]
+    axes.set_yticks(heights, [f"{100 * height:.0f} %" for height in heights], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     figure.savefig(path, metadata={"Date": None})
 
 

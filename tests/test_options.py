@@ -18,8 +18,8 @@ from bslora_convert.recipe.files import DESCRIBED, read_options
 from bslora_convert.recipe.finetuning import FinetuneOptions
 from bslora_convert.recipe.options import SECTIONS, flag_of, options_of
 from bslora_convert.recipe.output import OutputOptions
+from bslora_convert.recipe.reading import Reading
 from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
-from bslora_convert.recipe.scaling import Scaling
 from bslora_convert.recipe.training import OPTIONS, Training
 from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.verbs.compress import compress
@@ -34,7 +34,7 @@ TAKEN = {  # verb -> the dataclasses that its options fill
     "compare": (CompareOptions,),
     "analyze": (AnalyzeOptions,),
     "expand": (ExpandOptions,),
-    "inspect": (Scaling,),
+    "inspect": (Reading,),
 }
 FILE_ONLY = {
     "min_shared", "shared_size", "slice", "kernel", "local_ranks", "groups", "epochs", "batch_size", "accumulate", "temperature",

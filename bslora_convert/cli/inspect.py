@@ -10,7 +10,7 @@ from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, given, takes
 from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.recipe.scaling import Scaling
+from bslora_convert.recipe.reading import Reading
 from bslora_convert.results.adapter import Inspection
 
 INTEGRITY = {
@@ -23,9 +23,9 @@ INTEGRITY = {
 
 @click.command(cls=Command)
 @click.argument("directory", type=click.Path(path_type=Path))
-@takes(Scaling, verb="inspect")
+@takes(Reading, verb="inspect")
 @verb
-def inspect(output: Output, directory: Path, **scaling: Any) -> None:
+def inspect(output: Output, directory: Path, **reading: Any) -> None:
     """Says what an adapter holds, where its bytes are and whether it can be converted.
 
     \b
@@ -35,7 +35,7 @@ def inspect(output: Output, directory: Path, **scaling: Any) -> None:
     look([directory])
     from bslora_convert.verbs.inspect import inspect as run
 
-    result = run(directory, **given(scaling))
+    result = run(directory, **given(reading))
     output.notes(result.notes)
     from bslora_convert.report import commands
 

@@ -11,11 +11,10 @@ Files that a library has already stay as they are, and adapters that come later 
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from bslora_convert.initialisation.siblings import clusters, mean, sketch
 from bslora_convert.library.jobs import Job
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.recipe.reading import Reading
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.target import DEFAULT_ERROR
 
@@ -74,8 +74,7 @@ def _is_coded(recipe: Recipe) -> bool:
 
 
 def _load(job: Job) -> LoraAdapter:
-    recipe: Mapping[str, Any] = job.recipe
-    return load_lora(job.item.uri, alpha=recipe.get("lora_alpha"), rslora=recipe.get("use_rslora"))
+    return load_lora(job.item.uri, **Reading.arguments_in(job.recipe))
 
 
 def _worth_storing(jobs: Sequence[Job], recipe: Recipe) -> Common | None:

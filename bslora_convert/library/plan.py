@@ -21,6 +21,7 @@ from bslora_convert.library.options import BASE, own_options, prompts_hash, reci
 from bslora_convert.lora.adapter import CONFIG_NAME, load_lora, locate
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.batching import BatchOptions
+from bslora_convert.recipe.reading import Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _look(item: Item, recipe: Mapping[str, Any], hash_of: Callable[[str], str]) 
         return f"{source} {own}".rstrip(), size
     directory, weights = locate(Path(item.uri))
     if not is_official(item.uri):
-        load_lora(item.uri, headers_only=True, alpha=recipe.get("lora_alpha"), rslora=recipe.get("use_rslora"))
+        load_lora(item.uri, headers_only=True, **Reading.arguments_in(recipe))
     names = (CONFIG_NAME, *travelling(directory))
     said = " ".join((sha256(weights), *(f"{name} {sha256(directory / name)}" for name in names), own))
     return said.rstrip(), weights.stat().st_size

@@ -5,7 +5,7 @@ are not LoRA factors (saved heads, embedding tables) are carried along untouched
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from bslora_convert.files.tensorfile import (
     read_tensors,
 )
 from bslora_convert.lora.config import LoraConfig, given, refuse_unless_convertible
+from bslora_convert.lora.damage import damage
+from bslora_convert.lora.fields import KNOWN
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.place import CONFIG_NAME, WEIGHTS_NAMES, locate, refuse_by_keys
@@ -86,11 +88,17 @@ class LoraAdapter:
 
 
 def load_lora(
-    path: str | Path, *, alpha: float | None = None, rslora: bool | None = None, headers_only: bool = False
+    path: str | Path,
+    *,
+    alpha: float | None = None,
+    rslora: bool | None = None,
+    ignore: Collection[str] = (),
+    headers_only: bool = False,
 ) -> LoraAdapter:
     """Reads a PEFT LoRA directory, or one of its weight files.
 
-    alpha, rslora: `lora_alpha` and `use_rslora` of an adapter whose configuration lacks them.
+    alpha, rslora: `lora_alpha` and `use_rslora` of an adapter whose configuration lacks them. ignore: settings of the
+    configuration that are not known here, and that the caller answers for.
     headers_only: everything is checked but the numbers, which are not read; the factors are meta tensors.
 
     :raises InputError: when a file is missing, damaged or inconsistent, or nobody knows the scaling; the message names file and
@@ -100,7 +108,7 @@ def load_lora(
     directory, weights = locate(resolve(path))
     config_path = directory / CONFIG_NAME
     raw = given(read_json(config_path), config_path, alpha, rslora)
-    refuse_unless_convertible(raw, config_path)
+    refuse_unless_convertible(raw, config_path, ignore)
     tensors = read_headers(weights) if headers_only else read_tensors(weights)
     refuse_by_keys(weights, tensors)
     keys, wrappers = names_of(tensors)
@@ -117,6 +125,11 @@ def load_lora(
         modules = tied(modules, config, config_path)
     notes = (
         *(f"{field} is missing in the configuration; {value!r}, by the tensors" for field, value in guessed.items()),
+        *(
+            f"{field} of the configuration was ignored, as asked"
+            for field in ignore
+            if field in raw and field not in KNOWN
+        ),
         *(f"the keys hold {name}, a wrapper's name, which was left out" for name in wrappers),
         *(
             ("ensure_weight_tying: the head's copy of the embedding's factors is counted once",)
@@ -124,6 +137,7 @@ def load_lora(
             else ()
         ),
         *_notes(modules, config, path, directory),
+        *damage(modules, carried),
     )
     return LoraAdapter(Path(path), weights, config, modules, carried, notes)
 

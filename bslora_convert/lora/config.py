@@ -104,13 +104,16 @@ def given(raw: Mapping[str, Any], path: Path, alpha: float | None, rslora: bool 
     return filled
 
 
-def check_convertible(raw: Mapping[str, Any], path: Path) -> list[str]:
-    """Every reason why an adapter with this configuration can't be converted; empty where it can."""
+def check_convertible(raw: Mapping[str, Any], path: Path, ignored: Collection[str] = ()) -> list[str]:
+    """Every reason why an adapter with this configuration can't be converted; empty where it can.
+
+    ignored: settings that are not known here, and that the user answers for.
+    """
     kind = raw.get("peft_type", "LORA")
     if kind != "LORA":
         known = OTHER_TYPES.get(kind) if isinstance(kind, str) else None
         return [f"peft_type is {kind!r}, only 'LORA' adapters are converted{f' ({known})' if known else ''}"]
-    return unfaithful(raw)
+    return unfaithful(raw, ignored)
 
 
 def unfaithful(raw: Mapping[str, Any], understood: Collection[str] = ()) -> list[str]:
@@ -124,19 +127,20 @@ def unfaithful(raw: Mapping[str, Any], understood: Collection[str] = ()) -> list
         if name in raw and field.when(raw[name])
     ]
     reasons += [
-        f"{name} is {_brief(value)}: a setting that this version does not know, which may change the update"
+        f"{name} is {_brief(value)}: a setting that this version does not know, which may change the update (if you know that "
+        f"it does not: --ignore-field {name})"
         for name, value in raw.items()
         if name not in KNOWN and name not in understood and is_set(value) and not is_training(name)
     ]
     return reasons
 
 
-def refuse_unless_convertible(raw: Mapping[str, Any], path: Path) -> None:
+def refuse_unless_convertible(raw: Mapping[str, Any], path: Path, ignored: Collection[str] = ()) -> None:
     """Raises on the first of `check_convertible`.
 
     :raises Refused: with every reason.
     """
-    reasons = check_convertible(raw, path)
+    reasons = check_convertible(raw, path, ignored)
     if reasons:
         raise Refused(f"{path}: " + "; ".join(reasons))
 

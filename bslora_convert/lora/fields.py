@@ -64,6 +64,8 @@ FIELDS: dict[str, Field] = {
     "bias": Field("harmless", "the tensors say whether there are trained biases, see `adapter.py`"),
     "eva_config": Field("harmless", "an initialisation that leaves the base as it is"),
     "lora_ga_config": Field("harmless", "an initialisation; PEFT loads the file as a plain LoRA"),
+    "corda_config": Field("harmless", "of use beside init_lora_weights only, which PEFT sets to true as it converts"),
+    "loftq_config": Field("harmless", "of use beside init_lora_weights only"),
     "velora_config": Field("harmless", "compresses activations in training"),
     "monteclora_config": Field("harmless", "samples in training"),
     "megatron_core": Field("harmless", "a module's name, of use beside megatron_config only"),
@@ -76,8 +78,6 @@ FIELDS: dict[str, Field] = {
     "init_lora_weights": Field(
         "refused", "this initialisation changes the base weights, so B·A is not the update", _changes_base
     ),
-    "corda_config": Field("refused", "CorDA changes the base weights, so B·A is not the update"),
-    "loftq_config": Field("refused", "LoftQ changes the base weights, so B·A is not the update"),
     "use_qalora": Field("refused", "QALoRA applies A to pooled inputs"),
     "use_bdlora": Field("refused", "BD-LoRA factors are block-diagonal"),
     "alora_invocation_tokens": Field("refused", "aLoRA is active only after its invocation tokens"),

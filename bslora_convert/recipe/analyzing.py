@@ -6,13 +6,13 @@ from pathlib import Path
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_count, check_on_base
 from bslora_convert.recipe.options import MODEL, OUTPUT, RUNNING, WHAT, device_option, option
-from bslora_convert.recipe.scaling import Scaling
+from bslora_convert.recipe.reading import Reading
 
 LEAST_DRAWS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class AnalyzeOptions(Scaling):
+class AnalyzeOptions(Reading):
     """beside: further LoRAs whose A are compared with this one's. draws: random adapters behind each z-score.
 
     :raises RecipeError: naming the field, its value and what is allowed.
@@ -32,7 +32,7 @@ class AnalyzeOptions(Scaling):
     seed: int = option(0, "Draw the random adapters from this.", RUNNING)
 
     def __post_init__(self) -> None:
-        Scaling.__post_init__(self)
+        Reading.__post_init__(self)
         if self.draws < LEAST_DRAWS:
             raise RecipeError(f"draws is {self.draws}: a whole number of at least {LEAST_DRAWS} is allowed", "draws")
         check_on_base(self.base_model, self.prompts)

@@ -7,12 +7,12 @@ from pathlib import Path
 from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.checks import check_choice, check_count, check_on_base
 from bslora_convert.recipe.options import FORM, MODEL, OUTPUT, RUNNING, WHAT, device_option, option
-from bslora_convert.recipe.scaling import Scaling
+from bslora_convert.recipe.reading import Reading
 from bslora_convert.recipe.storage import DTYPES, checked_init, init_option
 
 
 @dataclass(frozen=True, slots=True)
-class CompareOptions(Scaling):
+class CompareOptions(Reading):
     """budgets: shares of the LoRA's bytes. forms: names of `comparison.forms.FORMS`, the usual ones where none is named.
 
     init: where A's random initialisation is looked for, which forms in our codes use, and those that end in `_initial`.
@@ -38,7 +38,7 @@ class CompareOptions(Scaling):
     seed: int = option(0, "Draw random numbers from this.", RUNNING)
 
     def __post_init__(self) -> None:
-        Scaling.__post_init__(self)
+        Reading.__post_init__(self)
         for budget in self.budgets:
             if not (math.isfinite(budget) and 0 < budget <= 1):
                 raise RecipeError(

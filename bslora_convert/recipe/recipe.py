@@ -2,7 +2,7 @@
 
     structure    which transform, who shares, which ranks     asked     the behaviour, error or size that the result must reach
     calibration  base model, prompts, metric, distillation    storage   dtype and codes
-    scaling      the source's, where it does not say
+    reading      what the user knows of the source, where it does not say
 
 Options are given flat, under the names that the command line has, and stand flat in records and files.
 """
@@ -14,7 +14,7 @@ from bslora_convert.errors import RecipeError
 from bslora_convert.recipe.calibration import Calibration
 from bslora_convert.recipe.checks import check_whole
 from bslora_convert.recipe.options import RUNNING, device_option, option
-from bslora_convert.recipe.scaling import Scaling
+from bslora_convert.recipe.reading import Reading
 from bslora_convert.recipe.storage import INITS, Storage
 from bslora_convert.recipe.structure import Structure
 from bslora_convert.recipe.target import TARGETS, Asked, Target, resolved
@@ -24,7 +24,7 @@ RECIPE_PARTS = {
     "asked": Asked,
     "calibration": Calibration,
     "storage": Storage,
-    "scaling": Scaling,
+    "reading": Reading,
 }
 
 
@@ -39,7 +39,7 @@ class Recipe:
     asked: Asked
     calibration: Calibration
     storage: Storage
-    scaling: Scaling
+    reading: Reading
     device: str = device_option()
     seed: int = option(0, "Draw random numbers from this; the same seed gives the same bytes.", RUNNING)
 

@@ -43,7 +43,7 @@ def sentences(record: Fidelity) -> list[str]:
         return [_deduplicated(record, record.deduplication["copied_parameters"])]
     if not weight.energy:
         return [
-            "The update of the source is zero everywhere (its B was never trained), so there is nothing to keep: the result "
+            "The update of the source is zero everywhere, so there is nothing to keep: the result "
             f"({compact.byte_ratio:.1%} of the bytes) does nothing either."
         ]
     kept = weight.cosine**2 if is_unbiased(record) else weight.energy_kept  # without what the scale adds
@@ -157,8 +157,8 @@ def _initialised(record: Fidelity) -> list[str]:
     found = f"A's random initialisation was found (seed {known.seed}): training changed {known.changed:.1%} of A"
     if known.file is not None:
         found = (
-            f"Its codes are against {known.file}, which must lie beside this directory or above it: {known.changed:.1%} of A is "
-            "its own"
+            f"Its codes are against {known.file}, which must lie in this directory, beside it or above: {known.changed:.1%} of A "
+            "is its own"
         )
     if not known.used:
         return [f"{found}, too much for codes against it to be smaller."]

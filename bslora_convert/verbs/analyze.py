@@ -53,7 +53,7 @@ def analyze(
         check_output(Path(out), asked.overwrite, resolve(lora))
     rows = Prompts.read(asked.prompts, asked.limit) if asked.prompts is not None else None
     progress("reading")
-    adapter = load_lora(lora, **asked.given)
+    adapter = load_lora(lora, **asked.arguments)
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     others = {str(path): load_lora(path) for path in asked.beside}

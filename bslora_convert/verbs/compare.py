@@ -68,7 +68,7 @@ def compare(
         check_output(Path(out), asked.overwrite, resolve(lora))
     rows = Prompts.read(asked.prompts, asked.limit, batch_size=asked.batch_size) if asked.prompts is not None else None
     progress("reading")
-    adapter = load_lora(lora, **asked.given)
+    adapter = load_lora(lora, **asked.arguments)
     if out is not None:
         check_apart(adapter.weights, Path(out))  # it may stand in a sub-folder
     storage = adapter.dtype if asked.dtype == "auto" else getattr(torch, asked.dtype)

@@ -83,7 +83,7 @@ def compress(
     began = time.perf_counter()
     progress("reading")
     files = {name: Prompts.read(path, **training.reading) for name, path in recipe.calibration.files.items()}
-    adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.scaling.given)
+    adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.reading.arguments)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     digest, request, run = sha256(adapter.weights), Request.of(recipe, adapter), TrainingRun(training, out, began)
     with _session(resolve(source), adapter, digest, recipe, progress) or nullcontext() as session:

@@ -24,13 +24,15 @@ from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.place import CONFIG_NAME, locate
 from bslora_convert.modules.factors import Shape
 from bslora_convert.modules.names import kind_of
+from bslora_convert.recipe.options import built
+from bslora_convert.recipe.reading import Reading
 from bslora_convert.results.adapter import Inspection
 
 
-def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bool | None = None) -> Inspection:
+def inspect(path: str | Path, reading: Reading | None = None, **fields: Any) -> Inspection:
     """Describes a LoRA directory, a compact one or one in the BSLoRA authors' layout.
 
-    lora_alpha, use_rslora: the scaling of a LoRA whose configuration lacks it.
+    reading, or fields of `Reading`: what the caller knows of a LoRA whose configuration does not say it.
 
     :raises InputError: when files are missing or damaged.
     """
@@ -44,7 +46,7 @@ def inspect(path: str | Path, *, lora_alpha: float | None = None, use_rslora: bo
     try:
         if kind == OFFICIAL_TYPE:
             return _official(load_official(path), head)
-        adapter = load_lora(path, alpha=lora_alpha, rslora=use_rslora)
+        adapter = load_lora(path, **built(Reading, reading, fields).arguments)
     except Refused as refusal:
         named = "official-bslora" if kind == OFFICIAL_TYPE else "lora"
         return Inspection(kind=named, convertible=False, reasons=[str(refusal)], **head, **_raw(weights, config))

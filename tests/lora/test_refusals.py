@@ -10,11 +10,13 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, g
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bslora_convert import Recipe, batch
 from bslora_convert.errors import Refused
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.adapter import FOREIGN
 from bslora_convert.lora.fields import REFUSED
 from bslora_convert.verbs.compress import compress
+from bslora_convert.verbs.inspect import inspect
 from tests.planting import random_products, write_lora
 
 FIELDS: list[tuple[str, Any]] = [
@@ -25,8 +27,6 @@ FIELDS: list[tuple[str, Any]] = [
     ("init_lora_weights", "olora"),
     ("init_lora_weights", "corda"),
     ("init_lora_weights", "loftq"),
-    ("corda_config", {"x": 1}),
-    ("loftq_config", {"loftq_bits": 4}),
     ("use_qalora", True),
     ("use_bdlora", {"x": 1}),
     ("alora_invocation_tokens", [1, 2]),
@@ -73,7 +73,8 @@ def test_a_refused_conversion_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("use_dora", False), ("loftq_config", {}), ("init_lora_weights", True), ("init_lora_weights", "eva"), ("bias", "none"),
-     ("lora_ga_config", {"x": 1}), ("megatron_core", "megatron.core"), ("corda_config", None)],
+     ("lora_ga_config", {"x": 1}), ("megatron_core", "megatron.core"), ("corda_config", None),
+     ("corda_config", {"x": 1}), ("loftq_config", {"loftq_bits": 4})],
 )  # fmt: skip
 def test_harmless_values_are_not_refused(tmp_path: Path, field: str, value: Any) -> None:
     write_lora(tmp_path / "lora", random_products(layers=1), **{field: value})
@@ -83,13 +84,32 @@ def test_harmless_values_are_not_refused(tmp_path: Path, field: str, value: Any)
 def test_every_default_of_a_real_configuration_is_accepted(tmp_path: Path) -> None:
     get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2)).save_pretrained(tmp_path)
     assert len(json.loads((tmp_path / "adapter_config.json").read_text())) > 30
-    assert load_lora(tmp_path).notes == ()
+    (note,) = load_lora(tmp_path).notes
+    assert "every B is zero" in note
 
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, "on", [0], {"a": 0}])
 def test_an_unknown_setting_is_refused_where_it_is_set(tmp_path: Path, value: Any) -> None:
     lora = write_lora(tmp_path / "lora", random_products(layers=1), use_newlora=value)
     refused(lora, str(lora / "adapter_config.json"), f"use_newlora is {value!r}")
+
+
+def test_an_unknown_setting_is_ignored_where_the_user_answers_for_it(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora", random_products(layers=1), foo_size=32, foo_kind="a", use_dora=False)
+    refused(lora, "--ignore-field foo_size", "--ignore-field foo_kind")
+    assert load_lora(lora, ignore=("foo_size", "foo_kind", "bar")).notes == (
+        "foo_size of the configuration was ignored, as asked",
+        "foo_kind of the configuration was ignored, as asked",
+    )
+    recipe = Recipe(ignore_field=("foo_size", "foo_kind"))
+    record = compress(lora, tmp_path / "out", recipe, report_html=False)
+    assert record["recipe"]["ignore_field"] == ["foo_size", "foo_kind"]
+    assert not {"foo_size", "foo_kind"} & set(json.loads((tmp_path / "out" / "adapter_config.json").read_text()))
+    assert inspect(lora, ignore_field=("foo_size", "foo_kind")).convertible
+    assert batch(tmp_path / "lora", tmp_path / "library", recipe, workers=0, report_html=False).ok == 1
+    dora = write_lora(tmp_path / "dora", random_products(layers=1), use_dora=True)
+    with pytest.raises(Refused, match="use_dora is True"):  # what is known to change the update is not ignored
+        load_lora(dora, ignore=("use_dora",))
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
