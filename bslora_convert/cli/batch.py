@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bslora_convert.cli.options import Command, chosen, given, recipe_file_optio
 from bslora_convert.cli.pushing import look_at_push, push_options, pushed
 from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.files.record import named
 from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import flag_of
 from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
@@ -116,6 +117,12 @@ def _show_plan(console: Any, plan: BatchPlan) -> None:
         f"{plan.done} done, {len(plan.bad)} bad"
     )
     show_failed(console, plan.bad)
+    _show_notes(console, plan.notes)
+
+
+def _show_notes(console: Any, notes: Sequence[str]) -> None:
+    if notes:
+        console.print(f"{len(notes)} left out, or linked from elsewhere: {named(notes, SHOWN)}", style="yellow")
 
 
 def _show(console: Any, summary: BatchSummary, out: Path) -> None:
@@ -130,6 +137,7 @@ def _show(console: Any, summary: BatchSummary, out: Path) -> None:
     show_failed(console, bad[:SHOWN])
     if len(bad) > SHOWN:
         console.print(f"and {len(bad) - SHOWN} more, with their reasons in {out / 'report.html'}", style="yellow")
+    _show_notes(console, summary.notes)
     if summary.byte_ratio is not None and summary.relative_error is not None:
         error = summary.relative_error
         console.print(

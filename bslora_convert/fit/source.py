@@ -164,7 +164,9 @@ def local_most(source: Source, most: int | None, shared: int) -> dict[str, int] 
     sharing = set(source.sharing) if shared else set()
     if shared > most and sharing:
         raise RecipeError(
-            f"max_rank is {most}: the shared parts alone are of rank {shared}; raise it, give none, or share less",
+            f"the shared parts alone are of rank {shared}, and a module may have rank {most} at most, which is that of the "
+            "source's own slot where nothing else is given: give transform none, or max_rank none for a result of a larger slot",
+            "transform",
             "max_rank",
         )
     return {name: most - shared if name in sharing else most for name in source.deltas}

@@ -2,8 +2,8 @@
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,35 +12,47 @@ from bslora_convert.files.remote import LOCAL
 from bslora_convert.files.store import Store, parts_of
 from bslora_convert.library.items import Item, check_ids, safe_ids
 from bslora_convert.library.manifest import LARGEST_MANIFEST
+from bslora_convert.library.tree import Tree
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
 MANIFESTS = (".jsonl", ".csv")
+NAMED = 3  # notes that an error names
 COLUMNS = ("id", "uri", "revision", "prompts", "base_model")
 
 
-def discover(library: str) -> list[Item]:
-    """Every adapter of a library, by id.
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """items: the adapters of a library, by id. notes: what was left out, or lies elsewhere, each in a line."""
 
-    A directory is searched at any depth for PEFT directories. A manifest (`.jsonl`, `.csv`) names `id`, `uri` and optionally
-    `revision`, `prompts` and `base_model`; its relative paths start from its own directory.
+    items: list[Item]
+    notes: list[str] = field(default_factory=list)
+
+
+def discover(library: str) -> Discovery:
+    """Every adapter of a library.
+
+    A directory is searched at any depth for PEFT directories (`library.tree`). A manifest (`.jsonl`, `.csv`) names `id`, `uri`
+    and optionally `revision`, `prompts` and `base_model`; its relative paths start from its own directory.
 
     :raises InputError: when there is nothing, or a manifest is damaged. :raises RecipeError: when a URL needs a missing package.
     """
     library = _plain(library)
     if "://" in library:
-        items = _remote(library)
+        found = _remote(library)
     else:
         path = Path(library)
         if not path.exists():
             raise InputError(f"{library}: no such file or directory")
-        items = _manifest(path) if path.is_file() and path.suffix in MANIFESTS else _tree(path)
-    if not items:
+        is_manifest = path.is_file() and path.suffix in MANIFESTS
+        found = Discovery(_manifest(path)) if is_manifest else _directory(path)
+    if not found.items:
+        left = f" ({'; '.join(found.notes[:NAMED])})" if found.notes else ""
         raise InputError(
-            f"{library}: holds no adapter; a directory with {CONFIG_NAME} and weights, or a manifest, is expected"
+            f"{library}: holds no adapter; a directory with {CONFIG_NAME} and weights, or a manifest, is expected{left}"
         )
-    items.sort(key=lambda item: item.id)
-    check_ids(items, library)
-    return items
+    found.items.sort(key=lambda item: item.id)
+    check_ids(found.items, library)
+    return found
 
 
 def _plain(uri: str) -> str:
@@ -57,17 +69,15 @@ def _plain(uri: str) -> str:
     return uri
 
 
-def _tree(root: Path) -> list[Item]:
+def _directory(root: Path) -> Discovery:
     if root.is_file():
         raise InputError(f"{root}: a directory, a manifest ({', '.join(MANIFESTS)}) or a URL is expected")
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if CONFIG_NAME in files:
-            found.append(Path(folder))
-            folders.clear()  # what lies inside of an adapter belongs to it
-    names = safe_ids([path.relative_to(root).as_posix() if path != root else root.resolve().name for path in found])
-    return [Item(name, str(path.absolute())) for name, path in zip(names, found, strict=True)]
+    tree = Tree(root)
+    names = safe_ids(
+        [path.relative_to(root).as_posix() if path != root else root.resolve().name for path in tree.adapters]
+    )
+    items = [Item(name, str(path.absolute())) for name, path in zip(names, tree.adapters, strict=True)]
+    return Discovery(items, tree.notes)
 
 
 def _manifest(path: Path) -> list[Item]:
@@ -129,19 +139,23 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             raise InputError(f"{path}: not a valid manifest ({error})") from None
 
 
-def _remote(url: str) -> list[Item]:
+def _remote(url: str) -> Discovery:
     store = Store.at(url)
     files = {PurePosixPath(name) for name in store.names()}
     folders = sorted({path.parent for path in files if path.name == CONFIG_NAME})
-    kept = [
-        folder
-        for folder in folders
-        if any(folder / name in files for name in WEIGHTS_NAMES)
-        and not any(other in folder.parents for other in folders)
-    ]
+    kept, notes = [], []
+    for folder in folders:
+        above = next((other for other in folders if other in folder.parents), None)
+        if above is not None:
+            notes.append(f"{folder}: inside of the adapter {above}, left out")
+        elif not any(folder / name in files for name in WEIGHTS_NAMES):
+            notes.append(f"{folder}: {CONFIG_NAME} without weights, left out")
+        else:
+            kept.append(folder)
     top, here = PurePosixPath(store.root).name, PurePosixPath()
     names = safe_ids([folder.as_posix() if folder != here else top for folder in kept])
-    return [
+    items = [
         Item(name, f"{store.url}/{folder}" if folder != here else store.url)
         for name, folder in zip(names, kept, strict=True)
     ]
+    return Discovery(items, notes)

@@ -14,11 +14,16 @@ STATUSES = ("ok", "skipped", "failed", "refused")
 
 
 def summarise(
-    rows: Sequence[Result], items: int, seconds: float | None, run: RunRecord, in_common: int = 0
+    rows: Sequence[Result],
+    items: int,
+    seconds: float | None,
+    run: RunRecord,
+    in_common: int = 0,
+    notes: Sequence[str] = (),
 ) -> BatchSummary:
     """What `summary.json` holds. seconds: wall clock of this run, None where it did only a part.
 
-    in_common: bytes of the initialisations that adapters have in common.
+    in_common: bytes of the initialisations that adapters have in common. notes: what was left out of the library.
     """
     counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     good = [row for row in rows if row.status in ("ok", "skipped")]
@@ -43,6 +48,7 @@ def summarise(
         adapters_per_second=len(converted) * rate if rate else None,
         source_bytes_per_second=sum(row.source_bytes or 0 for row in converted) * rate if rate else None,
         serving=serving([row.to_dict() for row in good]),
+        notes=list(notes),
         run=run,
     )
 

@@ -20,7 +20,8 @@ class RunRecord(Record):
 class BatchSummary(Record):
     """`summary.json`: what `batch` returns. serving: a server's slots before and after.
 
-    bytes_after: of all results, and of the initialisations that they have in common, which are bytes_in_common.
+    bytes_after: of all results, and of the initialisations that they have in common, which are bytes_in_common. notes: what was
+    left out of the library, or lies elsewhere, each in a line.
     """
 
     schema_version: int
@@ -41,6 +42,7 @@ class BatchSummary(Record):
     adapters_per_second: float | None
     source_bytes_per_second: float | None
     serving: dict[str, Any] | None = None
+    notes: list[str]
     run: RunRecord
 
     @property
@@ -61,6 +63,7 @@ class BatchPlan(Record):
     done: int
     bytes: int
     bad: list[dict[str, Any]]
+    notes: list[str]
 
     @property
     def is_failed(self) -> bool:

@@ -24,7 +24,7 @@ from bslora_convert.files.landing import check_apart, check_outside, copy_files,
 from bslora_convert.files.record import text_of
 from bslora_convert.files.store import is_url
 from bslora_convert.library.common import commons_of
-from bslora_convert.library.discovery import discover
+from bslora_convert.library.discovery import Discovery, discover
 from bslora_convert.library.engines import ENGINES
 from bslora_convert.library.items import Item, shard_of
 from bslora_convert.library.jobs import (
@@ -77,12 +77,13 @@ def batch(
     options_used = recipe.to_dict(), (training.to_dict() if training is not None else {})
     made_with = MadeWith.of(str(library), *options_used, asked.report_html)
     settle(out, made_with, asked.overwrite)
-    items = discover(str(library))
+    everything = discover(str(library))
+    items = everything.items
     _check_place(items, out)
     own = shard_of(items, asked.shard)
     found = plan_library(own, out, made_with, asked, progress)
     if asked.dry_run:
-        return _dry(found, items, own)
+        return _dry(found, everything, own)
     _make(out)
     made_with.keep(out)
     began = time.perf_counter()
@@ -100,7 +101,7 @@ def batch(
     final = _final(items, rows, out, made_with.key)
     named = {row.settings.get("initialisation") for row in final}
     in_common = sum(path.stat().st_size for path in commons_in(out) if path.name in named)
-    summary = summarise(final, len(items), seconds, run, in_common)
+    summary = summarise(final, len(items), seconds, run, in_common, everything.notes)
     _write(out, final, summary)
     return summary
 
@@ -199,17 +200,18 @@ def _known(out: Path, name: str, options: str) -> Result | None:
     return None
 
 
-def _dry(found: LibraryPlan, items: Sequence[Item], own: Sequence[Item]) -> BatchPlan:
+def _dry(found: LibraryPlan, everything: Discovery, own: Sequence[Item]) -> BatchPlan:
     """What a run would do."""
     return BatchPlan(
         dry_run=True,
-        items=len(items),
+        items=len(everything.items),
         in_this_shard=len(own),
         to_convert=len(found.jobs),
         duplicates=sum(map(len, found.duplicates.values())),
         done=sum(result.status == "skipped" for result in found.known),
         bytes=found.bytes,
         bad=[result.to_dict() for result in found.known if result.status != "skipped"],
+        notes=everything.notes,
     )
 
 

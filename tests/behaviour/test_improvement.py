@@ -490,8 +490,9 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
         other = tmp_path / "none"
         compress(TINY / "gsm8k", other, Recipe(transform="none", budget=0.3))
         config = json.loads((other / "adapter_config.json").read_text())
-        name = next(iter(config["modules"]))
-        config["modules"] = {name: config["modules"][name]}
+        name = "model.layers.0.self_attn.q_proj"
+        (entry,) = (said for pattern, said in config["modules"].items() if pattern.endswith("self_attn.q_proj"))
+        config["modules"] = {name: {**entry, "rank": int(str(entry["rank"]).split()[0])}}
         (other / "adapter_config.json").write_text(json.dumps(config))
         from safetensors.torch import save_file
 

@@ -397,8 +397,8 @@ def test_manifests_and_urls(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         memory.pipe(f"/lib/two/{name}", (tmp_path / "adapters" / "x" / name).read_bytes())
-    assert [item.id for item in discover(str(tmp_path / "list.csv"))] == ["one"]
-    assert [item.id for item in discover("memory://lib")] == ["two"]
+    assert [item.id for item in discover(str(tmp_path / "list.csv")).items] == ["one"]
+    assert [item.id for item in discover("memory://lib").items] == ["two"]
     summary = batch(tmp_path / "list.jsonl", tmp_path / "out", RECIPE, workers=0, report_html=False)
     assert summary["ok"] == 2
     weights = [(tmp_path / "out" / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]

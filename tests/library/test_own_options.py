@@ -65,7 +65,7 @@ def test_columns_are_read_and_their_paths_start_from_the_manifest(tmp_path: Path
     (tmp_path / "list.csv").write_text(
         "id,uri,revision,prompts,base_model\na,x,,p/a.jsonl,bases/mine\nb,x,,,org/model\nc,x,,/abs.jsonl,./gone\n"
     )
-    items = discover(str(tmp_path / "list.csv"))
+    items = discover(str(tmp_path / "list.csv")).items
     assert [(item.prompts, item.base_model) for item in items] == [
         (str(tmp_path / "p/a.jsonl"), str(tmp_path / "bases/mine")), (None, "org/model"),
         ("/abs.jsonl", str(tmp_path / "gone")),
