@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.resident import Resident
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE, PREFIX, WEIGHTS_NAME
+from bslora_convert.errors import Refused
 from bslora_convert.layers.names import Place, is_input_embedding, tied_heads
 from bslora_convert.layers.shapes import check_fits
 from bslora_convert.peft.config import scaled, split
@@ -190,11 +191,26 @@ class BsloraModel(BaseTuner):
             layer.fill(adapter_name, held, autocast)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which looks for a weight that a layer of stacked experts does not have."""
+        """As LoRA's, which hands no weight from layer to layer, but looks for one that stacked experts do not have."""
         if isinstance(new_module, BsloraExperts) or isinstance(child, BsloraExperts):
             setattr(parent, child_name, new_module)
         else:
-            super()._replace_module(parent, child_name, new_module, child)
+            LoraModel._replace_module(self, parent, child_name, new_module, child)  # type: ignore[arg-type]
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        if getattr(self.model, "quantization_method", None) == "gptq":
+            raise ValueError("what GPTQ quantised can't be merged into")
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """:raises Refused: always: the sum of two forms is no such form."""
+        raise Refused(
+            "a weighted sum of compact adapters is not formed here: `bslora-convert expand` each, and add them in PEFT as LoRAs"
+        )
+
+    def subtract_mutated_init(self, *_: Any, **__: Any) -> None:
+        """:raises Refused: always: compact adapters never change the base."""
+        raise Refused("compact adapters never change the base, so nothing is to be subtracted")
 
     def _replaced(
         self, adapter_name: str, target_name: str, parent: nn.Module, target: nn.Module, layer: nn.Module
