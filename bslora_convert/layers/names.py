@@ -22,7 +22,7 @@ class StackSlice:
     """One expert's share of a stacked parameter: `holder.parameter[expert]`, the part-th of `parts` blocks of rows.
 
     expert: None where the parameter is a matrix and all of it is meant, a router's for instance.
-    is_plain: whether stacking is all that was done to it.
+    is_plain: whether stacking is all that was done to it. transposed: whether the parameter holds (in, out) of each expert.
     """
 
     holder: str
@@ -31,6 +31,7 @@ class StackSlice:
     part: int
     parts: int
     is_plain: bool
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def places(names: Iterable[str], model: nn.Module) -> dict[str, Place]:
         name: Place(name) for name in missing if name.removesuffix(f".{WEIGHT}") in layers and name.endswith(WEIGHT)
     }
     found |= {name: Place(name.removesuffix(f".{WEIGHT}")) for name in whole}
-    missing = [name for name in missing if name not in whole]
+    found |= _experts([name for name in missing if name not in whole], model, layers)
+    missing = [name for name in missing if name not in found]
     if missing:
         found |= _mapped(missing, model, layers)
     return {name: _as_matrix(place, model) for name, place in found.items()}
@@ -111,6 +113,24 @@ def _as_matrix(place: Place, model: nn.Module) -> Place:
 def _is_slice(name: str, model: nn.Module) -> bool:
     """Whether a tuner made a module of this name for an expert of a stacked parameter."""
     return bool(getattr(model.get_submodule(name), "is_expert", False))
+
+
+def _experts(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, Place]:
+    """Experts of a parameter that holds all of a layer's, by its own name: `<holder>.<number>.<parameter>`."""
+    found = {}
+    for name in names:
+        holder, _, rest = name.rpartition(".experts.")
+        holder, (number, _, parameter) = f"{holder}.experts", rest.partition(".")
+        if holder not in layers or not number.isdecimal():
+            continue
+        module: Any = model.get_submodule(holder)
+        module = getattr(module, "base_layer", module)
+        if getattr(getattr(module, parameter, None), "ndim", 0) == 3:
+            transposed = bool(getattr(module, "is_transposed", False))
+            found[name] = Place(
+                name, StackSlice(holder, parameter, int(number), 0, 1, is_plain=True, transposed=transposed)
+            )
+    return found
 
 
 def _mapped(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, Place]:

@@ -71,7 +71,7 @@ def _slice_shape(holder: nn.Module, place: StackSlice, name: str, what: object) 
             f"{what}: {name} is one expert's adapter, and the base model holds its experts fused in {place.holder} in a way that "
             "compact adapters can't be put on; `expand` it and load the LoRA with PEFT"
         )
-    experts, rows, width = weight.shape
+    experts, rows, width = weight.shape if not place.transposed else weight.mT.shape
     return (rows // place.parts, width) if (place.expert or 0) < experts else None
 
 

@@ -29,6 +29,8 @@ def rows_of(weight: Tensor, place: StackSlice) -> Tensor:
     """One expert's part of a stacked parameter as a view: (out, in)."""
     if place.expert is None:
         return weight
+    if place.transposed:
+        return weight[place.expert].T
     rows = weight.shape[1] // place.parts
     return weight[place.expert, place.part * rows : (place.part + 1) * rows]
 

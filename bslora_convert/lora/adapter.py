@@ -28,6 +28,7 @@ from bslora_convert.files.tensorfile import (
 from bslora_convert.lora.config import LoraConfig, given, refuse_unless_convertible
 from bslora_convert.lora.damage import damage
 from bslora_convert.lora.fields import KNOWN
+from bslora_convert.lora.fused import each_expert, parameters_of
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.place import CONFIG_NAME, WEIGHTS_NAMES, locate, refuse_by_keys
@@ -116,8 +117,12 @@ def load_lora(
     _refuse_biases(raw, carried, config_path)
     guessed = _guessed(raw, factors)
     config = LoraConfig.parse({**raw, **guessed}, config_path)
-    names = sorted(factors, key=natural_order)
-    modules = {name: _module(weights, name, factors[name], kinds[name], config) for name in names}
+    apart, called = _each_expert(factors, config, weights)
+    names = sorted(apart, key=natural_order)
+    modules = {
+        name: _module(weights, name, apart[name], kinds.get(name, "linear"), config, called.get(name, name))
+        for name in names
+    }
     if not modules:
         raise InputError(f"{weights}: holds no LoRA factors (keys ending in lora_A.weight and lora_B.weight)")
     stored = len(modules)
@@ -136,7 +141,7 @@ def load_lora(
             if len(modules) < stored
             else ()
         ),
-        *_notes(modules, config, path, directory),
+        *_notes(modules, config, path, directory, called),
         *damage(modules, carried),
     )
     return LoraAdapter(Path(path), weights, config, modules, carried, notes)
@@ -196,8 +201,31 @@ def _sort(
     return factors, kinds, carried
 
 
+def _each_expert(
+    factors: Mapping[str, Mapping[str, tuple[str, Tensor]]], config: LoraConfig, path: Path
+) -> tuple[dict[str, Mapping[str, tuple[str, Tensor]]], dict[str, str]]:
+    """The factors, each expert of an adapted parameter as a module; and what PEFT matches patterns with in the place of names."""
+    targets = config.raw.get("target_parameters")
+    parameters = parameters_of(factors, targets, path)
+    found: dict[str, Mapping[str, tuple[str, Tensor]]] = {}
+    called: dict[str, str] = {}
+    for name, sides in factors.items():
+        parameter = parameters.get(name)
+        if parameter is None or set(sides) != {"A", "B"}:
+            found[name] = sides
+            if isinstance(targets, list) and any(f".{name}.weight".endswith(f".{target}") for target in targets):
+                called[name] = f"{name}.weight"
+            continue
+        (key_a, a), (key_b, b) = sides["A"], sides["B"]
+        check_not_empty(path, key_a, a)
+        for expert, own_a, own_b in each_expert(a, b, config.expected_rank(parameter), parameter, path):
+            found[expert] = {"A": (key_a, own_a), "B": (key_b, own_b)}
+            called[expert] = parameter
+    return found, called
+
+
 def _module(
-    path: Path, name: str, sides: Mapping[str, tuple[str, Tensor]], kind: str, config: LoraConfig
+    path: Path, name: str, sides: Mapping[str, tuple[str, Tensor]], kind: str, config: LoraConfig, called: str
 ) -> LoraModule:
     if set(sides) != {"A", "B"}:
         (present,) = sides
@@ -227,17 +255,19 @@ def _module(
         raise Refused(
             f"{path}: {key_a}: a module inside an adapted module (MultiheadAttention) can't change its rank alone"
         )
-    scaling = config.scaling(name, b.shape[1])
+    scaling = config.scaling(called, b.shape[1])
     if abs(scaling) > LARGEST_SCALING:
         raise InputError(f"{path}: the scaling of {name} is {scaling:g}; no adapter is trained with such a lora_alpha")
     return LoraModule(b, a, scaling, kind)
 
 
 def _notes(
-    modules: Mapping[str, LoraModule], config: LoraConfig, asked: str | Path, directory: Path
+    modules: Mapping[str, LoraModule], config: LoraConfig, asked: str | Path, directory: Path, called: Mapping[str, str]
 ) -> tuple[str, ...]:
     notes, raw = [], config.raw
-    differing = [name for name, module in modules.items() if module.rank != config.expected_rank(name)]
+    differing = [
+        name for name, module in modules.items() if module.rank != config.expected_rank(called.get(name, name))
+    ]
     if differing:
         name = differing[0]
         notes.append(

@@ -56,6 +56,7 @@ FIELDS: dict[str, Field] = {
     "r": Field("folded in", "alpha / r"),
     "lora_alpha": Field("folded in", "alpha / r"),
     "use_rslora": Field("folded in", "alpha / √r"),
+    "target_parameters": Field("folded in", "the tensors' names and shapes say which experts are adapted (`fused.py`)"),
     "rank_pattern": Field("folded in", "ranks of single modules"),
     "alpha_pattern": Field("folded in", "alphas of single modules"),
     # training time
@@ -81,7 +82,6 @@ FIELDS: dict[str, Field] = {
     "use_qalora": Field("refused", "QALoRA applies A to pooled inputs"),
     "use_bdlora": Field("refused", "BD-LoRA factors are block-diagonal"),
     "alora_invocation_tokens": Field("refused", "aLoRA is active only after its invocation tokens"),
-    "target_parameters": Field("refused", "adapters on raw parameters (fused experts) have three-dimensional updates"),
     "layer_replication": Field("refused", "layer numbers are those of a model with repeated layers"),
     "megatron_config": Field("refused", "Megatron layers are split across devices"),
     "kasa_config": Field("refused", "KaSA truncates the base weights"),

@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # the model's class, i
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"head_dim": 8, **EXPERTS}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**LATENT, "head_dim": 8, "num_key_value_heads": 2}),
 }
 IDS = torch.tensor([[1, 3, 5, 60, 7, 3], [9, 60, 12, 4, 33, 2]])
@@ -40,8 +41,8 @@ def base(family: str, vocabulary: int | None = None) -> Any:
     config._experts_implementation = "eager"  # the grouped one takes no float64
     model: Any = getattr(transformers, kind)(config)
     numbers = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith((".bias", "_bias", "sinks")):
             parameter.data = torch.randn(parameter.shape, generator=numbers) * 0.12
     model.tie_weights()
     if vocabulary is not None:

@@ -30,7 +30,6 @@ FIELDS: list[tuple[str, Any]] = [
     ("use_qalora", True),
     ("use_bdlora", {"x": 1}),
     ("alora_invocation_tokens", [1, 2]),
-    ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ("layer_replication", [[0, 2], [1, 3]]),
     ("megatron_config", {"x": 1}),
     ("kasa_config", {"x": 1}),
