@@ -38,7 +38,11 @@ class Request:
         """What a recipe asks for, of one adapter."""
         modules, size = adapter.modules.values(), adapter.weights.stat().st_size
         slot = step_of(max(module.rank for module in modules))
-        structure, target = recipe.resolved(sum(module.rank * sum(module.shape) for module in modules), size, slot)
+        whole = sum(tensor.nbytes for tensor in adapter.carried.values())
+        rest = size if not whole else sum(module.b.nbytes + module.a.nbytes for module in modules)
+        structure, target = recipe.resolved(sum(module.rank * sum(module.shape) for module in modules), rest, slot)
+        if target.bytes is not None:
+            target = replace(target, bytes=target.bytes + whole)  # whole weights can't be compressed
         dtype = adapter.dtype if recipe.storage.dtype == "auto" else getattr(torch, recipe.storage.dtype)
         return cls(structure, target, dtype, recipe.seed, adapter.carried, size, adapter.dtype)
 

@@ -20,6 +20,7 @@ from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
 from bslora_convert.lora import LoraAdapter
+from bslora_convert.lora.tables import taken
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.target import asked_in
 from bslora_convert.results.adapter import (
@@ -91,7 +92,9 @@ def write_result(
     adapter, measured = origin.adapter, origin.measured
     progress("writing")
     save_compact(made.form, place, adapter.config.raw, adapter.carried, codes=made.codes, initial=made.initial)
-    notes = (*adapter.notes, *made.notes, *extras.notes, *copy_travelling(adapter.weights.parent, place))
+    size = (place / WEIGHTS_NAME).stat().st_size
+    notes = (*adapter.notes, *made.notes, *extras.notes, *taken(adapter.carried, size))
+    notes = (*notes, *copy_travelling(adapter.weights.parent, place))
     progress("measuring what was written")
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
         hashing = pool.submit(sha256, place / WEIGHTS_NAME)

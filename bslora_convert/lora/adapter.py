@@ -32,6 +32,7 @@ from bslora_convert.lora.fused import each_expert, parameters_of
 from bslora_convert.lora.keys import EMBEDDING_FACTOR, FACTOR, names_of
 from bslora_convert.lora.module import LoraModule
 from bslora_convert.lora.place import CONFIG_NAME, WEIGHTS_NAMES, locate, refuse_by_keys
+from bslora_convert.lora.tables import kept_once
 from bslora_convert.lora.targets import ties_targets
 from bslora_convert.lora.tying import tied
 from bslora_convert.modules.names import natural_order
@@ -114,6 +115,7 @@ def load_lora(
     refuse_by_keys(weights, tensors)
     keys, wrappers = names_of(tensors)
     factors, kinds, carried = _sort(weights, tensors, keys)
+    carried, left = kept_once(carried, weights)
     _refuse_biases(raw, carried, config_path)
     guessed = _guessed(raw, factors)
     config = LoraConfig.parse({**raw, **guessed}, config_path)
@@ -142,6 +144,7 @@ def load_lora(
             else ()
         ),
         *_notes(modules, config, path, directory, called),
+        *left,
         *damage(modules, carried),
     )
     return LoraAdapter(Path(path), weights, config, modules, carried, notes)

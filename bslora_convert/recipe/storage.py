@@ -9,6 +9,7 @@ from bslora_convert.recipe.checks import check_choice, is_whole
 from bslora_convert.recipe.options import FORM, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TABLES = ("auto", "bfloat16", "float16")
 GAINS = ("unbiased", "least-squares")
 INITS = ("auto", "none", "search")
 
@@ -36,7 +37,7 @@ def checked_init(value: int | str) -> int | str:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """dtype: of the tensors that a reader gets, auto = the source's. bits: one width for every coded number.
+    """dtype: of the tensors that a reader gets, auto = the source's. tables: of weights that are carried whole. bits: one width for every coded number.
 
     gain: `unbiased`: each module's update is scaled so that ⟨ΔW, ΔŴ⟩ = ‖ΔW‖², which nearly always behaves better;
     `least-squares`: as the fit left it, of least weight error.
@@ -47,6 +48,10 @@ class Storage:
     """
 
     dtype: str = option("auto", "Store numbers in this type; auto = the source's.", FORM, choices=DTYPES)
+    tables: str = option(
+        "auto", "Store weights that the adapter holds whole, saved embeddings and heads, in this type; auto = as they are.", FORM,
+        choices=TABLES,
+    )  # fmt: skip
     bits: int | None = option(
         None, "Store every coded number in this many bits; with --budget or --ranks it codes what they give.", FORM,
         choices=WIDTHS,
@@ -66,6 +71,7 @@ class Storage:
         check_choice("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "init", checked_init(self.init))
         check_choice("gain", self.gain, GAINS)
+        check_choice("tables", self.tables, TABLES)
         if self.bits is not None and self.bits not in WIDTHS:
             raise RecipeError(f"bits is {self.bits!r}: one of {', '.join(map(str, WIDTHS))} is allowed", "bits")
 

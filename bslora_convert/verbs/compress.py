@@ -36,6 +36,7 @@ from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora.tables import stored_as
 from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.checks import is_whole
@@ -85,6 +86,9 @@ def compress(
     files = {name: Prompts.read(path, **training.reading) for name, path in recipe.calibration.files.items()}
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.reading.arguments)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
+    if isinstance(adapter, LoraAdapter):
+        whole, said = stored_as(adapter.carried, recipe.storage.tables)
+        adapter = replace(adapter, carried=whole, notes=(*adapter.notes, *said))
     digest, request, run = sha256(adapter.weights), Request.of(recipe, adapter), TrainingRun(training, out, began)
     with _session(resolve(source), adapter, digest, recipe, progress) or nullcontext() as session:
         measured = _measured(adapter, recipe.device, request)
