@@ -37,8 +37,9 @@ def checked_init(value: int | str) -> int | str:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """dtype: of the tensors that a reader gets, auto = the source's. tables: of weights that are carried whole. bits: one width for every coded number.
+    """dtype: of the tensors that a reader gets, auto = the source's. tables: of weights that are carried whole.
 
+    bits: one width for every coded number.
     gain: `unbiased`: each module's update is scaled so that ⟨ΔW, ΔŴ⟩ = ‖ΔW‖², which nearly always behaves better;
     `least-squares`: as the fit left it, of least weight error.
     init: where A's random initialisation is looked for: `auto`, `none`, `search`, a seed, or the adapter (its directory, a URL)

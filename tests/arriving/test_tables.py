@@ -86,9 +86,7 @@ def test_tables_in_a_smaller_type(tmp_path: Path) -> None:
     assert {tensors[f"{PREFIX}{name}.weight"].dtype for name in ("model.embed_tokens", "lm_head")} == {torch.bfloat16}
     (note,) = (note for note in record["notes"] if "stored in bfloat16" in note)
     assert float(note.rpartition(" ")[2]) < 0.003
-    large = thrice(
-        tmp_path / "large",
-        **dict.fromkeys(("lm_head.weight", "lm_head.modules_to_save.weight"), torch.full((9, 64), 1e9)),
-    )
+    huge = {name: torch.full((9, 64), 1e9) for name in ("lm_head.weight", "lm_head.modules_to_save.weight")}
+    large = thrice(tmp_path / "large", **huge)
     with pytest.raises(InputError, match="float16 can't hold"):
         compress(large, tmp_path / "never", Recipe(transform="none", bytes=0.5, tables="float16"), report_html=False)
