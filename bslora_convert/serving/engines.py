@@ -4,7 +4,8 @@ An engine multiplies B·A by what it finds in the configuration: vLLM, SGLang, L
 llama.cpp by alpha / (the tensor's own rank), MLX-LM by `scale`. With equal ranks and alpha = r all of these are one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from bslora_convert.layers.slots import STEPS
 
@@ -24,8 +25,10 @@ class Engine:
     format: of the file. one_rank: every tensor has to have the rank that the configuration says. filled: ranks that it takes as
     they are, any where empty. slots: steps of the rank that a slot is reserved for, empty where it is the rank itself, None
     where the engine has no slots. every_layer: a kind of module that some layer lacks is dropped in all of them, silently.
-    kinds: of modules, as the form has them. experts: whether one module an expert is read. modules: last parts of the names that
-    it knows, any where empty. left: files that must not lie beside the adapter.
+    kinds: of modules, as the form has them. experts: whether one module an expert is read, and experts that PEFT has fused.
+    modules: last parts of the names that it knows, any where empty. heads: modules of which it loads one whole. ignored: last
+    parts of names that it loads and never applies, with the reason. towers: what makes it apply updates of a vision or audio
+    tower. fused: what it needs where it does not fuse its experts. left: files that must not lie beside the adapter.
     """
 
     title: str
@@ -37,6 +40,10 @@ class Engine:
     kinds: frozenset[str] = frozenset({"linear"})
     experts: bool = False
     modules: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    towers: str = ""
+    fused: str = ""
     left: tuple[str, ...] = ()
 
     def rank(self, largest: int) -> int | None:
@@ -54,7 +61,16 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {
-    "vllm": Engine("vLLM", slots=STEPS, kinds=frozenset({"linear", "embedding"}), experts=True),
+    "vllm": Engine(  # read in 0.32.0: lora/lora_model.py, model_manager.py, config/lora.py; MLA: issue 48974
+        "vLLM",
+        slots=STEPS,
+        kinds=frozenset({"linear", "embedding"}),
+        experts=True,
+        heads=frozenset({"score", "classifier"}),
+        ignored={"kv_b_proj": "its latent attention (MLA) reads that weight past the adapter"},
+        towers="--enable-tower-connector-lora",
+        fused='--enable-mixed-moe-lora-format and "is_3d_lora_weight": true where the adapter is loaded',
+    ),
     "sglang": Engine("SGLang", one_rank=True, left=("added_tokens.json",)),
     "lorax": Engine("LoRAX", one_rank=True, filled=SGMV_RANKS, every_layer=True),
     "tgi": Engine("TGI", one_rank=True, filled=SGMV_RANKS, every_layer=True),

@@ -18,14 +18,20 @@ from bslora_convert.modules.names import kind_of
 
 WEIGHTS_NAME, CONFIG_NAME = "adapters.safetensors", "adapter_config.json"
 EVERY_LAYER = -1
+TRANSFORMERS = "model.language_model."  # what names of a language model beside a tower begin with there
+
+
+def called(name: str) -> str:
+    """A module's name in MLX-LM, whose models with a vision tower hold a language model whole."""
+    return f"language_model.model.{rest}" if (rest := name.removeprefix(TRANSFORMERS)) != name else name
 
 
 def write_mlx(place: Path, modules: Mapping[str, Factors], base_model: str | None, dtype: torch.dtype) -> None:
     """Writes both files; the modules have one rank."""
     tensors = {}
     for name, factors in modules.items():
-        tensors[f"{name}.lora_a"] = factors.a.T.to(dtype)
-        tensors[f"{name}.lora_b"] = factors.b.T.to(dtype)
+        tensors[f"{called(name)}.lora_a"] = factors.a.T.to(dtype)
+        tensors[f"{called(name)}.lora_b"] = factors.b.T.to(dtype)
     write_tensors(place / WEIGHTS_NAME, tensors)
     config = {
         "model": base_model,
@@ -45,6 +51,8 @@ def read_mlx(place: Path, modules: Iterable[str]) -> dict[str, Factors]:
     """The modules of such a directory."""
     tensors = read_tensors(place / WEIGHTS_NAME)
     return {
-        name: Factors(tensors[f"{name}.lora_b"].T.to(torch.float32), tensors[f"{name}.lora_a"].T.to(torch.float32))
+        name: Factors(
+            tensors[f"{called(name)}.lora_b"].T.to(torch.float32), tensors[f"{called(name)}.lora_a"].T.to(torch.float32)
+        )
         for name in modules
     }

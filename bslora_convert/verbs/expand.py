@@ -38,7 +38,7 @@ from bslora_convert.results.adapter import Expanded, OriginalRecord, ServedRecor
 from bslora_convert.serving import mlx
 from bslora_convert.serving.engines import ENGINES, Engine
 from bslora_convert.serving.gguf import GGUF_NAME, Base, read_base, read_gguf, write_gguf
-from bslora_convert.serving.shape import listed, reasons, shaped
+from bslora_convert.serving.shape import advice, heads, listed, reasons, shaped
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1  # of expansion.json
@@ -81,7 +81,12 @@ def expand(
         else:
             result = WRITERS[plan.layout](adapter, modules, place, config, stored, plan)
             result["relative_error"] = _error(adapter.form, result.pop("written"))
-        notes = [*adapter.notes, *(copy_travelling(adapter.path, place) if plan.layout in ("lora", "official") else ())]
+        said = advice(plan.reader, adapter.form.modules, adapter.carried) if plan.reader else []
+        notes = [
+            *adapter.notes,
+            *said,
+            *(copy_travelling(adapter.path, place) if plan.layout in ("lora", "official") else ()),
+        ]
         for name in plan.reader.left if plan.reader else ():
             (place / name).unlink(missing_ok=True)
         record = Expanded(
@@ -148,8 +153,9 @@ def _write_lora(
 ) -> dict[str, Any]:
     known = adapter.form.modules
     kinds = {name: known[name].kind if name in known else "linear" for name in modules}
-    config = listed(config, modules) if plan.reader else config
-    save_lora(place, modules, kinds, adapter.carried, config, getattr(torch, dtype))
+    whole = heads(plan.reader, adapter.carried) if plan.reader else adapter.carried
+    config = listed(config, modules, whole) if plan.reader else config
+    save_lora(place, modules, kinds, whole, config, getattr(torch, dtype))
     written = load_lora(place)
     return {
         **_sizes({name: module.stored for name, module in written.modules.items()}, place / WEIGHTS_NAME),

@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bslora_convert.bslora.storage import (
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME
+from bslora_convert.lora.fused import in_fused
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.factors import Shape
 from bslora_convert.serving.engines import ENGINES
@@ -173,6 +174,10 @@ def write_compact(files: Files, config: dict[str, Any], out: Path) -> None:
     """
     copy_to(files, out)
     form = servable(out).form
+    if in_fused(form.modules):
+        raise Refused(
+            "its experts are fused, which workers that decode do not put together: BSLORA_PLAN=lora serves it"
+        )
     ranks = {name: form.expanded_rank(name) for name in form.modules}
     largest = max(1, *ranks.values())
     fields = {"r": largest, "lora_alpha": largest, **listed({}, ranks)}
@@ -187,7 +192,8 @@ def servable(directory: Path) -> CompactAdapter:
     adapter = load_compact(directory)
     form = adapter.form
     kinds = {name: module.kind for name, module in form.modules.items()}
-    why = reasons(ENGINES["vllm"], kinds, adapter.carried, max(form.expanded_rank(name) for name in form.modules))
+    engine = replace(ENGINES["vllm"], heads=frozenset())  # a head is the server's own, whoever asks
+    why = reasons(engine, kinds, adapter.carried, max(form.expanded_rank(name) for name in form.modules))
     if why:
         raise Refused("; ".join(why))
     return adapter
