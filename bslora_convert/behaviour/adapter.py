@@ -14,6 +14,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora.tables import Rows, with_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Adapter:
     path: Path
     kind: str
     form: BsloraForm
-    carried: Mapping[str, Tensor]
+    carried: Mapping[str, Tensor | Rows]
     base_model: str | None
     sha256: str
     notes: tuple[str, ...] = ()
@@ -33,13 +34,15 @@ class Adapter:
         """A LoRA that was read, as a form of local parts only. sha256: of its weights."""
         modules = {n: Module(module.shape, module.factors(), {}, module.kind) for n, module in lora.modules.items()}
         name = lora.config.raw.get("base_model_name_or_path")
-        return cls(path, "lora", BsloraForm(None, modules), lora.carried, name, sha256)
+        carried = with_rows(lora.carried, lora.config.raw, path)
+        return cls(path, "lora", BsloraForm(None, modules), carried, name, sha256)
 
     @classmethod
     def of_compact(cls, compact: CompactAdapter) -> Self:
         """A compact adapter that was read."""
         name, digest = compact.config.get("base_model_name_or_path"), sha256(compact.path / WEIGHTS_NAME)
-        return cls(compact.path, "bslora", compact.form, compact.carried, name, digest, compact.notes)
+        carried = with_rows(compact.carried, compact.config, compact.path)
+        return cls(compact.path, "bslora", compact.form, carried, name, digest, compact.notes)
 
 
 def read_adapter(

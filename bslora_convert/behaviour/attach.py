@@ -24,6 +24,7 @@ from bslora_convert.errors import InputError
 from bslora_convert.layers.names import Place, StackSlice, is_input_embedding, places, tied_heads
 from bslora_convert.layers.shapes import check_fits
 from bslora_convert.layers.stacked import added
+from bslora_convert.lora.tables import Rows, with_rows
 from bslora_convert.recipe.checks import check_choice
 
 _decoded: WeakKeyDictionary[nn.Module, Decoded] = WeakKeyDictionary()
@@ -36,7 +37,7 @@ class Attached:
         self,
         model: nn.Module,
         form: BsloraForm | CodedAdapter,
-        carried: Mapping[str, Tensor],
+        carried: Mapping[str, Tensor | Rows],
         what: object,
         enabled: bool = True,
     ) -> None:
@@ -160,9 +161,10 @@ def load_into(
         decoded_of(model).limit = decoded_bytes
     if resident == "floats":
         adapter = load_compact(directory)
-        return Attached(model, adapter.form, adapter.carried, directory)
+        return Attached(model, adapter.form, with_rows(adapter.carried, adapter.config, directory), directory)
     read = load_coded(directory)
-    return Attached(model, read if isinstance(read, CodedAdapter) else read.form, read.carried, directory)
+    carried = with_rows(read.carried, read.config, directory)
+    return Attached(model, read if isinstance(read, CodedAdapter) else read.form, carried, directory)
 
 
 def decoded_of(model: nn.Module) -> Decoded:
@@ -190,7 +192,7 @@ def _owner(name: str) -> str:
     return name.replace(".base_layer.", ".").rpartition(".")[0]
 
 
-def _swap(model: nn.Module, path: str, name: str, tensor: Tensor, what: object) -> Callable[[], Any]:
+def _swap(model: nn.Module, path: str, name: str, tensor: Tensor | Rows, what: object) -> Callable[[], Any]:
     """A call that puts a whole weight of the adapter in the place of the model's and returns the call that puts it back."""
     leaf = name.rpartition(".")[2]
     try:
@@ -200,11 +202,21 @@ def _swap(model: nn.Module, path: str, name: str, tensor: Tensor, what: object) 
         raise InputError(
             f"{what}: it carries {name}, which is no weight of the base model; load it with PEFT (bslora_convert.peft)"
         ) from None
+    owners = [owner]
+    if isinstance(tensor, Rows):
+        if tensor.values.shape[1:] != old.shape[1:] or max(tensor.indices, default=0) >= len(old):
+            raise InputError(f"{what}: trained rows of {name} don't fit the base model's {tuple(old.shape)}")
+        whole = old.detach().clone()
+        whole[list(tensor.indices)] = tensor.values.to(old.device, old.dtype)
+        if is_input_embedding(model, owner):
+            owners += [head for head in tied_heads(model).values() if head.get_parameter(leaf) is old]  # PEFT's rule
+        tensor = whole
     if old.shape != tensor.shape:
         raise InputError(f"{what}: {name} is {tuple(tensor.shape)}, {tuple(old.shape)} in the base model")
 
     def exchange(mine: nn.Parameter, theirs: nn.Parameter) -> Callable[[], Any]:
-        setattr(owner, leaf, mine)
+        for one in owners:
+            setattr(one, leaf, mine)
         return partial(exchange, theirs, mine)
 
     return partial(exchange, nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False), old)

@@ -13,6 +13,7 @@ from bslora_convert.behaviour.quantiser import Quantiser
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble
 from bslora_convert.errors import RecipeError
+from bslora_convert.lora.tables import Rows
 from bslora_convert.recipe.training import Training
 
 
@@ -20,7 +21,12 @@ class Student(nn.Module):
     """The compact adapter on the base as a module whose parameters are what is trained."""
 
     def __init__(
-        self, base: BaseModel, tensors: dict[str, Tensor], layout: Layout, train: str, carried: Mapping[str, Tensor]
+        self,
+        base: BaseModel,
+        tensors: dict[str, Tensor],
+        layout: Layout,
+        train: str,
+        carried: Mapping[str, Tensor | Rows],
     ) -> None:
         """The tensors that `train` names become the parameters.
 

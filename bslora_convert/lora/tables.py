@@ -9,6 +9,8 @@ PEFT wraps a saved module, and on a vocabulary that was resized it saves the wra
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,43 @@ from bslora_convert.errors import InputError
 from bslora_convert.files.record import named
 from bslora_convert.files.tensorfile import FLOATS, dtype_name
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
 WRAPPED = re.compile(r"(?P<module>.+)\.(?P<of>modules_to_save|original_module)(?:\.[^.]+)??\.(?P<tensor>[^.]+)")
 FEW = 0.1  # of a file's bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of an embedding that were trained (`trainable_token_indices`): values (rows, dim) stand in the place of the base's."""
+
+    indices: tuple[int, ...]
+    values: Tensor
+
+
+def with_rows(carried: Mapping[str, Tensor], config: Mapping[str, Any], where: object) -> dict[str, Tensor | Rows]:
+    """What an adapter carries, trained rows as what they do to `<embedding>.weight`.
+
+    :raises InputError: when the configuration does not say which rows they are.
+    """
+    asked = config.get("trainable_token_indices")
+    found: dict[str, Tensor | Rows] = {}
+    for name, tensor in carried.items():
+        module = name.removesuffix(TOKENS)
+        if module == name:
+            found[name] = tensor
+            continue
+        named = asked if isinstance(asked, dict) else {module: asked}
+        rows = next((rows for key, rows in named.items() if f".{module}".endswith(f".{key}")), None)
+        if (
+            not isinstance(rows, list)
+            or len(rows) != len(tensor)
+            or not all(type(row) is int and row >= 0 for row in rows)
+        ):
+            raise InputError(
+                f"{where}: {name} holds {len(tensor)} rows, and trainable_token_indices does not say which"
+            )
+        found[f"{module}.weight"] = Rows(tuple(rows), tensor)
+    return found
 
 
 def kept_once(carried: Mapping[str, Tensor], where: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -72,7 +72,7 @@ def advice(engine: Engine, names: Collection[str], carried: Collection[str]) -> 
         found.append(f"{engine.title} drops {len(towers)} updates of {of} unless the server has {engine.towers}")
     if in_fused(names) and engine.fused:
         found.append(
-            f"experts stand in the file as PEFT fuses them; for a model whose experts {engine.title} does not fuse, start it with "
+            f"experts stand in the file as PEFT fuses them; where {engine.title} does not fuse a model's experts, start it with "
             f"{engine.fused}"
         )
     copies = [name for name in carried if _is_copy(name)]
