@@ -7,8 +7,21 @@ every layer, and the router beside them, has the configuration's own `r`.
 import re
 from collections.abc import Collection
 
+from bslora_convert.lora.fused import in_fused
+
 EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 ROUTER = re.compile(r"(^|\.)(block_sparse_moe|mlp|feed_forward)\.(gate|router)$")
+
+
+def beside(names: Collection[str]) -> list[str]:
+    """Modules that are called as experts are and are none (shared experts, dense layers), which PEFT then leaves without an adapter.
+
+    It takes an expert's name for all modules of that name, and puts the adapter on the stacked parameter alone (PEFT 0.21.2 under
+    transformers 5).
+    """
+    experts = {name for name in names if EXPERT.search(name)}
+    called = {name.rpartition(".")[2] for name in experts - set(in_fused(names))}
+    return sorted(name for name in names if name not in experts and name.rpartition(".")[2] in called)
 
 
 def stacked(names: Collection[str]) -> frozenset[str]:

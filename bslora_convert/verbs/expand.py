@@ -28,9 +28,11 @@ from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.layers.slots import bytes_of, width_of
 from bslora_convert.lora import load_lora
+from bslora_convert.lora.experts import beside
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
 from bslora_convert.modules.factors import Factors
 from bslora_convert.modules.lowrank import Grams, product_svd, residual_energy
+from bslora_convert.notes import Note
 from bslora_convert.recipe.expanding import UNIFORM, ExpandOptions
 from bslora_convert.recipe.options import built
 from bslora_convert.report import expansion
@@ -81,7 +83,7 @@ def expand(
         else:
             result = WRITERS[plan.layout](adapter, modules, place, config, stored, plan)
             result["relative_error"] = _error(adapter.form, result.pop("written"))
-        said = advice(plan.reader, adapter.form.modules, adapter.carried) if plan.reader else []
+        said = advice(plan.reader, adapter.form.modules, adapter.carried) if plan.reader else _dropped(adapter, plan)
         notes = [
             *adapter.notes,
             *said,
@@ -146,6 +148,18 @@ def _modules(adapter: CompactAdapter, plan: ExpandOptions) -> Modules:
     if why:
         raise Refused(f"{adapter.path}: {plan.reader.title} can't serve it: " + "; ".join(why))
     return shaped(modules, plan.reader, base_layers(plan.base_model))
+
+
+def _dropped(adapter: CompactAdapter, plan: ExpandOptions) -> list[str]:
+    """What PEFT will leave out of the LoRA that is written for it."""
+    names = beside(adapter.form.modules) if plan.layout == "lora" else []
+    if not names:
+        return []
+    said = (
+        f"PEFT under transformers 5 drops {len(names)} updates that are called as experts are, for example of {names[0]}; the "
+        "compact form loads whole, and so does this one under transformers 4"
+    )
+    return [str(Note(said, "attention"))]
 
 
 def _write_lora(

@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # the model's class, i
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"head_dim": 8, **EXPERTS}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**LATENT, "head_dim": 8, "num_key_value_heads": 2}),
 }
