@@ -14,7 +14,7 @@ ROUTER = re.compile(r"(^|\.)(block_sparse_moe|mlp|feed_forward)\.(gate|router)$"
 
 
 def beside(names: Collection[str]) -> list[str]:
-    """Modules that are called as experts are and are none (shared experts, dense layers), which PEFT then leaves without an adapter.
+    """Modules that are called as experts are, and are none: shared experts, dense layers. PEFT leaves these without an adapter.
 
     It takes an expert's name for all modules of that name, and puts the adapter on the stacked parameter alone (PEFT 0.21.2 under
     transformers 5).
