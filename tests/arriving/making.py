@@ -26,6 +26,24 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # the model's class, i
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "scored": ("LlamaForSequenceClassification", "LlamaConfig", {"num_labels": 1}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {
+            "head_dim": 8,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            **EXPERTS,
+        },
+    ),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"head_dim": 8}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {}),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"head_dim": 8, **EXPERTS}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
@@ -40,7 +58,9 @@ def base(family: str, vocabulary: int | None = None) -> Any:
     kind, configuration, own = FAMILIES[family]
     config = getattr(transformers, configuration)(**{**SIZES, **own})
     config._experts_implementation = "eager"  # the grouped one takes no float64
-    model: Any = getattr(transformers, kind)(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)  # of what transformers draws itself, one-dimensional parameters
+        model: Any = getattr(transformers, kind)(config)
     numbers = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith((".bias", "_bias", "sinks")):
