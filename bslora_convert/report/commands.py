@@ -66,7 +66,7 @@ def after_expand(result: Expanded | LibraryExpansion, place: str) -> str | None:
     served = result.served
     if served is None or served.max_lora_rank is None:
         return None
-    start = ["--enable-lora", "--max-lora-rank", f"{served.max_lora_rank}"]
+    start = ["--enable-lora", "--max-lora-rank", f"{served.max_lora_rank}", *(served.options or ())]
     if not isinstance(result, Expanded):
         return shlex.join(["vllm", "serve", UNKNOWN_BASE, *start])
     if result.engine not in (None, "vllm"):

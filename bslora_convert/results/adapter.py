@@ -268,10 +268,14 @@ class OriginalRecord(Record):
 
 @record
 class ServedRecord(Record):
-    """What a server reserves: the rank that it is started with and the bytes of one slot, None where no slot holds the rank."""
+    """What a server reserves: the rank that it is started with and the bytes of one slot, None where no slot holds the rank.
+
+    options: what it has to be started with besides, so that it applies all of the adapter.
+    """
 
     max_lora_rank: int | None
     slot_bytes: int | None
+    options: list[str] | None = None
 
 
 @record

@@ -66,10 +66,10 @@ def advice(engine: Engine, names: Collection[str], carried: Collection[str]) -> 
         ignored = [name for name in names if name.rpartition(".")[2] == last]
         if ignored:
             found.append(f"{engine.title} loads {len(ignored)} updates of {last} and never applies them: {why}")
-    towers = [name for name in names if TOWER.search(name)]
-    if towers and engine.towers:
-        of = towers[0].rpartition(".layers.")[0] or towers[0]
-        found.append(f"{engine.title} drops {len(towers)} updates of {of} unless the server has {engine.towers}")
+    seeing = towers(names)
+    if seeing and engine.towers:
+        of = seeing[0].rpartition(".layers.")[0] or seeing[0]
+        found.append(f"{engine.title} drops {len(seeing)} updates of {of} unless the server has {engine.towers}")
     if in_fused(names) and engine.fused:
         found.append(
             f"experts stand in the file as PEFT fuses them; where {engine.title} does not fuse a model's experts, start it with "
@@ -79,6 +79,11 @@ def advice(engine: Engine, names: Collection[str], carried: Collection[str]) -> 
     if copies:
         found.append(f"left out, for it is the base's own: {', '.join(copies)}")
     return [str(Note(said, "attention")) for said in found]
+
+
+def towers(names: Collection[str]) -> list[str]:
+    """The modules of a vision or audio tower."""
+    return [name for name in names if TOWER.search(name)]
 
 
 def heads(engine: Engine, carried: Mapping[str, Tensor]) -> dict[str, Tensor]:

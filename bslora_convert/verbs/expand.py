@@ -40,7 +40,7 @@ from bslora_convert.results.adapter import Expanded, OriginalRecord, ServedRecor
 from bslora_convert.serving import mlx
 from bslora_convert.serving.engines import ENGINES, Engine
 from bslora_convert.serving.gguf import GGUF_NAME, Base, read_base, read_gguf, write_gguf
-from bslora_convert.serving.shape import advice, heads, listed, reasons, shaped
+from bslora_convert.serving.shape import advice, heads, listed, reasons, shaped, towers
 from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1  # of expansion.json
@@ -241,7 +241,11 @@ def _served(modules: Mapping[str, Any], engine: Engine) -> ServedRecord:
     """
     rank = engine.slot(max(module.rank for module in modules.values()))
     width = width_of(module.shape for module in modules.values())
-    return ServedRecord(max_lora_rank=rank, slot_bytes=bytes_of(rank, width) if rank else None)
+    return ServedRecord(
+        max_lora_rank=rank,
+        slot_bytes=bytes_of(rank, width) if rank else None,
+        options=[engine.towers] if engine.towers and towers(modules) else None,
+    )
 
 
 def _original(own: Mapping[str, Any], added: float) -> OriginalRecord | None:

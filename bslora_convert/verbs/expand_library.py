@@ -51,7 +51,11 @@ def expand_library(
         bad=len(rows) - len(good),
         bytes=sum(row["bytes"] for row in good),
         rank=max((row["ranks"]["max"] for row in good if "max" in row["ranks"]), default=None),
-        served=ServedRecord(**{name: _largest(slot[name] for slot in served) for name in served[0]})
+        served=ServedRecord(
+            max_lora_rank=_largest(slot["max_lora_rank"] for slot in served),
+            slot_bytes=_largest(slot["slot_bytes"] for slot in served),
+            options=sorted({option for slot in served for option in slot.get("options") or ()}) or None,
+        )
         if served
         else None,
         notes=gone,

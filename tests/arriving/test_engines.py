@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from bslora_convert import Recipe, compress, expand, load_lora
+from bslora_convert.cli import main
 from bslora_convert.errors import Refused
 from tests.arriving.making import adapted, answers, apart, loaded
 from tests.planting import random_products, write_lora
@@ -76,6 +78,8 @@ def test_a_vision_tower_needs_its_option(tmp_path: Path) -> None:
     record, _, _ = served(write_lora(tmp_path / "lora", products | tower), tmp_path)
     (said,) = urgent(record)
     assert "drops 7 updates of model.vision_tower" in said and "--enable-tower-connector-lora" in said
+    done = CliRunner().invoke(main, ["expand", str(tmp_path / "compact"), str(tmp_path / "again"), "--for", "vllm"])
+    assert "--max-lora-rank 8 --enable-tower-connector-lora" in done.output.replace("\n", " ")
 
 
 def test_fused_experts_stand_as_vllm_reads_them(tmp_path: Path) -> None:
