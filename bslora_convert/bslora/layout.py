@@ -5,7 +5,7 @@ owns it: the first of the group's modules in natural order (layer 2 before layer
 configuration, and a model can be prepared for it, before a single number is read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -26,6 +26,7 @@ LARGEST_SIDE = 1 << 24
 AGAINST = ("local_A", "local_B")  # what may be stored against draws
 MIX = "_mix"
 LONGEST_NUMBER = 20  # digits
+MODULE_FIELDS, GROUP_FIELDS = ("shape", "rank", "kind", "initial", *LEVELS), ("rank", "kernel_rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Layout:
         said = config.get("modules")
         if not isinstance(said, dict) or not said:
             raise InputError(f"{where}: modules is empty or not an object")
-        modules = _by_name(said, f"{where}: modules")
+        modules = _by_name(said, MODULE_FIELDS, f"{where}: modules")
         entries = {
             intern(name): _parse_entry(modules[name], transform, shared, f"{where}: modules[{name}]")
             for name in sorted(modules, key=natural_order)
@@ -233,13 +234,18 @@ def _named(groups: Sequence[str]) -> str | list[str]:
     return pattern if not others and names == groups else list(groups)
 
 
-def _by_name(by_pattern: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What stands there of each name, by pattern; what is no object is left as it is, for its reader to refuse."""
+def _by_name(by_pattern: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """What stands there of each name, by pattern; what is no object is left as it is, for its reader to refuse.
+
+    :raises InputError: for a field that is not known, and as `names_of`.
+    """
     found: dict[str, Any] = {}
     for pattern, said in by_pattern.items():
         here = f"{where}[{pattern}]"
         names = names_of(pattern, MOST - len(found), where)
         columns = said if isinstance(said, dict) else {}
+        if unknown := set(columns) - set(known):
+            raise InputError(f"{here} has {min(unknown)[:60]!r}, which is not known")
         columns = {key: _spread(key, one, len(names), f"{here}.{key}") for key, one in columns.items()}
         for index, name in enumerate(names):
             if name in found:
@@ -318,7 +324,7 @@ def _parse_shared(value: Any, where: object) -> dict[str, dict[str, Group]]:
     for level, groups in value.items():
         if level not in LEVELS:
             raise InputError(f"{where}: shared.{level}: one of {', '.join(LEVELS)} is expected")
-        for name, group in _by_name(groups, f"{where}: shared.{level}").items():
+        for name, group in _by_name(groups, GROUP_FIELDS, f"{where}: shared.{level}").items():
             if not isinstance(group, dict) or not group or not set(group) <= {"rank", "kernel_rank"}:
                 raise InputError(f"{where}: shared.{level}[{name}] is {group!r}, an object with a rank is expected")
             for key in group:

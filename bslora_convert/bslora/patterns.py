@@ -11,10 +11,10 @@ from itertools import product
 from bslora_convert.errors import InputError
 from bslora_convert.modules.names import natural_order
 
-NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")  # a whole part of a name, as it is counted
-RANGE = re.compile(r"(?<![^.])\{(0|[1-9][0-9]*)-([1-9][0-9]*)\}(?![^.])")
-MOST = 1 << 20  # names of all patterns of an adapter
-LONGEST = 1 << 12  # characters of one
+NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")  # a whole part of a name, as it is counted
+RANGE = re.compile(r"(?<![^.])\{(0|[1-9][0-9]{0,8})-([1-9][0-9]{0,8})\}(?![^.])")
+MOST = 1 << 17  # names of all patterns of an adapter
+LONGEST, DEEPEST = 1 << 12, 64  # characters and dots of one
 Range = tuple[int, int]
 
 
@@ -27,6 +27,8 @@ def patterns(names: Collection[str]) -> dict[str, list[str]]:
     for name in names:
         if "{" in name or "}" in name:
             raise InputError(f"{name!r} has braces in it, which no module's name has")
+        if len(name) > LONGEST or name.count(".") > DEEPEST:
+            raise InputError(f"{name[:60]}…: a name of {len(name)} characters in {name.count('.') + 1} parts")
         alike.setdefault(NUMBER.sub("{}", name), set()).add(tuple(int(number) for number in NUMBER.findall(name)))
     found = {}
     for template in sorted(alike, key=natural_order):
@@ -41,7 +43,7 @@ def names_of(pattern: str, most: int, where: object) -> list[str]:
 
     :raises InputError: naming `where`, for braces that are no range, and for more than `most` names.
     """
-    if len(pattern) > LONGEST:
+    if len(pattern) > LONGEST or pattern.count(".") > DEEPEST:
         raise InputError(f"{where}: a name of {len(pattern)} characters")
     box = [(int(match[1]), int(match[2])) for match in RANGE.finditer(pattern)]
     template = RANGE.sub("{}", pattern)

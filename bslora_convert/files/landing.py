@@ -17,7 +17,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bslora_convert.errors import InputError, OutputError
@@ -190,7 +190,12 @@ def _replace(partial: Path, out: Path, before: Look) -> None:
     except (OSError, OutputError):
         if not out.exists():
             old.rename(out)
-        raise
+            raise
+        kept = out.with_name(f"{out.name}.before-{os.getpid()}")
+        old.rename(kept)
+        raise OutputError(
+            f"{out}: was changed while this ran; nothing was written, and what stood there before is {kept}"
+        ) from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -221,14 +226,16 @@ def _move_aside(out: Path, old: Path) -> None:
 
 
 def _move_files(source: Path, place: Path) -> None:
-    """Moves every file and folder to the same path below `place`, and removes `source`."""
+    """Moves every file and folder to the same path below `place`, and removes `source`; what is there already stays in both."""
     place.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
+        target = place / path.name
         if path.is_dir() and not path.is_symlink():
-            _move_files(path, place / path.name)
-        else:
-            path.rename(place / path.name)
-    source.rmdir()
+            _move_files(path, target)
+        elif not (target.exists() or target.is_symlink()):
+            path.rename(target)
+    with suppress(OSError):
+        source.rmdir()
 
 
 def _put_back(out: Path) -> None:

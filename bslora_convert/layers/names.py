@@ -116,11 +116,11 @@ def _is_slice(name: str, model: nn.Module) -> bool:
 
 
 def _experts(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, Place]:
-    """Experts of a parameter that holds all of a layer's, by its own name: `<holder>.<number>.<parameter>`."""
+    """Experts of a parameter that holds all of a layer's, by its own name: `<holder>.<parameter>.<number>`."""
     found = {}
     for name in names:
         holder, _, rest = name.rpartition(".experts.")
-        holder, (number, _, parameter) = f"{holder}.experts", rest.partition(".")
+        holder, (parameter, _, number) = f"{holder}.experts", rest.partition(".")
         if holder not in layers or not number.isdecimal():
             continue
         module: Any = model.get_submodule(holder)

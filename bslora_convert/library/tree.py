@@ -60,16 +60,24 @@ class Tree:
     def _leads_to_more(self, link: Path) -> bool:
         """Whether a link leads to a directory that is not looked into otherwise."""
         real = link.resolve()
+        if real in self._found:
+            self._note(link, f"a link to {self._seen(self._found[real])}, left out")
+            return False
         if any(real == one or real in one.parents for one in self._followed):
             self._note(link, "a link to the library itself, or above what is in it, left out")
             return False
         inside = next((one for one in self._followed if one in real.parents), None)
-        if inside is not None:
+        if inside is not None and not self._is_passed_by(real, inside):
             self._note(link, f"a link to {real.relative_to(inside)}, which is looked into at its own place, left out")
             return False
         self._followed.add(real)
-        self._note(link, f"a link out of the library, followed: {real}")
+        self._note(link, f"a link {'to where nobody looks' if inside else 'out of the library'}, followed: {real}")
         return True
+
+    def _is_passed_by(self, real: Path, top: Path) -> bool:
+        """Whether a walk through `top` does not come to a directory: it is hidden, or inside of an adapter."""
+        hidden = any(part.startswith(".") for part in real.relative_to(top).parts)
+        return hidden or any(above in self._found for above in real.parents)
 
     def _note(self, path: Path, said: str) -> None:
         self.notes.append(f"{self._seen(path)}: {said}")

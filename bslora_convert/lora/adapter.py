@@ -5,7 +5,7 @@ are not LoRA factors (saved heads, embedding tables) are carried along untouched
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,7 @@ def load_lora(
         modules = tied(modules, config, config_path)
     notes = (
         *(f"{field} is missing in the configuration; {value!r}, by the tensors" for field, value in guessed.items()),
-        *(
-            f"{field} of the configuration was ignored, as asked"
-            for field in ignore
-            if field in raw and field not in KNOWN
-        ),
+        *_ignored(raw, ignore),
         *(f"the keys hold {name}, a wrapper's name, which was left out" for name in wrappers),
         *(
             ("ensure_weight_tying: the head's copy of the embedding's factors is counted once",)
@@ -148,6 +144,19 @@ def load_lora(
         *damage(modules, carried),
     )
     return LoraAdapter(Path(path), weights, config, modules, carried, notes)
+
+
+def _ignored(raw: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
+    """What became of settings that were to be left out."""
+    for name in names:
+        if name in KNOWN:
+            yield f"{name} was to be left out, and is not: it is known here"
+        else:
+            yield (
+                f"{name} of the configuration was left out, as asked"
+                if name in raw
+                else f"{name} is not in the configuration"
+            )
 
 
 def _guessed(raw: Mapping[str, Any], factors: Mapping[str, Mapping[str, tuple[str, Tensor]]]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ every layer, and the router beside them, has the configuration's own `r`.
 import re
 from collections.abc import Collection
 
-from bslora_convert.lora.fused import in_fused
-
 EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 ROUTER = re.compile(r"(^|\.)(block_sparse_moe|mlp|feed_forward)\.(gate|router)$")
 
@@ -20,7 +18,7 @@ def beside(names: Collection[str]) -> list[str]:
     transformers 5).
     """
     experts = {name for name in names if EXPERT.search(name)}
-    called = {name.rpartition(".")[2] for name in experts - set(in_fused(names))}
+    called = {name.rpartition(".")[2] for name in experts}
     return sorted(name for name in names if name not in experts and name.rpartition(".")[2] in called)
 
 

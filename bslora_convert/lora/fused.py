@@ -8,7 +8,7 @@ the first that the module has innermost, and keeps a pair of factors for all its
 
     ΔW_e = scaling · B_e A_e        A_e = A[e r : (e + 1) r]        B_e = B.view(out, r, E)[:, :, e]
 
-Here expert e is the module `<holder>.<e>.<parameter>`. A parameter that is a matrix, a router's weight, is a module as any other.
+Here expert e is the module `<holder>.<parameter>.<e>`. A parameter that is a matrix, a router's weight, is a module as any other.
 """
 
 import re
@@ -22,9 +22,8 @@ from bslora_convert.errors import InputError, Refused
 from bslora_convert.modules.factors import Factors
 
 HOLDER = re.compile(r"(?P<holder>(?:.*\.)?experts)(?P<inner>(?:\.base_layer)*)")
-EXPERT = re.compile(r"(?P<holder>(?:.*\.)?experts)\.(?P<expert>\d+)\.(?P<parameter>gate_up_proj|down_proj)")
+EXPERT = re.compile(r"(?P<holder>(?:.*\.)?experts)\.(?P<parameter>gate_up_proj|down_proj)\.(?P<expert>\d{1,9})")
 ORDER = ("gate_up_proj", "down_proj")  # as transformers' modules have them, so the first is wrapped first
-FIRST = ORDER[0]  # no model has a module of this name for each expert
 ROUTERS = re.compile(r"(?:.*\.)?(?:block_sparse_moe|mlp|feed_forward)\.(?:gate|router)")
 
 
@@ -70,10 +69,9 @@ def each_expert(a: Tensor, b: Tensor, rank: int, parameter: str, where: object) 
             f"{where}: the factors of {parameter}, {tuple(a.shape)} and {tuple(b.shape)}, are not those of experts of rank {rank}"
         )
     experts = a.shape[0] // rank
-    holder, _, last = parameter.rpartition(".")
     apart = b.reshape(b.shape[0], rank, experts)
     for expert in range(experts):
-        yield f"{holder}.{expert}.{last}", a[expert * rank : (expert + 1) * rank], apart[:, :, expert].contiguous()
+        yield f"{parameter}.{expert}", a[expert * rank : (expert + 1) * rank], apart[:, :, expert].contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +86,22 @@ class Whole:
 def in_fused(names: Collection[str]) -> dict[str, tuple[str, str, int]]:
     """(Holder, parameter, number) of every expert among these modules that PEFT has in a parameter which holds all of them."""
     found = {name: match for name in names if (match := EXPERT.fullmatch(name))}
-    holders = {match["holder"] for match in found.values() if match["parameter"] == FIRST}
-    return {
-        name: (match["holder"], match["parameter"], int(match["expert"]))
-        for name, match in found.items()
-        if match["holder"] in holders
-    }
+    return {name: (match["holder"], match["parameter"], int(match["expert"])) for name, match in found.items()}
 
 
 def fused(modules: Mapping[str, Factors]) -> dict[str, Whole]:
-    """Experts put together as PEFT holds them, by `<holder>.<parameter>`; experts of lower rank are filled up with zeros."""
+    """Experts put together as PEFT holds them, by `<holder>.<parameter>`; experts of lower rank are filled up with zeros.
+
+    :raises InputError: where some of a parameter's experts are missing.
+    """
     apart: dict[tuple[str, str], dict[int, Factors]] = {}
     for name, (holder, parameter, expert) in in_fused(modules).items():
         apart.setdefault((holder, parameter), {})[expert] = modules[name]
     found = {}
     for (holder, parameter), experts in apart.items():
-        is_inner = parameter == FIRST and (holder, ORDER[1]) in apart
+        if sorted(experts) != list(range(len(experts))):
+            raise InputError(f"{holder}.{parameter}: {len(experts)} experts up to {max(experts)}, so some are missing")
+        is_inner = parameter == ORDER[0] and (holder, ORDER[1]) in apart
         rank = max(1, *(factors.rank for factors in experts.values()))
         name = f"{holder}.base_layer" if is_inner else holder
         found[f"{holder}.{parameter}"] = Whole(name, _together(experts, rank), rank)
@@ -116,9 +114,7 @@ def ends_of(parameters: Collection[str]) -> list[str]:
 
 
 def _together(experts: Mapping[int, Factors], rank: int) -> Factors:
-    some = next(iter(experts.values()))
-    nothing = Factors(some.b.new_zeros(some.b.shape[0], rank), some.a.new_zeros(rank, some.a.shape[1]))
-    filled = [experts[e].padded(rank) if e in experts else nothing for e in range(max(experts) + 1)]
+    filled = [experts[expert].padded(rank) for expert in sorted(experts)]
     a = torch.cat([factors.a for factors in filled])
     b = torch.stack([factors.b for factors in filled], 2)
     return Factors(b.reshape(len(b), -1), a)

@@ -20,7 +20,7 @@ from bslora_convert.files.record import named
 from bslora_convert.files.tensorfile import FLOATS, dtype_name
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
-WRAPPED = re.compile(r"(?P<module>.+)\.(?P<of>modules_to_save|original_module)(?:\.[^.]+)??\.(?P<tensor>[^.]+)")
+WRAPPED = re.compile(r"(?P<module>.+)\.(?P<of>modules_to_save|original_module)(?:\.default)?\.(?P<tensor>.+)")
 FEW = 0.1  # of a file's bytes
 
 

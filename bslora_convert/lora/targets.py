@@ -6,6 +6,7 @@ from typing import Any
 
 from bslora_convert.lora.experts import stacked
 from bslora_convert.lora.fields import SELECTS, is_set
+from bslora_convert.lora.fused import in_fused
 from bslora_convert.lora.names import key_for
 
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")  # of the targets that make PEFT tie
@@ -19,6 +20,10 @@ def target_fields(names: Collection[str], raw: Mapping[str, Any]) -> dict[str, A
     The source's own where they do; else, and in place of whole names, an expression that matches each module whatever its name
     begins with, or the last parts of names where there are experts.
     """
+    experts = in_fused(names)
+    names = dict.fromkeys(
+        experts[name][0] if name in experts else name for name in names
+    )  # of fused experts what holds them
     targets = raw.get("target_modules")
     spelled_out = (
         isinstance(targets, list) and set(map(str, targets)) == set(names) and all("." in name for name in names)

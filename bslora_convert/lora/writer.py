@@ -91,6 +91,7 @@ def peft_config(
     parameters = dict(parameters or {})
     weights = {name: f"{name}.weight" for name in ranks if parameters and ROUTERS.fullmatch(name)}
     parameters |= {weight: ranks[name] for name, weight in weights.items()}
+    holders = {name.rpartition(".")[0] for name in parameters}  # PEFT takes none of them for a module
     ranks = {name: rank for name, rank in ranks.items() if name not in weights}
     every = {**ranks, **(tied or {}), **parameters}
     largest = max(every.values())
@@ -112,7 +113,7 @@ def peft_config(
         "use_rslora": False,
         **inherited(config),
         **(
-            target_fields(ranks, {} if any(selects(config, name) for name in weights) else config) if ranks else NOTHING
+            target_fields(ranks, {} if any(selects(config, name) for name in holders) else config) if ranks else NOTHING
         ),
         **({"target_parameters": ends_of(parameters)} if parameters else {}),
         "r": largest,

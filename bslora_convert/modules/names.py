@@ -1,5 +1,7 @@
 """What modules' names say: the layer, the kind, the natural order."""
 
+LONGEST = 18  # digits of what is taken for a number
+
 
 def layer_of(name: str) -> str | None:
     """The numbered layer that a module stands in: its path up to the first number, or None outside of layers.
@@ -15,7 +17,8 @@ def layer_of(name: str) -> str | None:
 
 def natural_order(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sorting key of modules' names under which layer 2 stands before layer 10."""
-    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split("."))
+    numbers = [int(part) if part.isdecimal() and len(part) <= LONGEST else None for part in name.split(".")]
+    return tuple((n is not None, n or 0, part) for n, part in zip(numbers, name.split("."), strict=True))
 
 
 def kind_of(name: str) -> str:

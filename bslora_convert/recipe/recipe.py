@@ -98,9 +98,8 @@ class Recipe:
             raise RecipeError(
                 f"max_error is {self.asked.max_error:g}: finetune gives up nearness of the weights for that of the behaviour; "
                 "give bytes, or min_retention, max_kl or min_agreement with prompts",
-                "max_error",
-                "finetune",
-            )
+                "max_error", "finetune", "bytes", "min_retention", "max_kl", "min_agreement", "prompts",
+            )  # fmt: skip
 
     def resolved(self, parameters: int, file_bytes: int, slot: int | None) -> tuple[Structure, Target]:
         """Structure and target for one source.

@@ -135,9 +135,10 @@ def _deduplicated(record: Fidelity, copies: int) -> str:
 
 
 def _in_codes(record: Fidelity, coding: CodingRecord) -> str:
+    likewise = ", made as strong as the original too," if is_unbiased(record) else ""
     said = (
-        f"In codes of {coding.bits_per_number:.1f} bits a number; plain SVD of as many bytes in the storage dtype has the "
-        f"relative error {rival_error(record):.4f} against {record.weight.relative_error:.4f}."
+        f"In codes of {coding.bits_per_number:.1f} bits a number; plain SVD of as many bytes in the storage dtype{likewise} has "
+        f"the relative error {rival_error(record):.4f} against {record.weight.relative_error:.4f}."
     )
     if (
         record.recipe.get("bytes") is None or coding.bound is None

@@ -43,7 +43,7 @@ def reasons(engine: Engine, kinds: Mapping[str, str], carried: Collection[str], 
         found.append(
             f"of {halves[0]} one parameter alone is adapted, and {engine.title} takes {' and '.join(ORDER)} together"
         )
-    expert = None if engine.experts else next(iter(stacked(kinds)), None)
+    expert = None if engine.experts else next(iter((*stacked(kinds), *in_fused(kinds))), None)
     if expert is not None:
         found.append(f"{expert} belongs to a mixture of experts, which {engine.title} does not take one by one")
     unknown = [name for name in kinds if engine.modules and name.rpartition(".")[2] not in engine.modules]

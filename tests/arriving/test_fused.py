@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
     "one": ("qwen3_moe", {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}),
+    "last": ("gpt_oss", {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}),
     "rslora": ("qwen3_moe", {"use_rslora": True, "alpha_pattern": {"experts.down_proj": 3}}),
     "deepseek": ("deepseek_v2", {}),
     "glm": ("glm4_moe", {}),
@@ -109,10 +110,13 @@ def test_taken_apart_and_put_together(experts: int, rank: int, out: int, width: 
     parts = {
         name: Factors(own_b, own_a) for name, own_a, own_b in each_expert(a, b, rank, f"{holder}.gate_up_proj", "x")
     }
-    assert list(parts) == [f"{holder}.{expert}.gate_up_proj" for expert in range(experts)]
+    assert list(parts) == [f"{holder}.gate_up_proj.{expert}" for expert in range(experts)]
     dense = torch.einsum("ore,eri->eoi", b.view(out, rank, experts), a.view(experts, rank, width))
     for expert, factors in enumerate(parts.values()):
         assert torch.allclose(factors.b @ factors.a, dense[expert], atol=1e-5)
+    if experts > 2:
+        with pytest.raises(InputError, match="some are missing"):
+            fused({name: factors for name, factors in parts.items() if not name.endswith(".1")})
     (whole,) = fused(parts).values()
     assert (whole.name, whole.rank) == (holder, rank)
     assert torch.equal(whole.factors.a, a) and torch.equal(whole.factors.b, b)

@@ -105,7 +105,8 @@ def test_zero_modules_and_carried_tensors(tmp_path: Path) -> None:
     head = {"base_model.model.lm_head.weight": torch.randn(16, 64)}
     lora = write_lora(tmp_path / "lora", products, extra=head, modules_to_save=["lm_head"])
     record = compress(lora, tmp_path / "out", Recipe(transform="none", bytes=0.3), report_html=False)
-    assert record["compact"]["byte_ratio"] <= 0.3
+    whole, rest = 16 * 64 * 4, sum(product.held.b.nbytes + product.held.a.nbytes for product in products.values())
+    assert 0.28 * rest < record["compact"]["bytes"] - whole <= 0.3 * rest  # what can't be compressed comes on top
     adapter = load_compact(tmp_path / "out")
     assert torch.equal(adapter.carried["lm_head.weight"], head["base_model.model.lm_head.weight"])
     assert adapter.form.modules[name].local.rank == 0

@@ -263,6 +263,40 @@ def test_what_a_killed_run_moved_file_by_file_comes_back(tmp_path: Path) -> None
     assert files(tmp_path) == ["out", "out/fidelity.json", "out/one", "out/two"]
 
 
+def test_what_came_after_a_killed_run_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, one="newer")
+    moved = tmp_path / f".out.moved-{HOST}-999999999"
+    moved.mkdir()
+    (moved / "one").write_text("older")
+    (moved / "two").write_text("older")
+    with pytest.raises(OutputError, match="not empty"), landing(out, overwrite=False):
+        pass
+    assert (out / "one").read_text() == "newer" and (out / "two").read_text() == "older"
+    assert (moved / "one").read_text() == "older"
+
+
+def test_both_are_kept_where_another_came_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    write(out, old="x")
+    rename = Path.rename
+
+    def raced(self: Path, target: Path) -> Path:
+        done = rename(self, target)
+        if self == out:  # right after it was moved aside
+            (target / "old").write_text("edited")
+            out.mkdir()
+            (out / "theirs").write_text("y")
+        return done
+
+    monkeypatch.setattr(Path, "rename", raced)
+    words = pytest.raises(OutputError, match=r"what stood there before is .*out\.before-")
+    with words, landing(out, overwrite=True) as place:
+        (place / "new").write_text("z")
+    (kept,) = tmp_path.glob("out.before-*")
+    assert (kept / "old").read_text() == "edited" and (out / "theirs").read_text() == "y"
+
+
 def test_a_mount_without_modes_takes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")

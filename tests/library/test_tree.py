@@ -49,13 +49,25 @@ def test_every_adapter_is_found_once_and_the_rest_is_named(root: Path) -> None:
         "plain/reference": "inside of the adapter plain, left out",
         "plain/checkpoint-5": "inside of the adapter plain, left out",
         "linked": "a link out of the library, followed",
-        "once-more": "a link to a, which is looked into at its own place, left out",
-        "within": "a link to plain, which is looked into at its own place, left out",
+        "once-more": "a link to linked/a, left out",
+        "within": "a link to plain, left out",
         "loop": "a link to the library itself, or above what is in it, left out",
         "linked/back": "a link to the library itself, or above what is in it, left out",
         "nothing": "a link to nothing",
         "weights-alone": "adapter_model.safetensors without adapter_config.json, left out",
     }
+
+
+def test_links_to_where_nobody_looks_are_followed(tmp_path: Path) -> None:
+    lora(tmp_path / ".store" / "one")
+    lora(tmp_path / "two")
+    lora(tmp_path / "two" / "checkpoint-5", 1)
+    lora(tmp_path / "..2026" / "four", 2)
+    (tmp_path / "..data").symlink_to("..2026")  # as Kubernetes mounts configurations
+    for name, target in (("one", ".store/one"), ("three", "two/checkpoint-5"), ("four", "..data/four")):
+        (tmp_path / name).symlink_to(target)
+    tree = Tree(tmp_path)
+    assert sorted(path.name for path in tree.adapters) == ["four", "one", "three", "two"]
 
 
 def test_a_link_found_before_what_holds_it_is_taken_once(tmp_path: Path) -> None:

@@ -96,9 +96,11 @@ def test_an_unknown_setting_is_refused_where_it_is_set(tmp_path: Path, value: An
 def test_an_unknown_setting_is_ignored_where_the_user_answers_for_it(tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora", random_products(layers=1), foo_size=32, foo_kind="a", use_dora=False)
     refused(lora, "--ignore-field foo_size", "--ignore-field foo_kind")
-    assert load_lora(lora, ignore=("foo_size", "foo_kind", "bar")).notes == (
-        "foo_size of the configuration was ignored, as asked",
-        "foo_kind of the configuration was ignored, as asked",
+    assert load_lora(lora, ignore=("foo_size", "foo_kind", "bar", "r")).notes == (
+        "foo_size of the configuration was left out, as asked",
+        "foo_kind of the configuration was left out, as asked",
+        "bar is not in the configuration",
+        "r was to be left out, and is not: it is known here",
     )
     recipe = Recipe(ignore_field=("foo_size", "foo_kind"))
     record = compress(lora, tmp_path / "out", recipe, report_html=False)
