@@ -1,15 +1,18 @@
 """Names as patterns: back again whatever they are, few where they are regular, and nothing large from a hostile one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bslora_convert import compress
 from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.patterns import MOST, names_of, patterns
 from bslora_convert.errors import InputError
 from bslora_convert.modules.names import natural_order
+from tests.planting import random_products, write_lora
 
 PART = st.sampled_from(["layers", "experts", "0", "1", "2", "10", "007", "up_proj", "-1", "1a", "é"])
 NAME = st.lists(PART, min_size=1, max_size=5).map(".".join)
@@ -76,3 +79,16 @@ def test_what_differs_is_a_list() -> None:
 def test_hostile_columns(modules: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Layout.parse(config(modules), "here")
+
+
+@pytest.mark.parametrize("name", [f"layers.{'9' * 5000}.up", ".".join(["7"] * 1500), f"{'x' * 5000}.up"])
+def test_names_of_hostile_length_are_refused_in_words(tmp_path: Path, name: str) -> None:
+    lora = write_lora(tmp_path / "lora", {name: next(iter(random_products().values()))})
+    with pytest.raises(InputError, match="a name of "):
+        compress(lora, tmp_path / "out", report_html=False)
+
+
+def test_a_field_that_is_not_known_is_refused_before_anything_is_spread() -> None:
+    entry = {"shape": [1, 1], "rank": 1, **{f"x{number}": 1 for number in range(400)}}
+    with pytest.raises(InputError, match="which is not known"):
+        Layout.parse(config({"l.{0-99999}": entry}), "here")
