@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bslora_convert.bslora.storage import WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
+from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME, CompactAdapter, load_compact, save_compact
 from bslora_convert.conversion import fidelity
 from bslora_convert.conversion.initial import Known, bytes_without, describe
 from bslora_convert.conversion.request import Converted
@@ -181,6 +181,7 @@ def _compact_record(compact: CompactAdapter, place: Path, adapter: LoraAdapter, 
         expanded_rank=max(form.expanded_rank(name) for name in form.modules),
         unique_tensors=sum(1 for _ in form.tensors()),
         dtype=dtype_name(compact.dtype),
+        config_bytes=(place / CONFIG_NAME).stat().st_size,
         loaded_bytes=loaded_bytes(compact) if compact.codes else None,
         sha256=digest,
     )

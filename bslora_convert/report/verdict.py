@@ -19,6 +19,7 @@ from bslora_convert.results.behaviour import Verification
 
 GONE = 1e-6  # of relative error below one
 NAMED = 3  # modules that a sentence names
+NOTED = 0.02  # of a weight file's bytes, from which on the configuration's are told
 EVEN = 0.002  # of a gain: as far as rounding moves it
 TIE = 0.002  # relative difference of errors under which two results are called equal
 
@@ -50,7 +51,7 @@ def sentences(record: Fidelity) -> list[str]:
     said = [
         *reached(record),
         f"Keeps {kept:.1%} of the update's energy in {compact.parameter_ratio:.1%} of the parameters "
-        f"({compact.byte_ratio:.1%} of the bytes).",
+        f"({compact.byte_ratio:.1%} of the bytes{_with_configuration(record)}).",
     ]
     svd = rival_error(record)
     if _fitted_to_behaviour(record):
@@ -73,6 +74,14 @@ def sentences(record: Fidelity) -> list[str]:
             "not in a server's slots."
         )
     return said
+
+
+def _with_configuration(record: Fidelity) -> str:
+    """What the configuration adds to the share of the bytes, where that is much of the result."""
+    compact, source = record.compact, record.source
+    if (compact.config_bytes or 0) <= NOTED * compact.bytes:
+        return ""
+    return f", {(compact.bytes + (compact.config_bytes or 0)) / source.bytes:.1%} with its configuration"
 
 
 def is_unbiased(record: Fidelity) -> bool:

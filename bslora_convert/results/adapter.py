@@ -28,7 +28,7 @@ class SourceRecord(Record):
 
 @record
 class CompactRecord(Record):
-    """What was written. loaded_bytes: once decoded, of an adapter in codes."""
+    """What was written. bytes: of the weight file, config_bytes: of the configuration, loaded_bytes: decoded, where in codes."""
 
     transform: str
     ranks: dict[str, Any]
@@ -41,6 +41,7 @@ class CompactRecord(Record):
     expanded_rank: int
     unique_tensors: int
     dtype: str
+    config_bytes: int | None = None
     loaded_bytes: int | None = None
     sha256: str
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bslora_convert import Recipe, compress, expand
+from bslora_convert.report.verdict import sentences
 from tests.arriving.making import FAMILIES, adapted, answers, apart, base, loaded
 from tests.planting import random_products, write_lora
 
@@ -39,3 +40,7 @@ def test_a_configuration_of_many_experts_is_small(tmp_path: Path) -> None:
     config = (tmp_path / "out" / "adapter_config.json").stat().st_size
     assert len(json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules"]) < 20
     assert config < 0.1 * record["compact"]["bytes"]
+    assert record["compact"]["config_bytes"] == config
+    share = (config + record["compact"]["bytes"]) / record["source"]["bytes"]
+    told = f"{share:.1%} with its configuration" in " ".join(sentences(record))
+    assert told == (config > 0.02 * record["compact"]["bytes"])
