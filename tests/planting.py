@@ -13,6 +13,8 @@ from torch import Tensor
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.form import Path as SharedPath
 from bslora_convert.bslora.transforms import Gate, Kronecker, Slice
+from bslora_convert.initialisation import kept
+from bslora_convert.initialisation.initial import _drawn
 from bslora_convert.modules.factors import Factors, Shape
 
 # A decoder layer with grouped-query attention: seven kinds of modules, four shapes.
@@ -171,3 +173,19 @@ def drawn_lora(
         tensors[key] = fresh.to(a.dtype)
     save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
     return place
+
+
+UNKNOWN = 618_033_988  # a seed that no search tries
+
+
+def siblings(place: Path, source: Path, count: int) -> Path:
+    """Adapters t0, t1, … of one pipeline whose seed nobody knows: a source's A's drawn anew, alike, and trained each its way."""
+    for number in range(count):
+        drawn_lora(source, place / f"t{number}", UNKNOWN, trained=number)
+    return place
+
+
+def forget_draws() -> None:
+    """Lets go of all draws, as another process would have none."""
+    kept._kept.clear()
+    _drawn.cache_clear()

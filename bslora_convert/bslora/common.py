@@ -11,6 +11,7 @@ adapter, in it, and in every directory above.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from re import compile as pattern
@@ -113,9 +114,16 @@ def needed_by(directory: Path) -> dict[str, Path]:
 def is_intact(path: Path) -> bool:
     """Whether a file is there and its content is what its name says."""
     try:
-        return sha256(path.read_bytes()).hexdigest()[:16] in path.name
+        now = path.stat()
+        return _digest(path, now.st_size, now.st_mtime_ns)[:16] in path.name
     except OSError:
         return False
+
+
+@lru_cache(1 << 8)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file as it is now: a library asks for its one file as often as it has adapters."""
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def found_from(directory: Path, name: str) -> Path:

@@ -325,7 +325,7 @@ def _parse_shared(value: Any, where: object) -> dict[str, dict[str, Group]]:
         if level not in LEVELS:
             raise InputError(f"{where}: shared.{level}: one of {', '.join(LEVELS)} is expected")
         for name, group in _by_name(groups, GROUP_FIELDS, f"{where}: shared.{level}").items():
-            if not isinstance(group, dict) or not group or not set(group) <= {"rank", "kernel_rank"}:
+            if not isinstance(group, dict) or not group:
                 raise InputError(f"{where}: shared.{level}[{name}] is {group!r}, an object with a rank is expected")
             for key in group:
                 if not _is_whole(group[key]) or group[key] < 1:

@@ -29,7 +29,7 @@ from bslora_convert.initialisation.tape import Tape
 from bslora_convert.lora import LoraAdapter, load_lora
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.recipe.storage import INITS
+from bslora_convert.recipe.storage import INITS, began_from
 from bslora_convert.results.adapter import InitialisationRecord
 
 OF_SEED, OF_ADAPTERS = "mt19937", "adapters"
@@ -52,7 +52,8 @@ class Known:
 
 def check_init(asked: int | str) -> None:
     """:raises RecipeError: for an adapter that is not there."""
-    if isinstance(asked, str) and asked not in INITS and not resolve(asked).exists():
+    began = began_from(asked)
+    if began is not None and not resolve(began).exists():
         raise RecipeError(
             f"init is {asked!r}: {', '.join(INITS)}, a seed, or the directory of an adapter that is there is allowed",
             "init",
@@ -88,7 +89,7 @@ def look_for(
     if asked == "none":
         return None
     modules, seed = modules_of(adapter), asked if isinstance(asked, int) else None
-    began = None if isinstance(asked, int) or asked in INITS else asked
+    began = began_from(asked)
     if began is not None and commons is None:
         return _continued(adapter, began)
     recorded = _recorded(adapter)

@@ -92,9 +92,11 @@ def write_result(
     adapter, measured = origin.adapter, origin.measured
     progress("writing")
     save_compact(made.form, place, adapter.config.raw, adapter.carried, codes=made.codes, initial=made.initial)
-    size = (place / WEIGHTS_NAME).stat().st_size
-    notes = (*adapter.notes, *made.notes, *extras.notes, *taken(adapter.carried, size))
-    notes = (*notes, *copy_travelling(adapter.weights.parent, place))
+    beside = (
+        *taken(adapter.carried, (place / WEIGHTS_NAME).stat().st_size),
+        *copy_travelling(adapter.weights.parent, place),
+    )
+    notes = (*adapter.notes, *made.notes, *extras.notes, *beside)
     progress("measuring what was written")
     with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter lock
         hashing = pool.submit(sha256, place / WEIGHTS_NAME)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bslora_convert.errors import InputError
+from bslora_convert.lora.fused import in_fused
 
 NUMBER = re.compile(r"\.(\d+)\.(?=[^.]+$)")  # of the expert: the last number of the name
 WEIGHT = "weight"
@@ -118,18 +119,14 @@ def _is_slice(name: str, model: nn.Module) -> bool:
 def _experts(names: list[str], model: nn.Module, layers: set[str]) -> dict[str, Place]:
     """Experts of a parameter that holds all of a layer's, by its own name: `<holder>.<parameter>.<number>`."""
     found = {}
-    for name in names:
-        holder, _, rest = name.rpartition(".experts.")
-        holder, (parameter, _, number) = f"{holder}.experts", rest.partition(".")
-        if holder not in layers or not number.isdecimal():
+    for name, (holder, parameter, number) in in_fused(names).items():
+        if holder not in layers:
             continue
         module: Any = model.get_submodule(holder)
         module = getattr(module, "base_layer", module)
         if getattr(getattr(module, parameter, None), "ndim", 0) == 3:
             transposed = bool(getattr(module, "is_transposed", False))
-            found[name] = Place(
-                name, StackSlice(holder, parameter, int(number), 0, 1, is_plain=True, transposed=transposed)
-            )
+            found[name] = Place(name, StackSlice(holder, parameter, number, 0, 1, is_plain=True, transposed=transposed))
     return found
 
 

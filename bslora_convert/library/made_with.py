@@ -18,6 +18,7 @@ from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.lora.place import locate
 from bslora_convert.recipe.files import spelled
+from bslora_convert.recipe.storage import began_from
 
 NAME = "recipe.json"
 SCHEMA_VERSION = 1
@@ -49,9 +50,9 @@ class MadeWith:
         place = library if "://" in library else str(Path(library).absolute())
         named = {name: Path(str(recipe[name])) for name in FILES if recipe.get(name) is not None}
         files = {name: sha256(path) for name, path in named.items() if path.is_file()}
-        begins = str(recipe.get("init"))
-        if Path(begins).is_dir():
-            files["init"] = sha256(locate(Path(begins))[1])
+        began = began_from(recipe.get("init"))
+        if began is not None and Path(began).is_dir():
+            files["init"] = sha256(locate(Path(began))[1])
         return cls(place, recipe, training, report_html, files)
 
     def differences(self, now: "MadeWith") -> list[str]:

@@ -24,7 +24,6 @@ from bslora_convert.modules.factors import Factors
 HOLDER = re.compile(r"(?P<holder>(?:.*\.)?experts)(?P<inner>(?:\.base_layer)*)")
 EXPERT = re.compile(r"(?P<holder>(?:.*\.)?experts)\.(?P<parameter>gate_up_proj|down_proj)\.(?P<expert>\d{1,9})")
 ORDER = ("gate_up_proj", "down_proj")  # as transformers' modules have them, so the first is wrapped first
-ROUTERS = re.compile(r"(?:.*\.)?(?:block_sparse_moe|mlp|feed_forward)\.(?:gate|router)")
 
 
 def holder_of(name: str) -> tuple[str, int] | None:

@@ -44,8 +44,8 @@ def with_rows(carried: Mapping[str, Tensor], config: Mapping[str, Any], where: o
         if module == name:
             found[name] = tensor
             continue
-        named = asked if isinstance(asked, dict) else {module: asked}
-        rows = next((rows for key, rows in named.items() if f".{module}".endswith(f".{key}")), None)
+        by_module = asked if isinstance(asked, dict) else {module: asked}
+        rows = next((rows for key, rows in by_module.items() if f".{module}".endswith(f".{key}")), None)
         if (
             not isinstance(rows, list)
             or len(rows) != len(tensor)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from bslora_convert.files.tensorfile import write_tensors
-from bslora_convert.lora.experts import stacked
+from bslora_convert.lora.experts import ROUTER, stacked
 from bslora_convert.lora.fields import inherited
-from bslora_convert.lora.fused import ROUTERS, ends_of, fused, in_fused
+from bslora_convert.lora.fused import ends_of, fused, in_fused
 from bslora_convert.lora.keys import PREFIX
 from bslora_convert.lora.names import key_for
 from bslora_convert.lora.place import CONFIG_NAME
@@ -89,7 +89,7 @@ def peft_config(
     parameters that hold experts; a router beside them is adapted by its weight.
     """
     parameters = dict(parameters or {})
-    weights = {name: f"{name}.weight" for name in ranks if parameters and ROUTERS.fullmatch(name)}
+    weights = {name: f"{name}.weight" for name in ranks if parameters and ROUTER.search(name)}
     parameters |= {weight: ranks[name] for name, weight in weights.items()}
     holders = {name.rpartition(".")[0] for name in parameters}  # PEFT takes none of them for a module
     ranks = {name: rank for name, rank in ranks.items() if name not in weights}

@@ -35,6 +35,11 @@ def checked_init(value: int | str) -> int | str:
     return value
 
 
+def began_from(init: object) -> str | None:
+    """The adapter that training went on from, where such an option names one."""
+    return init if isinstance(init, str) and init not in INITS else None
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """dtype: of the tensors that a reader gets, auto = the source's. tables: of weights that are carried whole.
@@ -65,8 +70,8 @@ class Storage:
 
     @property
     def begins(self) -> str | None:
-        """The adapter that training went on from, as it was given; None where another answer or none was."""
-        return self.init if isinstance(self.init, str) and self.init not in INITS else None
+        """As `began_from`."""
+        return began_from(self.init)
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)

@@ -17,11 +17,9 @@ from bslora_convert.bslora.storage import load_coded
 from bslora_convert.coding.encode import code_pair
 from bslora_convert.conversion.initial import look_for
 from bslora_convert.errors import RecipeError
-from bslora_convert.initialisation import kept
-from bslora_convert.initialisation.initial import _drawn
 from bslora_convert.modules.factors import Factors
 from tests.conftest import FIXTURES
-from tests.planting import drawn_lora
+from tests.planting import drawn_lora, forget_draws
 
 TINY = FIXTURES / "tiny"
 WEIGHTS = "adapter_model.safetensors"
@@ -68,8 +66,7 @@ def test_what_came_before_makes_the_file_much_smaller(made: Path) -> None:
 
 
 def test_every_reader_puts_both_sides_together(made: Path, tmp_path: Path) -> None:
-    kept._kept.clear()
-    _drawn.cache_clear()
+    forget_draws()
     place = made / "with" / "c"
     form = load_compact(place).form
     expand(place, tmp_path / "lora")

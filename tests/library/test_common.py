@@ -14,13 +14,10 @@ from bslora_convert import Recipe, batch, compress, expand, load_compact, load_i
 from bslora_convert.bslora.common import commons_in, found_from, named_in, read_common
 from bslora_convert.errors import InputError
 from bslora_convert.files.remote import fetched
-from bslora_convert.initialisation import kept
-from bslora_convert.initialisation.initial import _drawn
 from tests.conftest import FIXTURES
-from tests.planting import drawn_lora
+from tests.planting import UNKNOWN, drawn_lora, forget_draws, siblings
 
 TINY = FIXTURES / "tiny"
-UNKNOWN = 618_033_988  # not one that a search tries
 RECIPE = Recipe(transform="none", max_error=0.2, init="auto")
 COUNT = 6
 
@@ -29,18 +26,16 @@ COUNT = 6
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library of siblings and a stranger, converted."""
     root = tmp_path_factory.mktemp("common")
-    for number in range(COUNT):
-        drawn_lora(TINY / "gsm8k", root / "in" / f"t{number}", UNKNOWN, trained=number)
+    siblings(root / "in", TINY / "gsm8k", COUNT)
     shutil.copytree(TINY / "banking77", root / "in" / "stranger")
     batch(root / "in", root / "out", RECIPE, workers=0, report_html=False)
     return root
 
 
 @pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+def unread() -> None:
     """A process that has read nothing yet."""
-    monkeypatch.setattr(kept, "_kept", {})
-    _drawn.cache_clear()
+    forget_draws()
 
 
 def config_of(place: Path) -> dict[str, object]:
@@ -90,8 +85,7 @@ def test_every_reader_finds_the_file(made: Path, tmp_path: Path) -> None:
         with load_into(base, tenant):
             wanted = base(input_ids=ids).logits
         for resident in ("codes", "floats"):
-            kept._kept.clear()
-            _drawn.cache_clear()
+            forget_draws()
             tuned = PeftModel.from_pretrained(
                 AutoModelForCausalLM.from_pretrained(TINY / "base"), str(tenant), resident=resident
             ).eval()

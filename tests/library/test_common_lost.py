@@ -15,14 +15,11 @@ from bslora_convert import Recipe, batch, compress, finetune, load_compact
 from bslora_convert.bslora.common import commons_in, named_in
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, ThresholdMissed
-from bslora_convert.initialisation import kept
-from bslora_convert.initialisation.initial import _drawn
 from bslora_convert.recipe.training import Training
 from tests.conftest import FIXTURES
-from tests.planting import drawn_lora
+from tests.planting import UNKNOWN, drawn_lora, forget_draws, siblings
 
 TINY = FIXTURES / "tiny"
-UNKNOWN = 618_033_988  # not one that a search tries
 RECIPE = Recipe(transform="none", max_error=0.2)
 COUNT = 4
 
@@ -30,8 +27,7 @@ COUNT = 4
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("lost")
-    for number in range(COUNT):
-        drawn_lora(TINY / "gsm8k", root / "in" / f"t{number}", UNKNOWN, trained=number)
+    siblings(root / "in", TINY / "gsm8k", COUNT)
     drawn_lora(TINY / "gsm8k", root / "in" / "a/b/c/d/e/f/g/h/i/deep", UNKNOWN, trained=9)
     batch(root / "in", root / "out", RECIPE, workers=0, report_html=False)
     assert len(commons_in(root / "out")) == 1
@@ -46,20 +42,14 @@ def place(library: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgotten() -> None:
     """A process that has read nothing yet."""
-    monkeypatch.setattr(kept, "_kept", {})
-    _drawn.cache_clear()
-
-
-def forget() -> None:
-    kept._kept.clear()
-    _drawn.cache_clear()
+    forget_draws()
 
 
 def test_a_deep_tenant_and_a_linked_one_are_read(place: Path) -> None:
     assert load_compact(place / "out" / "a/b/c/d/e/f/g/h/i/deep").initial is not None
-    forget()
+    forget_draws()
     (place / "link").symlink_to(place / "out" / "t0")
     assert load_compact(place / "link").initial is not None
 
@@ -81,7 +71,7 @@ def test_distillation_takes_it_along(place: Path, tmp_path: Path) -> None:
     (common,) = commons_in(place / "out")
     assert record.initialisation is not None
     assert record.initialisation.file == common.name
-    forget()
+    forget_draws()
     assert load_compact(tmp_path / "new" / "t0").initial is not None
     assert [path.name for path in commons_in(tmp_path / "new")] == [common.name]
 
@@ -95,7 +85,7 @@ def test_what_peft_saves_is_whole(place: Path, tmp_path: Path) -> None:
         wanted = tuned(input_ids=ids).logits
         tuned.save_pretrained(tmp_path / "saved")
         shutil.rmtree(place)
-        forget()
+        forget_draws()
         again = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(TINY / "base"), str(tmp_path / "saved")
         ).eval()
@@ -133,7 +123,7 @@ def test_a_library_that_lost_its_file_is_made_again(place: Path, damage: str) ->
     summary = batch(place / "in", place / "out", RECIPE, workers=0, report_html=False)
     assert (summary.ok, summary.skipped) == (COUNT + 1, 0)
     assert common.read_bytes() == whole
-    forget()
+    forget_draws()
     for number in range(COUNT):
         assert load_compact(place / "out" / f"t{number}").initial is not None
 

@@ -10,13 +10,11 @@ from safetensors.torch import load_file
 
 from bslora_convert import Recipe, batch, load_compact
 from bslora_convert.bslora.common import commons_in
-from bslora_convert.initialisation import kept
-from bslora_convert.initialisation.initial import _drawn
 from bslora_convert.vllm import worker
 from bslora_convert.vllm.settings import PLANS, Settings
 from bslora_convert.vllm.tenants import Tenants
 from tests.conftest import FIXTURES
-from tests.planting import drawn_lora
+from tests.planting import forget_draws, siblings
 
 TINY = FIXTURES / "tiny"
 BASE = str(TINY / "base")
@@ -26,8 +24,7 @@ EVERY = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
-    for number in range(6):
-        drawn_lora(TINY / "gsm8k", root / "in" / f"t{number}", 618_033_988, trained=number)
+    siblings(root / "in", TINY / "gsm8k", 6)
     batch(root / "in", root / "out", Recipe(transform="none", max_error=0.2), workers=0, report_html=False)
     assert commons_in(root / "out")
     return root / "out"
@@ -41,21 +38,15 @@ def stored(library: Path) -> Iterator[str]:
     memory.rm("/common-library", recursive=True)
 
 
-def forget() -> None:
-    """As another process would be."""
-    kept._kept.clear()
-    _drawn.cache_clear()
-
-
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_tenant_is_what_its_codes_say(library: Path, stored: str, tmp_path: Path, plan: str, remote: bool) -> None:
     form = load_compact(library / "t2").form
-    forget()
+    forget_draws()
     opened = Tenants(Settings(stored if remote else library, tmp_path / "cache", plan=plan))
     found = opened.find("t2", BASE)
     assert found is not None
-    forget()
+    forget_draws()
     plain = (found.path / "adapter_model.safetensors") if plan == PLANS[0] else None
     tensors = load_file(plain) if plain is not None else worker.decoded(found.path, EVERY)
     for name in form.modules:
