@@ -65,7 +65,7 @@ def batch(
         out = Path(library)
         run = partial(go_on, out)
     else:
-        run = partial(run_batch, library, out, recipe, training if recipe.calibration.base_model else None)
+        run = partial(run_batch, library, out, recipe, training if recipe.calibration.runs else None)
     uploaded = None
     try:
         with output.bar("batch") as progress:

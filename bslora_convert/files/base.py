@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bslora_convert.errors import InputError, reason_of
 from bslora_convert.extras import need
+from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
 
 CONFIG_NAME = "config.json"
@@ -27,6 +28,15 @@ def check_base(name: str | Path) -> None:
     if place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or place.exists():
         raise InputError(f"base model {name}: no such directory")
     _check_hub(str(name))
+
+
+def base_directory(name: str | Path) -> Path:
+    """The directory of a base model's files, fetched into the hub's cache where it has a hub name.
+
+    :raises InputError: when it can't be had.
+    """
+    place = Path(name)
+    return place if place.is_dir() else resolve(f"hf://{name}")
 
 
 def base_bytes(name: str | Path | None) -> int:

@@ -13,15 +13,19 @@ METRIC_NAMES = ("auto", "output", "input", "two-sided")
 class Calibration:
     """The base model, and the rows that it is run on.
 
-    base_model: directory or hub name. prompts: a file of rows, split into calibration, validation and test rows. metric: of these
-    prompts; auto = the best one on the validation rows. finetune: a file to distil on, or True for the rows of `prompts`.
+    base_model: directory or hub name; of saved tables only rows that are not its own are kept. prompts: a file of rows, split
+    into calibration, validation and test rows. metric: of these prompts; auto = the best one on the validation rows. finetune: a
+    file to distil on, or True for the rows of `prompts`.
 
     :raises RecipeError: naming the field, its value and what is allowed.
     """
 
     base_model: str | None = option(
-        None, "Name the base model, a directory or a hub name, for --prompts and --finetune.", MODEL, metavar="MODEL"
-    )
+        None,
+        "Name the base model, a directory or a hub name, for --prompts and --finetune; rows of saved tables that are its own are "
+        "left out.",
+        MODEL, metavar="MODEL",
+    )  # fmt: skip
     prompts: str | None = option(
         None, "Fit for the base model's behaviour on these JSONL rows, and measure it on rows held out of them.", MODEL,
         metavar="FILE",
@@ -47,13 +51,11 @@ class Calibration:
         named = [name for name in ("prompts", "finetune") if getattr(self, name) is not None]
         if named and self.base_model is None:
             raise RecipeError(f"{named[0]} needs the base model: give base_model", named[0], "base_model")
-        if self.base_model is not None and not named:
-            raise RecipeError(
-                "base_model is used with prompts and finetune only: give one of them",
-                "base_model",
-                "prompts",
-                "finetune",
-            )
+
+    @property
+    def runs(self) -> bool:
+        """Whether the base model is run, and not only looked at for the rows of saved tables that it holds itself."""
+        return self.prompts is not None or self.finetune is not None
 
     @property
     def files(self) -> dict[str, str]:

@@ -221,7 +221,7 @@ def _check_extras(recipe: Recipe, engine: str) -> None:
         need("ray", "engine ray", "engine")
     if recipe.structure.groups == "auto":
         need("analysis", "groups auto", "groups")
-    if recipe.calibration.base_model is not None:
+    if recipe.calibration.runs:
         need("base", "base_model", "base_model")
 
 

@@ -36,6 +36,7 @@ from bslora_convert.fit.device import pick_device
 from bslora_convert.fit.parallel import modules_over_cores
 from bslora_convert.fit.source import Source, check_magnitude, measure
 from bslora_convert.lora import LoraAdapter, load_lora
+from bslora_convert.lora.changed import only_changed, tables_of
 from bslora_convert.lora.tables import stored_as
 from bslora_convert.notes import Note
 from bslora_convert.process.progress import Progress, silent
@@ -87,8 +88,7 @@ def compress(
     adapter = load_source(source, recipe) if is_official(source) else load_lora(source, **recipe.reading.arguments)
     check_apart(adapter.weights, out)  # it may stand in a sub-folder
     if isinstance(adapter, LoraAdapter):
-        whole, said = stored_as(adapter.carried, recipe.storage.tables)
-        adapter = replace(adapter, carried=whole, notes=(*adapter.notes, *said))
+        adapter = _with_tables(adapter, recipe)
     digest, request, run = sha256(adapter.weights), Request.of(recipe, adapter), TrainingRun(training, out, began)
     with _session(resolve(source), adapter, digest, recipe, progress) or nullcontext() as session:
         measured = _measured(adapter, recipe.device, request)
@@ -112,7 +112,7 @@ def compress(
             place, write_result(place, made, origin, used.to_dict(), extras, seconds, progress), html=report_html
         )
         _check_error(recipe, adapter, record.weight.relative_error)
-    if recipe.calibration.base_model is not None:
+    if recipe.calibration.runs:
         forget_completions(out)
     if recipe.calibration.finetune is not None:
         meet()
@@ -139,7 +139,7 @@ def _check(recipe: Recipe, training: Training) -> None:
     """What can be refused before anything is read."""
     recipe.check_target()
     check_init(recipe.storage.init)
-    if recipe.calibration.base_model is None and training != Training(seed=recipe.seed):
+    if not recipe.calibration.runs and training != Training(seed=recipe.seed):
         raise RecipeError(
             "options of a training were given without one: give finetune and base_model", "finetune", "base_model"
         )
@@ -147,12 +147,25 @@ def _check(recipe: Recipe, training: Training) -> None:
         need("analysis", "groups auto", "groups")
 
 
+def _with_tables(adapter: LoraAdapter, recipe: Recipe) -> LoraAdapter:
+    """The adapter with the weights that it holds whole as they are to be stored."""
+    calibration, base_model = recipe.calibration, recipe.calibration.base_model
+    if base_model is not None and tables_of(adapter):
+        adapter = only_changed(adapter, base_model)
+    elif base_model is not None and not calibration.runs:
+        adapter = replace(
+            adapter, notes=(*adapter.notes, f"{base_model} was not used: no prompts, and no saved tables")
+        )
+    whole, said = stored_as(adapter.carried, recipe.storage.tables)
+    return replace(adapter, carried=whole, notes=(*adapter.notes, *said))
+
+
 def _session(
     source: Path, adapter: LoraAdapter, digest: str, recipe: Recipe, progress: Progress
 ) -> "BaseModelSession | None":
     """The base model with the source on it, before anything is fitted: one that does not fit costs no more than looking at it."""
     base_model = recipe.calibration.base_model
-    if base_model is None:
+    if base_model is None or not recipe.calibration.runs:
         return None
     from bslora_convert.behaviour.adapter import Adapter
     from bslora_convert.behaviour.session import BaseModelSession

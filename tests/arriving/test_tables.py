@@ -90,3 +90,73 @@ def test_tables_in_a_smaller_type(tmp_path: Path) -> None:
     large = thrice(tmp_path / "large", **huge)
     with pytest.raises(InputError, match="float16 can't hold"):
         compress(large, tmp_path / "never", Recipe(transform="none", bytes=0.5, tables="float16"), report_html=False)
+
+
+def on_base(place: Path, family: str, rows: tuple[int, ...], saved: list[str], whole: str = "") -> tuple[Path, Path]:
+    """A base on disk, and an adapter with tables saved whole of which only some rows are not the base's; of `whole` none is."""
+    model = base(family).float()
+    model.save_pretrained(place / "base")
+    lora = adapted(place / "lora", family, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
+    tensors, numbers = load_file(lora / WEIGHTS), torch.Generator().manual_seed(1)
+    for name in saved:
+        (key,) = (key for key in tensors if key.endswith(f"{name}.weight"))
+        table = (model.lm_head if name == "lm_head" else model.model.embed_tokens).weight.detach().clone()
+        table[list(rows)] += torch.randn(len(rows), table.shape[1], generator=numbers)
+        tensors[key] = table if name != whole else torch.randn(table.shape, generator=numbers)
+        numbers.manual_seed(1)  # the same in each
+    save_file(tensors, lora / WEIGHTS)
+    return lora, place / "base"
+
+
+CHANGED = (3, 5, 60)
+CASES = {  # family, saved, of which all rows changed; what is kept: names of rows, of whole tables
+    "alone": ("llama", ["embed_tokens"], "", ["model.embed_tokens"], []),
+    "both": ("llama", ["embed_tokens", "lm_head"], "", ["model.embed_tokens", "lm_head"], []),
+    "one of both": ("llama", ["embed_tokens", "lm_head"], "lm_head", ["model.embed_tokens"], ["lm_head"]),
+    "tied": ("qwen3", ["embed_tokens", "lm_head"], "", ["model.embed_tokens"], []),
+    "tied, the embedding alone": ("qwen3", ["embed_tokens"], "", [], ["model.embed_tokens"]),
+    "tied, of two minds": ("qwen3", ["embed_tokens", "lm_head"], "lm_head", [], ["lm_head", "model.embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_are_the_bases_are_left_out(case: str, tmp_path: Path) -> None:
+    family, saved, whole, rows, tables = CASES[case]
+    lora, directory = on_base(tmp_path, family, CHANGED, saved, whole)
+    wanted = answers(loaded(lora, family))
+    record = compress(lora, tmp_path / "out", EXACT.but(base_model=str(directory)), report_html=False)
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    kept = {name.removeprefix(PREFIX) for name in tensors if "lora" not in name}
+    assert kept == {f"{name}.token_adapter.trainable_tokens_delta" for name in rows} | {
+        f"{name}.weight" for name in tables
+    }
+    assert all(len(tensors[PREFIX + name]) == len(CHANGED) for name in kept if name.endswith("_delta"))
+    said = [note for note in record["notes"] if "3 of its 64 rows" in note or "kept whole" in note]
+    assert len(said) == len(rows) + len(tables)
+    assert apart(answers(base(family)), wanted) > 0.1
+    assert apart(answers(loaded(tmp_path / "out", family)), wanted) < 1e-5
+    expand(tmp_path / "out", tmp_path / "back")
+    assert apart(answers(loaded(tmp_path / "back", family)), wanted) < 1e-5
+
+
+def test_rows_beyond_the_bases_vocabulary_are_the_adapters(tmp_path: Path) -> None:
+    base("llama").float().save_pretrained(tmp_path / "base")
+    lora = adapted(
+        tmp_path / "lora", "llama", 70, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    tensors = load_file(lora / WEIGHTS)
+    for name, own in (("model.embed_tokens", "model.embed_tokens"), ("lm_head", "lm_head")):
+        tensors[f"{PREFIX}{name}.weight"][:64] = base("llama").float().get_submodule(own).weight.detach()
+    save_file(tensors, lora / WEIGHTS)
+    compress(lora, tmp_path / "out", EXACT.but(base_model=str(tmp_path / "base")), report_html=False)
+    assert len(load_file(tmp_path / "out" / WEIGHTS)[f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"]) == 6
+    wanted = answers(loaded(lora, "llama", 70))
+    assert apart(answers(loaded(tmp_path / "out", "llama", 70)), wanted) < 1e-5
+
+
+def test_a_base_model_that_nothing_needs_is_said(saved: Path, tmp_path: Path) -> None:
+    lora, directory = on_base(tmp_path, "llama", CHANGED, [])
+    record = compress(lora, tmp_path / "out", EXACT.but(base_model=str(directory)), report_html=False)
+    assert any("was not used: no prompts, and no saved tables" in note for note in record["notes"])
+    other = compress(saved, tmp_path / "other", EXACT.but(base_model=str(directory)), report_html=False)
+    assert len([note for note in other["notes"] if "is kept whole" in note]) == 2

@@ -482,8 +482,6 @@ def test_wrong_use_is_refused(compact: Path, tmp_path: Path, examples: list[Exam
             Training(**fields)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="prompts needs the base model"):
         Recipe(prompts="rows.jsonl")
-    with pytest.raises(RecipeError, match="base_model is used with prompts and finetune only"):
-        Recipe(base_model="base")
     with pytest.raises(InputError, match="can't be split"):
         split_heldout(examples[:1], Training())
     with pytest.raises(InputError, match=r"don't change the same modules|was made for"):
