@@ -35,7 +35,7 @@ from bslora_convert.bslora.tensors import assemble, named_tensors
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
-from bslora_convert.files.record import CHANGED, FIDELITY_NAME, NO_RECORD, integrity
+from bslora_convert.files.record import CHANGED, CHECKED, FIDELITY_NAME, NO_RECORD, integrity
 from bslora_convert.files.tensorfile import (
     FLOATS,
     check_finite,
@@ -88,8 +88,10 @@ class CompactAdapter:
     def notes(self) -> tuple[str, ...]:
         """What a reader should know of where the weights come from."""
         said = {
-            NO_RECORD: f"{self.path} has no record of what was written and measured (it was re-saved, or moved without it): "
-            "its weights were taken as they are",
+            CHECKED: f"{self.path} has no {FIDELITY_NAME}: its weights are what their header has the checksum of, and nobody "
+            "knows how they were measured",
+            NO_RECORD: f"{self.path} has no {FIDELITY_NAME}, and the header of its weights no checksum (they were saved again): "
+            "they were taken as they are",
             CHANGED: f"{self.path / WEIGHTS_NAME} is not what was written and measured; it was taken knowingly, and the figures "
             f"in {FIDELITY_NAME} are not of it",
         }
@@ -138,7 +140,7 @@ def save_compact(
         "dtype": dtype_name(next(form.tensors()).dtype),
         **layout.to_config(),
     }
-    write_tensors(directory / WEIGHTS_NAME, tensors)
+    write_tensors(directory / WEIGHTS_NAME, tensors, checksum=True)
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -251,8 +253,9 @@ def _check_passengers(read: _Read) -> None:
 def changed(directory: FilePath) -> str:
     """Why a directory is not read whose weights are not what was written, and how to go on knowingly."""
     return (
-        f"{directory / WEIGHTS_NAME}: not the file that was written and measured (its SHA-256 is not that in {FIDELITY_NAME}): "
-        "it was damaged, or saved again; convert it anew, or take it as it is with --accept-changed (accept_changed=True)"
+        f"{directory / WEIGHTS_NAME}: not the file that was written and measured (its SHA-256 is not that in {FIDELITY_NAME}, or "
+        "in its own header): it was damaged, or saved again; convert it anew, or take it as it is with --accept-changed "
+        "(accept_changed=True)"
     )
 
 

@@ -12,7 +12,6 @@ from bslora_convert.cli.options import Command, given, takes
 from bslora_convert.cli.pushing import look_at_push, push_options, pushed
 from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
-from bslora_convert.files.address import is_library
 from bslora_convert.recipe.expanding import ExpandOptions
 from bslora_convert.results.adapter import Expanded, ServedRecord
 from bslora_convert.results.library import LibraryExpansion
@@ -44,6 +43,9 @@ def expand(
     """
     look_at_push(push, push_dry_run)
     asked = ExpandOptions(**given(options))
+    look([compact_dir])
+    from bslora_convert.library.manifest import is_library
+
     if is_library(compact_dir):
         _library(output, compact_dir, out_dir, asked, (push, push_dry_run))
         return

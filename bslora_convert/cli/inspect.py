@@ -17,7 +17,8 @@ INTEGRITY = {
     "as written": "The weights are what was written and measured.",
     "changed": "The weights are NOT what was written and measured: damaged, or saved again. Readers refuse them "
     "without --accept-changed.",
-    "no record": "No record says what was written and measured, so the weights can't be checked.",
+    "checked": "The weights are what their header has the checksum of; no fidelity.json says how they were measured.",
+    "no record": "No fidelity.json and no checksum in the header: the weights can't be checked.",
 }
 
 

@@ -12,7 +12,6 @@ from bslora_convert.cli.options import Command, given, takes
 from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import OutputError, ThresholdMissed, Unsaved
-from bslora_convert.files.address import is_library
 from bslora_convert.recipe.measures import MEASURES
 from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.results.behaviour import LibraryVerification, PromptsRecord, Verification
@@ -44,6 +43,8 @@ def verify(output: Output, compact_dir: Path, **options: Any) -> None:
         files=[asked.prompts],
         base_model=asked.base_model,
     )
+    from bslora_convert.library.manifest import is_library
+
     if is_library(compact_dir):
         _library(output, compact_dir, asked)
         return

@@ -33,15 +33,6 @@ def resolve(path: str | Path) -> Path:
     return Path(library) / name
 
 
-def is_library(path: str | Path) -> bool:
-    """Whether an address means an output of `batch`; one that was pushed or copied has its summary, but not batch's own state.
-
-    :raises InputError: as `resolve`. :raises RecipeError: as `resolve`.
-    """
-    place = resolve(path)
-    return (place / MANIFEST).is_file() and ((place / STATE).is_dir() or (place / SUMMARY).is_file())
-
-
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()

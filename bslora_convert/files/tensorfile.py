@@ -1,5 +1,6 @@
 """Reading and writing tensor files without trusting what they say of themselves."""
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -106,18 +107,19 @@ def _holds_its_numbers(tensor: Tensor) -> bool:
 
 
 METADATA = {"format": "pt"}  # as PEFT writes
+CHECKSUM = "data_sha256"  # in the header of what is checked wherever it goes: SHA-256 of all bytes after the header
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that `write_tensors` would make: a length, the header filled up to eights, and the numbers.
+    """Bytes of the file that `write_tensors` would make with a checksum: a length, the header filled up to eights, the numbers.
 
-    Numbers stand in order of their dtypes, then of their names, which decides how many digits the offsets in the header have.
+    The order of the numbers decides how many digits the offsets in the header have.
     """
     codes = {dtype: code for code, dtype in DTYPE_CODES.items()}
-    order = list(codes)
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": {**METADATA, CHECKSUM: "0" * 64}}
     at = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+    for name in _in_order(tensors):
+        tensor = tensors[name]
         header[name] = {
             "dtype": codes[tensor.dtype],
             "shape": list(tensor.shape),
@@ -127,8 +129,29 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + at
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names as their numbers stand in a file: by dtype, then by name."""
+    order = list(DTYPE_CODES.values())
+    return sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+
+
+def holds_its_checksum(path: Path) -> bool | None:
+    """Whether a safetensors file's numbers are those that its own header has the checksum of; None where it has none.
+
+    :raises InputError: when it is damaged otherwise.
+    """
+    expected = read_metadata(path).get(CHECKSUM)
+    if expected is None:
+        return None
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest() == expected
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, checksum: bool = False) -> None:
     """Writes a safetensors file with the metadata that PEFT writes; tensors that share memory are written apart.
+
+    checksum: whether its header gets one of the numbers (`CHECKSUM`).
 
     :raises OSError: when it can't be written.
     """
@@ -140,14 +163,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             plain = plain.clone()
         seen.add(plain.untyped_storage().data_ptr())
         stored[name] = plain
+    metadata = dict(METADATA)
+    if checksum:
+        digest = hashlib.sha256()
+        for name in _in_order(stored):
+            digest.update(stored[name].reshape(-1).view(torch.uint8).numpy().data)
+        metadata[CHECKSUM] = digest.hexdigest()
     try:
-        save_file(stored, path, metadata=METADATA)
+        save_file(stored, path, metadata=metadata)
     except SafetensorError as error:  # a full disk, for instance, which is no OSError there
         raise OSError(f"{path}: {error}") from error
+    if checksum:
+        _order_metadata(path)
     with suppress(OSError):  # mounts of object stores have no modes
         path.chmod(
             path.parent.stat().st_mode & 0o666
         )  # whom the directory is open to; the library writes for the owner only
+
+
+def _order_metadata(path: Path) -> None:
+    """Puts a header's metadata in order, which the library leaves to chance: the same tensors give the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items(), reverse=True))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def check_finite(path: Path, key: str, tensor: Tensor) -> None:

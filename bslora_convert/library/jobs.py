@@ -21,6 +21,7 @@ from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.library.fetch import local_copy
 from bslora_convert.library.items import Item
+from bslora_convert.library.rows import measured
 from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.process.interrupt import heeded
 from bslora_convert.results.adapter import Fidelity
@@ -159,26 +160,7 @@ def _discard_damaged(job: Job) -> None:
 
 def done(job: Job, record: Fidelity) -> Result:
     """The row of a conversion that worked."""
-    compact, source = record.compact, record.source
-    return replace(
-        _row(job, "ok"),
-        final=True,
-        source_bytes=source.bytes,
-        bytes=compact.bytes,
-        parameters=compact.parameters,
-        parameter_ratio=compact.parameter_ratio,
-        relative_error=record.weight.relative_error,
-        heldout_kl=record.training.heldout_kl_after if record.training is not None else None,
-        settings={
-            **({"initialisation": found.file} if (found := record.initialisation) is not None and found.used else {}),
-            "transform": compact.transform,
-            "expanded_rank": compact.expanded_rank,
-            "source_rank": source.largest_rank,
-            "width": source.width,
-            "sha256": compact.sha256,
-            **({"loaded_bytes": compact.loaded_bytes} if compact.loaded_bytes is not None else {}),
-        },
-    )
+    return replace(_row(job, "ok"), final=True, **measured(record, read_json(job.destination / CONFIG_NAME)))
 
 
 def failure(job: Job, status: str, error: str, message: str, final: bool = False) -> Result:
@@ -198,14 +180,19 @@ def is_ours(job: Job, *copied: str) -> bool:
 
     A marker alone does not say so: an item that failed has one as well. copied: other sources of the same content.
     """
-    try:
-        if json.loads(job.marker.read_text(encoding="utf-8"))["status"] in ("ok", COPYING):
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if marked_ok(job.marker):
+        return True
     try:
         record = json.loads((job.destination / FIDELITY_NAME).read_text(encoding="utf-8"))
         return bool(record["source"]["path"] in (job.item.uri, *copied))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def marked_ok(marker: Path) -> bool:
+    """Whether a marker says that `batch` wrote a result."""
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8"))["status"] in ("ok", COPYING))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,14 +1,20 @@
 """The manifest of a converted library: which adapters it holds, by what `batch` wrote."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
 from bslora_convert.errors import InputError
-from bslora_convert.files.address import MANIFEST
+from bslora_convert.files.address import MANIFEST, resolve
+from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.remote import LOCAL, fetched
 from bslora_convert.files.store import Store, as_written, is_url, parts_of
+from bslora_convert.library.rows import row_of
 
 DONE = ("ok", "skipped")  # statuses of adapters that are there
 LARGEST_MANIFEST = 256 << 20
@@ -23,11 +29,14 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
         out = fetched(str(out))
     path = f"{as_written(out)}/{MANIFEST}" if is_url(out) else Path(out) / MANIFEST
     rows: dict[str, dict[str, Any]] = {}  # of an adapter that stands there twice the last one counts
-    for number, line in enumerate(_lines(out), 1):
+    lines = _lines(out)
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows[row["id"]] = row
         except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith(b"\n"):  # `batch` is writing it
+                continue
             raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
     return list(rows.values())
 
@@ -38,7 +47,7 @@ def _lines(out: str | Path) -> list[bytes]:
         path = Path(out) / MANIFEST
         if not path.is_file():
             raise missing
-        return path.read_bytes().splitlines()
+        return path.read_bytes().splitlines(keepends=True)
     store = Store.at(str(out))
     size = store.bytes_of(MANIFEST)
     if size is None:
@@ -47,17 +56,48 @@ def _lines(out: str | Path) -> list[bytes]:
         raise InputError(f"{as_written(out)}/{MANIFEST}: larger than {LARGEST_MANIFEST} bytes")
     with TemporaryDirectory(prefix="bslora-") as place:
         store.copy([MANIFEST], Path(place))
-        return (Path(place) / MANIFEST).read_bytes().splitlines()
+        return (Path(place) / MANIFEST).read_bytes().splitlines(keepends=True)
 
 
-def held(out: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(Rows of the adapters that a library holds, a note where some were converted and taken away since).
+def is_library(address: str | Path) -> bool:
+    """Whether an address means a library: one that `batch` made, pushed or copied ones too, or compact directories side by side.
+
+    :raises InputError: when it can't be fetched. :raises RecipeError: when fetching needs a package that is missing.
+    """
+    place = resolve(address)
+    if not place.is_dir() or (place / CONFIG_NAME).is_file():
+        return False
+    return (place / MANIFEST).is_file() or next(compact_in(place), None) is not None
+
+
+def tenants(place: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(A row for each adapter that a library holds, notes): by its manifest, or without one by what the directory holds.
+
+    Notes say where there is no manifest, and where adapters were converted and taken away since.
 
     :raises InputError: when it holds none, or its manifest is damaged.
     """
-    done = [row for row in read_manifest(out) if row["status"] in DONE]
-    there = [row for row in done if (out / row["id"]).is_dir()]
-    if not there:
-        raise InputError(f"{out}: holds no converted adapter")
-    gone = len(done) - len(there)
-    return there, [f"{gone} adapters of the manifest are not there any more"] if gone else []
+    if not (place / MANIFEST).is_file():
+        rows = [row_of(place / name, name) for name in compact_in(place)]
+        notes = [f"{place} has no {MANIFEST}: its adapters are the {len(rows)} compact directories that it holds"]
+        done = rows
+    else:
+        done = [row for row in read_manifest(place) if row["status"] in DONE]
+        rows = [row for row in done if (place / row["id"]).is_dir()]
+        gone = len(done) - len(rows)
+        notes = [f"{gone} adapters of the manifest are not there any more"] if gone else []
+    if not rows:
+        raise InputError(f"{place}: holds no converted adapter")
+    return rows, notes
+
+
+def compact_in(place: Path) -> Iterator[str]:
+    """Every compact directory below a place by its path there, none inside of another, hidden ones and links left out."""
+    for root, folders, files in os.walk(place):
+        at = Path(root)
+        if CONFIG_NAME in files and at != place:
+            folders.clear()
+            with suppress(InputError):
+                if read_json(at / CONFIG_NAME).get("peft_type") == PEFT_TYPE:
+                    yield at.relative_to(place).as_posix()
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))

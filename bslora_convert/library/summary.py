@@ -1,13 +1,15 @@
 """A library in numbers: how many ended how, bytes before and after, slots on a server, errors, throughput."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from bslora_convert.library.jobs import Result
 from bslora_convert.library.serving import serving
 from bslora_convert.results.library import BatchSummary, RunRecord
+from bslora_convert.version import __version__
 
 SCHEMA_VERSION = 1
 STATUSES = ("ok", "skipped", "failed", "refused")
@@ -35,7 +37,10 @@ def summarise(
     return BatchSummary(
         schema_version=SCHEMA_VERSION,
         items=items,
-        **counts,
+        ok=counts["ok"],
+        skipped=counts["skipped"],
+        failed=counts["failed"],
+        refused=counts["refused"],
         pending=items - len(rows),
         duplicates=sum(row.duplicate_of is not None for row in rows),
         bytes_before=before,
@@ -48,9 +53,19 @@ def summarise(
         adapters_per_second=len(converted) * rate if rate else None,
         source_bytes_per_second=sum(row.source_bytes or 0 for row in converted) * rate if rate else None,
         serving=serving([row.to_dict() for row in good]),
+        bases=bases_of([row.to_dict() for row in good]),
+        left_over=[],
+        pruned=[],
         notes=list(notes),
+        tool_version=__version__,
         run=run,
     )
+
+
+def bases_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Adapters by what they call their base model, the most frequent first. rows: of a manifest."""
+    said = Counter(str(row["settings"].get("base_model") or "unnamed") for row in rows)
+    return dict(said.most_common())
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -23,6 +23,7 @@ class BatchOptions:
     retry_failed: bool = option(False, "Try bad input of an earlier run again.", LIBRARY)
     fail_fast: bool = option(False, "Stop at the first failure.", LIBRARY)
     max_failures: int | None = option(None, "Stop after this many failures.", LIBRARY)
+    prune: bool = option(False, "Remove results whose source left the library.", LIBRARY)
     dry_run: bool = option(False, "Check every header and say what would be done.", LIBRARY)
     report_html: bool = option(True, "Write report.html beside each adapter.", OUTPUT)
     overwrite: bool = option(False, "Replace finished results of another recipe in OUT.", OUTPUT)

@@ -20,8 +20,9 @@ class RunRecord(Record):
 class BatchSummary(Record):
     """`summary.json`: what `batch` returns. serving: a server's slots before and after.
 
-    bytes_after: of all results, and of the initialisations that they have in common, which are bytes_in_common. notes: what was
-    left out of the library, or lies elsewhere, each in a line.
+    bytes_after: of all results, and of the initialisations that they have in common, which are bytes_in_common. behaviour: how
+    many adapters were measured, and how the measures spread. bases: adapters by base model. left_over: results whose source left
+    the library; pruned: those that were removed. notes: what was left out of the library, or lies elsewhere, each in a line.
     """
 
     schema_version: int
@@ -42,7 +43,12 @@ class BatchSummary(Record):
     adapters_per_second: float | None
     source_bytes_per_second: float | None
     serving: dict[str, Any] | None = None
+    behaviour: dict[str, Any] | None = None
+    bases: dict[str, int]
+    left_over: list[str]
+    pruned: list[str]
     notes: list[str]
+    tool_version: str
     run: RunRecord
 
     @property
@@ -63,6 +69,7 @@ class BatchPlan(Record):
     done: int
     bytes: int
     bad: list[dict[str, Any]]
+    left_over: list[str]
     notes: list[str]
 
     @property

@@ -19,9 +19,8 @@ from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.bslora.common import commons_in
 from bslora_convert.errors import InputError, OutputError
 from bslora_convert.extras import need
-from bslora_convert.files.address import MANIFEST, PAGE, STATE, SUMMARY
-from bslora_convert.files.landing import check_apart, check_outside, copy_files, landing, replace_file
-from bslora_convert.files.record import text_of
+from bslora_convert.files.address import MANIFEST, STATE
+from bslora_convert.files.landing import check_apart, check_outside, copy_files, landing
 from bslora_convert.files.store import is_url
 from bslora_convert.library.common import commons_of
 from bslora_convert.library.discovery import Discovery, discover
@@ -37,9 +36,11 @@ from bslora_convert.library.jobs import (
     mark,
     marker_of,
 )
+from bslora_convert.library.leftover import left_over, prune
 from bslora_convert.library.made_with import MadeWith, read_made_with, settle
 from bslora_convert.library.plan import LibraryPlan, plan_library
 from bslora_convert.library.summary import summarise
+from bslora_convert.library.written import write
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import built
@@ -83,7 +84,7 @@ def batch(
     own = shard_of(items, asked.shard)
     found = plan_library(own, out, made_with, asked, progress)
     if asked.dry_run:
-        return _dry(found, everything, own)
+        return _dry(found, everything, own, out)
     _make(out)
     made_with.keep(out)
     began = time.perf_counter()
@@ -101,9 +102,11 @@ def batch(
     final = _final(items, rows, out, made_with.key)
     named = {row.settings.get("initialisation") for row in final}
     in_common = sum(path.stat().st_size for path in commons_in(out) if path.name in named)
-    summary = summarise(final, len(items), seconds, run, in_common, everything.notes)
-    _write(out, final, summary)
-    return summary
+    left = left_over(out, {item.id for item in items})
+    pruned, kept = prune(out, left) if asked.prune else ([], [])
+    summary = summarise(final, len(items), seconds, run, in_common, [*everything.notes, *kept])
+    left = [name for name in left if name not in pruned]
+    return write(out, [row.to_dict() for row in final], replace(summary, left_over=left, pruned=pruned))
 
 
 def resume(
@@ -182,16 +185,6 @@ def _final(items: Sequence[Item], rows: Sequence[Result], out: Path, options: st
     return [row for row in everyone if row is not None]
 
 
-def _write(out: Path, rows: Sequence[Result], summary: BatchSummary) -> None:
-    """Manifest, summary and page."""
-    from bslora_convert.report import library as report
-
-    listed = [row.to_dict() for row in rows]
-    replace_file(out / MANIFEST, "".join(json.dumps(row) + "\n" for row in listed))
-    replace_file(out / SUMMARY, text_of(summary.to_dict()))
-    replace_file(out / PAGE, report.render(summary, listed))
-
-
 def _known(out: Path, name: str, options: str) -> Result | None:
     """The marker that another run or shard with the same options left for an item that this run did not come to."""
     with suppress(OSError, ValueError, TypeError):
@@ -200,7 +193,7 @@ def _known(out: Path, name: str, options: str) -> Result | None:
     return None
 
 
-def _dry(found: LibraryPlan, everything: Discovery, own: Sequence[Item]) -> BatchPlan:
+def _dry(found: LibraryPlan, everything: Discovery, own: Sequence[Item], out: Path) -> BatchPlan:
     """What a run would do."""
     return BatchPlan(
         dry_run=True,
@@ -211,6 +204,7 @@ def _dry(found: LibraryPlan, everything: Discovery, own: Sequence[Item]) -> Batc
         done=sum(result.status == "skipped" for result in found.known),
         bytes=found.bytes,
         bad=[result.to_dict() for result in found.known if result.status != "skipped"],
+        left_over=left_over(out, {item.id for item in everything.items}),
         notes=everything.notes,
     )
 

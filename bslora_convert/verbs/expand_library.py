@@ -8,7 +8,7 @@ from bslora_convert.files.address import MARK, resolve
 from bslora_convert.files.landing import check_apart, check_output, check_outside
 from bslora_convert.files.store import as_written, is_url
 from bslora_convert.library.each import OK, for_each
-from bslora_convert.library.manifest import held
+from bslora_convert.library.manifest import tenants
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.expanding import ExpandOptions
 from bslora_convert.results.adapter import ServedRecord
@@ -35,7 +35,7 @@ def expand_library(
     place, out, address = resolve(library), Path(out), as_written(library)
     asked = planned(options, fields)
     check_place(place, out, asked.overwrite)
-    there, gone = held(place)
+    there, gone = tenants(place)
 
     def one(row: Any, _: Progress) -> dict[str, Any]:
         name = f"{address}{MARK}{row['id']}" if is_url(address) else None

@@ -14,7 +14,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
-from bslora_convert.library.manifest import held
+from bslora_convert.library.manifest import tenants
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
@@ -44,7 +44,7 @@ def verify_library(
             raise RecipeError(f"{name} is of one adapter, and this is a library: leave it out", name)
     if asked.save:
         check_saved(address)
-    there, gone = held(library)
+    there, gone = tenants(library)
     prompts = asked.prompts is not None or any(row.get("prompts") for row in there)
     asked.check_measured(prompts, also="; the library's manifest names no prompts")
 

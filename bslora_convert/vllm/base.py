@@ -1,9 +1,10 @@
-"""Whether an adapter is for the base model that is served, by name and by shape: vLLM checks neither.
+r"""Whether an adapter is for the base model that is served, by name and by shape: vLLM checks neither.
 
-A name is the served one's if it is the same, ends alike (`org/model` and `/models/model`), or is among the aliases. Shapes are
-those of the headers of the base's safetensors files; where there are none, names alone decide.
+A name is the served one's, or an alias's, if both end alike: `org/My_Model`, `/models/my-model` and `D:\x\My-Model` do. Shapes
+are those of the headers of the base's safetensors files; where there are none, names alone decide.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def check_name(said: str | None, served: str, aliases: Collection[str]) -> None:
 
     :raises Refused: naming both.
     """
-    if said is None or ANY in aliases or said in aliases or said == served or _last(said) == _last(served):
+    if said is None or ANY in aliases or last_part(said) in {last_part(name) for name in (served, *aliases)}:
         return
     raise Refused(
         f"it is for the base model {said}, and {served} is served; if they are the same, say so in BSLORA_BASE_ALIASES"
@@ -99,5 +100,6 @@ def _place(base: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+def last_part(name: str) -> str:
+    """What is compared of a base model's name: its last part, whatever parts it, without case, `_` as `-`."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower().replace("_", "-")

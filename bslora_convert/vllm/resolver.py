@@ -1,10 +1,8 @@
-"""From a name to what vLLM is told, whatever happens: a path that it loads, a path whose loading fails, or nothing.
+"""From a name to what vLLM is told, whatever happens: a path that it loads, nothing, or why it is refused.
 
-    a directory     200                    the tenant's LoRA
-    `refused`       400 by vLLM            damaged, of another base, not servable, no room; the reason is in the log
-    None            404 by vLLM            no such tenant
-
-vLLM calls a resolver outside of what it guards, so an exception would be answered by 500 and a closed connection.
+a directory     200     the tenant's LoRA
+None            404     no such tenant
+`Declined`      400     damaged, of another base, not servable, no room, or a fault of the server's own; the answer says which
 """
 
 import logging
@@ -18,22 +16,29 @@ from bslora_convert.vllm.tenants import Tenants
 LONGEST = 80  # letters of a name that a line of log shows
 
 
+class Declined(Exception):
+    """Why a name that may be a tenant's is not answered, for whoever asked: no path of the server is in it."""
+
+
 class Resolver:
-    """Answers names; never raises."""
+    """Answers names; raises `Declined` alone."""
 
     def __init__(self, tenants: Tenants, log: logging.Logger) -> None:
         self.tenants, self.log, self.outcomes = tenants, log, Outcomes()
 
     def answer(self, name: str, base: str) -> Path | None:
-        """What vLLM is to load for a name; `refused` and None as the module says."""
+        """What vLLM is to load for a name; None where it is no tenant's.
+
+        :raises Declined: when it is refused, with the reason that stands in the log.
+        """
         began = time.perf_counter()
         shown = repr(name[:LONGEST])
         try:
             tenant = self.tenants.find(name, base)
         except BsloraConvertError as error:
-            return self._refused(shown, str(error))
+            raise self._declined(shown, str(error)) from None
         except Exception as error:  # a full disk, for instance: one tenant's trouble, not the server's
-            return self._refused(shown, f"{type(error).__name__}: {error}")
+            raise self._declined(shown, f"{type(error).__name__}: {error}") from None
         spent = 1000 * (time.perf_counter() - began)
         if tenant is None:
             self.outcomes.add(UNKNOWN)
@@ -44,7 +49,12 @@ class Resolver:
         self.log.info("bslora: %s, %d bytes, %s, %.0f ms (%s)", shown, tenant.bytes, what, spent, self.outcomes.words())
         return tenant.path
 
-    def _refused(self, shown: str, reason: str) -> Path:
+    def _declined(self, shown: str, reason: str) -> Declined:
         self.outcomes.add(REFUSED)
         self.log.warning("bslora: %s is refused: %s (%s)", shown, reason, self.outcomes.words())
-        return self.tenants.snapshots.refused
+        settings = self.tenants.settings
+        for place in (settings.library, settings.cache):
+            reason = reason.replace(f"{place}/", "").replace(
+                str(place), place.name if isinstance(place, Path) else "the library"
+            )
+        return Declined(f"{shown} is refused: {reason}")

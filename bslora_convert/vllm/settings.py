@@ -67,6 +67,11 @@ class Settings:
         )
 
 
+def is_strict(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a server that can't serve its tenants is not to start."""
+    return environment.get("BSLORA_STRICT", "1") != "0"
+
+
 def _check_url(library: object) -> None:
     """:raises RecipeError: unless it is a URL that a library may have; the store itself is asked with the first tenant."""
     if not is_url(library):

@@ -2,7 +2,6 @@
 
     CACHE/lora/<digest>/        a PEFT LoRA; the digest is of everything that decides its bytes
     CACHE/compact/<digest>/     or, where workers decode, the compact adapter's own files
-    CACHE/refused/              handed out in the place of an adapter that can't be served: loading it fails, which is a 400
     CACHE/.lock                 shared by every living server; whoever gets it alone may tidy up
 
 A path that was handed out is read again at any time, so there is a bound and no eviction: what does not fit is refused. When a
@@ -11,7 +10,6 @@ server starts and no other lives, what was not used the longest goes first until
 
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -21,12 +19,10 @@ from pathlib import Path
 from typing import IO
 
 from bslora_convert.errors import InputError, Refused
-from bslora_convert.lora.place import CONFIG_NAME
 from bslora_convert.vllm.settings import PLANS
 
 LAYOUT = 1  # of what is written; part of every digest
 PARTIAL = ".partial-"
-REFUSED_CONFIG: dict[str, object] = {}  # no r, no lora_alpha: every loader stops at it
 
 
 class Snapshots:
@@ -42,9 +38,6 @@ class Snapshots:
             raise PermissionError(f"{place} belongs to another user; give BSLORA_CACHE a place of your own")
         self.held = place / plan
         self.held.mkdir(exist_ok=True)
-        self.refused = place / "refused"
-        self.refused.mkdir(exist_ok=True)
-        (self.refused / CONFIG_NAME).write_text(json.dumps(REFUSED_CONFIG), encoding="utf-8")
         self._writing: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self._lock = self._joined()

@@ -531,7 +531,9 @@ def test_all_verbs_end_to_end(tmp_path: Path, mode: str, dtype: torch.dtype) -> 
     written = expand(tmp_path / "compact", tmp_path / "again", format="official")
     assert written["ranks"] == {"local": 2, "intra": 4, "inter": 8}
     assert written["parameters"] == seen["stored_parameters"]
-    assert written["relative_error"] == 0.0
+    again = load_official(tmp_path / "again").form
+    assert all(same(a, b) for a, b in zip(form.tensors(), again.tensors(), strict=True))
+    assert written["relative_error"] < 1e-6  # products of the same numbers, which lie elsewhere in memory
     after = load_file(tmp_path / "again" / WEIGHTS)
     assert set(after) == set(tensors)
     assert all(same(tensor, after[key]) for key, tensor in tensors.items())

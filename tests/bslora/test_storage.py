@@ -115,7 +115,10 @@ def test_the_format_is_what_it_was(tmp_path: Path) -> None:
     form = plant(Kronecker(4), (1, 1, 2), layers=1, kinds=KINDS).to(torch.bfloat16)
     directory = saved(form, tmp_path / "out")
     with safe_open(directory / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata() == {
+            "format": "pt",
+            "data_sha256": "08f96fe8bd5de2bdcdf4bf8ba9c932d3b5461075982eda3f5efc089025644465",
+        }
         header = {
             key: (file.get_slice(key).get_dtype(), file.get_slice(key).get_shape()) for key in sorted(file.keys())
         }

@@ -31,7 +31,7 @@ from bslora_convert.bslora.codes.widths import WIDTHS
 from bslora_convert.coding.encode import DISTORTIONS, encode, lost_shares
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.errors import InputError
-from bslora_convert.files.tensorfile import DTYPE_CODES, file_bytes, write_tensors
+from bslora_convert.files.tensorfile import DTYPE_CODES, file_bytes, holds_its_checksum, read_tensors, write_tensors
 
 CODED = [width for width in WIDTHS if width < 16]
 GOLDEN = Path(__file__).parent / "golden"
@@ -251,8 +251,13 @@ def test_the_size_of_a_file_is_known_before_it_is_written(data: st.DataObject) -
     chosen = data.draw(st.dictionaries(names, st.tuples(shapes, kinds), max_size=10))
     tensors = {name: torch.zeros(shape).to(dtype) for name, (shape, dtype) in chosen.items()}
     with tempfile.TemporaryDirectory() as place:
-        write_tensors(Path(place) / "file", tensors)
-        assert (Path(place) / "file").stat().st_size == file_bytes(tensors)
+        file = Path(place) / "file"
+        write_tensors(file, tensors, checksum=True)
+        assert file.stat().st_size == file_bytes(tensors)
+        assert holds_its_checksum(file)
+        assert {name: tensor.shape for name, tensor in read_tensors(file.rename(f"{file}.safetensors")).items()} == {
+            name: tensor.shape for name, tensor in tensors.items()
+        }
 
 
 def test_groups() -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from bslora_convert import Recipe, compress, expand, finetune, inspect, load_compact, verify
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError
 from bslora_convert.files.hashing import sha256
-from bslora_convert.files.record import AS_WRITTEN, CHANGED, NO_RECORD
+from bslora_convert.files.record import AS_WRITTEN, CHANGED, CHECKED, NO_RECORD
 from tests.conftest import FIXTURES
 
 TINY = FIXTURES / "tiny"
@@ -82,8 +83,18 @@ def test_one_goes_on_knowingly(compact: Path, tmp_path: Path) -> None:
 
 def test_without_a_record_a_reader_says_so(compact: Path, tmp_path: Path) -> None:
     (compact / "fidelity.json").unlink()
+    assert inspect(compact)["integrity"] == CHECKED
+    assert any("nobody knows how they were measured" in note for note in expand(compact, tmp_path / "lora")["notes"])
+    whole = (compact / WEIGHTS_NAME).read_bytes()
+    flip(compact / WEIGHTS_NAME)  # the header's checksum goes with the file
+    with pytest.raises(InputError, match="or in its own header"):
+        load_compact(compact)
+    (compact / WEIGHTS_NAME).write_bytes(whole)
+    save_file(load_file(compact / WEIGHTS_NAME), compact / WEIGHTS_NAME, {"format": "pt"})  # as PEFT saves it again
     assert inspect(compact)["integrity"] == NO_RECORD
-    assert any("no record" in note for note in expand(compact, tmp_path / "lora")["notes"])
+    assert any(
+        "can't be checked" in line for line in CliRunner().invoke(main, ["inspect", str(compact)]).stdout.split("\n")
+    )
     (compact / "fidelity.json").write_text("{")
     with pytest.raises(InputError, match=r"fidelity\.json: not valid JSON"):
         load_compact(compact)

@@ -303,7 +303,9 @@ def test_a_torn_manifest_is_named_and_the_last_row_counts(tmp_path: Path) -> Non
     text = manifest.read_text()
     manifest.write_text(text + json.dumps({**json.loads(text), "status": "skipped"}) + "\n")
     assert [row["status"] for row in read_manifest(tmp_path / "out")] == ["skipped"]
-    manifest.write_text(text + text[: len(text) // 2])
+    manifest.write_text(text + text[: len(text) // 2])  # a row that is being written
+    assert len(read_manifest(tmp_path / "out")) == 1
+    manifest.write_text(text + text[: len(text) // 2] + "\n")
     with pytest.raises(InputError, match="line 2 is damaged"):
         read_manifest(tmp_path / "out")
 

@@ -3,7 +3,11 @@
 import asyncio
 import json
 import logging
+import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -35,6 +39,13 @@ class Request:
 class Resolver(ABC):
     @abstractmethod
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Request | None: ...
+
+
+class Answered(Exception):
+    """FastAPI's HTTPException."""
+
+    def __init__(self, status_code: int, detail: str) -> None:
+        super().__init__(f"{status_code}: {detail}")
 
 
 class Registry:
@@ -96,13 +107,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path) -> 
         "vllm": {}, "vllm.lora": {}, "vllm.lora.request": {"LoRARequest": Request},
         "vllm.lora.resolver": {"LoRAResolver": Resolver, "LoRAResolverRegistry": found.registry},
         "vllm.lora.peft_helper": {"PEFTHelper": found.helper}, "vllm.lora.lora_model": {"LoRAModel": found.model},
+        "fastapi": {"HTTPException": Answered},
     }  # fmt: skip
     for name, content in parts.items():
         module = ModuleType(name)
         for key, value in content.items():
             setattr(module, key, value)
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("BSLORA_PLAN", "BSLORA_BASE_ALIASES", "BSLORA_CACHE_GIB"):
+    for name in ("BSLORA_PLAN", "BSLORA_BASE_ALIASES", "BSLORA_CACHE_GIB", "BSLORA_STRICT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BSLORA_LIBRARY", str(library))
     monkeypatch.setenv("BSLORA_CACHE", str(tmp_path / "cache"))
@@ -120,7 +132,6 @@ def test_names_become_requests(
 ) -> None:
     monkeypatch.setenv("BSLORA_PLAN", plan)
     plugin.register()
-    assert not (tmp_path / "cache").exists()  # a worker opens nothing
     request = ask(stand_in.registry, "t")
     assert request is not None
     assert (request.lora_name, Path(request.lora_path).parent.name) == ("t", plan)
@@ -128,18 +139,90 @@ def test_names_become_requests(
     shutil.rmtree(tmp_path / "library" / "t")
     (tmp_path / "library" / "t").mkdir()
     (tmp_path / "library" / "t" / "adapter_config.json").write_text("{")
-    refused = ask(stand_in.registry, "t")
-    assert refused is not None
-    assert Path(refused.lora_path).name == "refused"
+    with pytest.raises(Answered, match=r"^400: 't' is refused: t/adapter_model\.safetensors: can't be read"):
+        ask(stand_in.registry, "t")
 
 
-def test_a_cache_that_can_not_be_opened_raises_nothing(
-    stand_in: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "cache").write_text("a file")
+def unwritable(library: Path, cache: Path) -> None:
+    cache.write_text("a file")
+
+
+def of_another_version(library: Path, cache: Path) -> None:
+    path = library / "t" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 4}))
+
+
+def torn(library: Path, cache: Path) -> None:
+    (library / "manifest.jsonl").write_text("{\n{}\n")
+
+
+FAULTS = {
+    "BSLORA_CACHE .* can't be written to": unwritable,
+    "holds no adapter that can be served: t: format_version is 4": of_another_version,
+    "line 1 is damaged": torn,
+    "BSLORA_LIBRARY is": lambda library, cache: shutil.rmtree(library),
+}
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_a_server_that_can_not_serve_its_tenants_does_not_start(
+    stand_in: SimpleNamespace, library: Path, tmp_path: Path, words: str, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    FAULTS[words](library, tmp_path / "cache")
+    with pytest.raises(SystemExit):
+        plugin.register()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.search(words, line)
+    assert "BSLORA_STRICT=0" in line
+    assert not stand_in.registry.held
+    monkeypatch.setenv("BSLORA_STRICT", "0")
     plugin.register()
-    assert ask(stand_in.registry, "t") is None
-    assert "can't be resolved" in caplog.text
+    with pytest.raises(Answered, match=r"^400: "):  # a tenant is never unknown for a fault of the server's own
+        ask(stand_in.registry, "t")
+
+
+def test_some_adapters_of_another_version_are_named(
+    stand_in: SimpleNamespace, library: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(library / "t", library / "old")
+    of_another_version(library, tmp_path)
+    plugin.register()
+    assert "1 adapters can't be served: t: format_version is 4" in caplog.text
+    assert ask(stand_in.registry, "old") is not None
+
+
+def test_a_worker_opens_nothing(stand_in: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: object())
+    plugin.register()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir() or os.getuid() != 0, reason="mounts something")
+def test_a_read_only_root_with_a_memory_backed_cache(library: Path, tmp_path: Path) -> None:
+    """As a container has it: nothing can be written to but the cache."""
+    code = (
+        "import sys, logging; from pathlib import Path; from bslora_convert.vllm.starting import check, warm_up; "
+        "from bslora_convert.vllm.settings import Settings; from bslora_convert.vllm.tenants import Tenants; "
+        "settings = Settings.of(); check(settings); warm_up(); "
+        f"print(Tenants(settings).find('t', {BASE!r}).path)"
+    )
+    inside = (
+        "mount -t tmpfs tmpfs /dev/shm && mount -o remount,bind,ro / && cd / && ! touch /tmp/x 2>/dev/null && "
+        f"exec {sys.executable} -B -c {shlex.quote(code)}"
+    )
+    given = {
+        **os.environ,
+        "BSLORA_LIBRARY": str(library),
+        "BSLORA_CACHE": "/dev/shm/bslora",
+        "TMPDIR": "/dev/shm",
+        "PYTHONPATH": str(FIXTURES.parent),
+    }
+    done = subprocess.run(["unshare", "-m", "sh", "-c", inside], env=given, capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr or "remount" in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("/dev/shm/bslora/lora/")
 
 
 def test_another_vllm_gets_loras_that_are_written(

@@ -63,6 +63,13 @@ def numbers_of(
     return values
 
 
+def make_ready() -> None:
+    """Has what the first adapter would pay for done: the loop compiled, the tables read."""
+    if can_compile():
+        one = torch.tensor([1])
+        walked({1: torch.zeros(GROUP // 8, dtype=torch.uint8)}, {}, one, one * GROUP, torch.ones(1), torch.float32)
+
+
 def is_walked(device: torch.device, numbers: int) -> bool:
     """Whether so many numbers, on that device, are worth the compiler's start."""
     return device.type == "cpu" and numbers >= MANY and can_compile()

@@ -1,0 +1,61 @@
+"""What stands beside the adapters of a library: manifest, summary and page, written together from the same rows."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.jsonfile import read_json
+from bslora_convert.files.landing import replace_file
+from bslora_convert.files.record import text_of
+from bslora_convert.library.manifest import DONE, read_manifest
+from bslora_convert.library.rows import BEHAVIOUR, behaviour_of
+from bslora_convert.results.library import BatchSummary
+
+
+def write(out: Path, rows: Sequence[Mapping[str, Any]], summary: BatchSummary) -> BatchSummary:
+    """Writes the three, with what has been measured of each adapter's behaviour, and returns the summary as it was written."""
+    from bslora_convert.report import library as report
+
+    listed = [_with_behaviour(out, row) for row in rows]
+    summary = replace(summary, behaviour=_spread([row["behaviour"] for row in listed if row.get("behaviour")]))
+    replace_file(out / MANIFEST, "".join(json.dumps(row) + "\n" for row in listed))
+    replace_file(out / SUMMARY, text_of(summary.to_dict()))
+    replace_file(out / PAGE, report.render(summary, listed))
+    return summary
+
+
+def refresh(out: Path) -> None:
+    """Writes them anew, after adapters were measured; nothing where `batch` left no summary."""
+    if (out / SUMMARY).is_file():
+        write(out, read_manifest(out), BatchSummary.from_dict(read_json(out / SUMMARY)))
+
+
+def library_of(directory: Path) -> Path | None:
+    """The library that a directory is an adapter of, by the manifest above it; None where it is of none."""
+    for above in directory.absolute().parents:
+        if (above / MANIFEST).is_file():
+            name = directory.absolute().relative_to(above).as_posix()
+            return above if any(row["id"] == name for row in read_manifest(above)) else None
+    return None
+
+
+def _with_behaviour(out: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    found = behaviour_of(out / row["id"]) if row["status"] in DONE else None
+    return {**row, "behaviour": found}
+
+
+def _spread(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How many were measured, and the least, median and largest of each measure; None where none was."""
+    if not found:
+        return None
+    spread: dict[str, Any] = {"measured": len(found)}
+    for name in BEHAVIOUR:
+        values = [row[name] for row in found if row.get(name) is not None]
+        if values:
+            spread[name] = {"min": min(values), "p50": float(np.quantile(values, 0.5)), "max": max(values)}
+    return spread
