@@ -14,7 +14,6 @@ from bslora_convert.version import __version__
 if TYPE_CHECKING:
     from bslora_convert.behaviour.attach import load_into
     from bslora_convert.bslora.storage import load_compact, save_compact
-    from bslora_convert.files.hub import push
     from bslora_convert.lora import load_lora
     from bslora_convert.peft.many import load_many
     from bslora_convert.recipe.recipe import Recipe
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from bslora_convert.verbs.expand_library import expand_library
     from bslora_convert.verbs.finetune import finetune
     from bslora_convert.verbs.inspect import inspect
+    from bslora_convert.verbs.push import push
     from bslora_convert.verbs.verify import verify
     from bslora_convert.verbs.verify_library import verify_library
 
@@ -45,7 +45,7 @@ _HOMES = {
     "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
     "load_many": "bslora_convert.peft.many",
-    "push": "bslora_convert.files.hub",
+    "push": "bslora_convert.verbs.push",
     "save_compact": "bslora_convert.bslora.storage",
     "verify": "bslora_convert.verbs.verify",
     "verify_library": "bslora_convert.verbs.verify_library",

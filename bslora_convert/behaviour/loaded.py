@@ -5,22 +5,24 @@ Nothing is kept unless a process asks for it (`keep_base`, `base_kept`). Whoever
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from bslora_convert.behaviour.known import Known
 from bslora_convert.behaviour.model import BaseModel, load_base
 
 
 @dataclass(slots=True)
 class _Kept:
-    """What this process keeps. key: name, device and dtype that it was asked for by."""
+    """What this process keeps. key: name, device and dtype that it was asked for by. bare: what the base predicts by itself."""
 
     wanted: bool = False
     key: tuple[str, str, str] | None = None
     base: BaseModel | None = None
+    bare: Known | None = None
 
 
 _kept = _Kept()
@@ -51,7 +53,16 @@ def keep_base() -> None:
 
 def drop_base() -> None:
     """Lets the base model go; the next one is kept again where that was asked for."""
-    _kept.key = _kept.base = None
+    _kept.key = _kept.base = _kept.bare = None
+
+
+def bare_of(base: BaseModel) -> Known:
+    """What a base predicts by itself: of one that is kept each row is run once for all adapters; of others nothing is kept."""
+    if base is not _kept.base:
+        return Known(base, nullcontext(), keep=False)
+    if _kept.bare is None:
+        _kept.bare = Known(base, nullcontext())
+    return _kept.bare
 
 
 @contextmanager

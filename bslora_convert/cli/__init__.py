@@ -9,6 +9,7 @@ from bslora_convert.cli.compress import compress
 from bslora_convert.cli.expand import expand
 from bslora_convert.cli.finetune import finetune
 from bslora_convert.cli.inspect import inspect
+from bslora_convert.cli.push import push
 from bslora_convert.cli.recipe import recipe
 from bslora_convert.cli.verify import verify
 from bslora_convert.version import __version__
@@ -30,9 +31,10 @@ def main() -> None:
       bslora-convert verify   OUT_DIR  --base-model BASE --prompts PROMPTS.jsonl
       bslora-convert finetune OUT_DIR  TUNED_DIR --reference LORA_DIR --base-model BASE --prompts PROMPTS.jsonl
       bslora-convert capacity OUT      --gpu-gib 80 --base-gib 20
+      bslora-convert push     OUT_DIR  ORG/NAME
       bslora-convert recipe > recipe.toml
     """
 
 
-for verb in (analyze, batch, capacity, compare, compress, expand, finetune, inspect, recipe, verify):
+for verb in (analyze, batch, capacity, compare, compress, expand, finetune, inspect, push, recipe, verify):
     main.add_command(verb)

@@ -11,7 +11,6 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, chosen, given, recipe_file_option, takes
-from bslora_convert.cli.pushing import look_at_push, push_options, pushed
 from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.files.record import named
@@ -29,15 +28,12 @@ SHOWN = 5  # bad adapters whose reasons are printed
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @takes(*RECIPE_PARTS.values(), Recipe, Training, BatchOptions, verb="compress")
 @recipe_file_option
-@push_options
 @verb
 def batch(
     output: Output,
     library: str,
     out: Path | None,
     recipe_file: Path | None,
-    push: str | None,
-    push_dry_run: bool,
     **options: Any,
 ) -> None:
     """Converts a library: a directory tree, a manifest (JSONL, CSV) or an fsspec URL.
@@ -51,7 +47,6 @@ def batch(
       bslora-convert batch s3://bucket/adapters ./compact --shard 3/16
       bslora-convert batch ./compact --resume
     """
-    look_at_push(push, push_dry_run)
     if "://" not in library:
         look([library])
     from bslora_convert.verbs.batch import batch as run_batch
@@ -66,12 +61,9 @@ def batch(
         run = partial(go_on, out)
     else:
         run = partial(run_batch, library, out, recipe, training if recipe.calibration.runs else None)
-    uploaded = None
     try:
         with output.bar("batch") as progress:
             found = run(BatchOptions(**said), progress=progress)
-            if isinstance(found, BatchSummary):
-                uploaded = pushed(out, push, push_dry_run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; what is done stays in {out}, and the same command goes on from there"
@@ -81,9 +73,7 @@ def batch(
     from bslora_convert.report import commands
 
     if isinstance(found, BatchSummary):
-        output.result(
-            found, lambda console: _show(console, found, out), commands.after_batch(found, str(out)), uploaded
-        )
+        output.result(found, lambda console: _show(console, found, out), commands.after_batch(found, str(out)))
     else:
         output.result(found, lambda console: _show_plan(console, found))
     if found.is_failed:
@@ -116,8 +106,18 @@ def _show_plan(console: Any, plan: BatchPlan) -> None:
         f"{plan.items} adapters, {plan.to_convert} to convert ({plan.bytes / 1e6:,.1f} MB), {plan.duplicates} copies of them, "
         f"{plan.done} done, {len(plan.bad)} bad"
     )
+    _show_left(console, plan.left_over)
     show_failed(console, plan.bad)
     _show_notes(console, plan.notes)
+
+
+def _show_left(console: Any, names: Sequence[str]) -> None:
+    if names:
+        console.print(
+            f"{len(names)} results are of no adapter of the library any more, so they are no tenants ({named(names, SHOWN)}): "
+            "--prune removes them",
+            style="yellow",
+        )
 
 
 def _show_notes(console: Any, notes: Sequence[str]) -> None:
@@ -137,6 +137,9 @@ def _show(console: Any, summary: BatchSummary, out: Path) -> None:
     show_failed(console, bad[:SHOWN])
     if len(bad) > SHOWN:
         console.print(f"and {len(bad) - SHOWN} more, with their reasons in {out / 'report.html'}", style="yellow")
+    if summary.pruned:
+        console.print(f"Removed {len(summary.pruned)} whose source left the library: {named(summary.pruned, SHOWN)}")
+    _show_left(console, summary.left_over)
     _show_notes(console, summary.notes)
     if summary.byte_ratio is not None and summary.relative_error is not None:
         error = summary.relative_error
@@ -150,6 +153,14 @@ def _show(console: Any, summary: BatchSummary, out: Path) -> None:
             console.print(summary.serving["warning"], style="yellow")
     if summary.adapters_per_second:
         console.print(f"{summary.adapters_per_second:.2f} adapters a second")
+    if (found := summary.behaviour) is not None:
+        kept = found.get("retention")
+        worst = f", retention {kept['min']:.2%} at least" if kept else ""
+        console.print(f"Behaviour was measured of {found['measured']} adapters{worst}")
+    from bslora_convert.report import commands
+
+    if (served := commands.serve_library(summary, str(out))) is not None:
+        console.print(f"To serve it: {served}", soft_wrap=True)
     console.print(f"manifest.jsonl, summary.json and report.html are in {out}", style="dim")
 
 

@@ -8,7 +8,6 @@ import click
 from bslora_convert.cli.early import look
 from bslora_convert.cli.finetune import goes_on, show_training
 from bslora_convert.cli.options import Command, chosen, recipe_file_option, takes
-from bslora_convert.cli.pushing import look_at_push, push_options, pushed
 from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.errors import ThresholdMissed
@@ -23,15 +22,12 @@ from bslora_convert.results.adapter import Fidelity
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @takes(*RECIPE_PARTS.values(), Recipe, Training, OutputOptions, verb="compress")
 @recipe_file_option
-@push_options
 @verb
 def compress(
     output: Output,
     lora_dir: Path,
     out_dir: Path,
     recipe_file: Path | None,
-    push: str | None,
-    push_dry_run: bool,
     **options: Any,
 ) -> None:
     """Converts one LoRA adapter into BSLoRA form.
@@ -50,7 +46,6 @@ def compress(
     recipe, training, rest = chosen(options, recipe_file)
     how = OutputOptions(**rest)
     files = recipe.calibration.files.values()
-    look_at_push(push, push_dry_run)
     look([lora_dir], out=out_dir, overwrite=how.overwrite, files=files, base_model=recipe.calibration.base_model)
     from bslora_convert.verbs.compress import compress as run
 
@@ -64,14 +59,13 @@ def compress(
             report_html=how.report_html,
             progress=progress,
         )
-        uploaded = pushed(out_dir, push, push_dry_run)
     output.notes(record.notes)
     from bslora_convert.report import commands
     from bslora_convert.report.verdict import without_gain
 
     reason = without_gain(record)
     following = commands.after_compress(record, str(out_dir)) if reason is None else None
-    output.result(record, lambda console: _show(console, record, out_dir), following, uploaded)
+    output.result(record, lambda console: _show(console, record, out_dir), following)
     if reason is not None:
         raise ThresholdMissed(f"{reason} ({out_dir} was written all the same)")
 

@@ -9,7 +9,6 @@ import click
 
 from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, given, takes
-from bslora_convert.cli.pushing import look_at_push, push_options, pushed
 from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
 from bslora_convert.recipe.expanding import ExpandOptions
@@ -21,11 +20,8 @@ from bslora_convert.results.library import LibraryExpansion
 @click.argument("compact_dir", metavar="COMPACT", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @takes(ExpandOptions, verb="expand")
-@push_options
 @verb
-def expand(
-    output: Output, compact_dir: Path, out_dir: Path, push: str | None, push_dry_run: bool, **options: Any
-) -> None:
+def expand(output: Output, compact_dir: Path, out_dir: Path, **options: Any) -> None:
     """Writes a compact adapter back as a standard PEFT LoRA, or as what an engine reads.
 
     All scaling is in B, and lora_alpha equals r, the largest rank of any module. Engines that take one rank only, or divide by
@@ -41,28 +37,26 @@ def expand(
       bslora-convert expand ./my-lora-compact ./for-llama-cpp --for llama.cpp --base-model ./base --dtype q8_0
       bslora-convert expand ./compact-library ./for-the-servers --for vllm
     """
-    look_at_push(push, push_dry_run)
     asked = ExpandOptions(**given(options))
     look([compact_dir])
     from bslora_convert.library.manifest import is_library
 
     if is_library(compact_dir):
-        _library(output, compact_dir, out_dir, asked, (push, push_dry_run))
+        _library(output, compact_dir, out_dir, asked)
         return
     look([compact_dir], out=out_dir, overwrite=asked.overwrite)
     from bslora_convert.verbs.expand import expand as run
 
     with output.bar("expand"):
         result = run(compact_dir, out_dir, asked)
-        uploaded = pushed(out_dir, push, push_dry_run)
     output.notes(result.notes)
     from bslora_convert.report import commands
 
     following = commands.after_expand(result, str(out_dir))
-    output.result(result, lambda console: _show(console, result, out_dir), following, uploaded)
+    output.result(result, lambda console: _show(console, result, out_dir), following)
 
 
-def _library(output: Output, library: Path, out_dir: Path, asked: ExpandOptions, push: tuple[str | None, bool]) -> None:
+def _library(output: Output, library: Path, out_dir: Path, asked: ExpandOptions) -> None:
     """Every adapter of a library; exit code 1 where something went wrong with one."""
     if not asked.overwrite:  # with it, each adapter's own directory is what is looked at
         look([library], out=out_dir)
@@ -71,23 +65,23 @@ def _library(output: Output, library: Path, out_dir: Path, asked: ExpandOptions,
     try:
         with output.bar("expand") as progress:
             result = expand_library(library, out_dir, asked, progress=progress)
-            uploaded = pushed(out_dir, *push)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the adapters that were written stay in {out_dir}") from None
     output.notes(result.notes)
     from bslora_convert.report import commands
 
     following = commands.after_expand(result, str(out_dir)) if not result.bad else None
-    output.result(result, lambda console: _show_library(console, result, out_dir), following, uploaded)
+    output.result(result, lambda console: _show_library(console, result, out_dir), following)
     if result.bad:
         sys.exit(1)
 
 
 def _show_library(console: Any, result: LibraryExpansion, out_dir: Path) -> None:
     good = [row for row in result.rows if row["status"] == "ok"]
-    shown = table(["adapter"], ["ranks", "parameters", "bytes", "error"])
+    shown = table(["adapter"], ["ranks", "parameters", "bytes", "error against the original"])
     for row in good:
-        ranks, error = _ranks(row["format"], row["ranks"]), f"{row['relative_error']:.2e}"
+        ranks, known = _ranks(row["format"], row["ranks"]), row.get("original")
+        error = f"{known['relative_error']:.4f}" if known else "not known"
         shown.add_row(row["id"], ranks, f"{row['parameters']:,}", f"{row['bytes']:,}", error)
     if good:
         console.print(shown)

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import click
 
 from bslora_convert.cli.bars import Lines, bar, each_step
-from bslora_convert.cli.pushing import push_line
 from bslora_convert.cli.screen import console, take_any_path
 from bslora_convert.cli.words import unreachable, words
 from bslora_convert.errors import BsloraConvertError
@@ -51,19 +50,12 @@ class Output:
         value: Record | Mapping[str, Any],
         show: Callable[[Any], None],
         following: str | None = None,
-        beside: Mapping[str, Any] | None = None,
     ) -> None:
-        """The verb's result on stdout: JSON, nothing, or for a reader. following: the command to run next.
-
-        beside: what was done with it, as `pushed` says.
-        """
-        beside = beside or {}
+        """The verb's result on stdout: JSON, nothing, or for a reader. following: the command to run next."""
         if self.as_json:
-            click.echo(json.dumps({**(value.to_dict() if isinstance(value, Record) else value), **beside}, indent=1))
+            click.echo(json.dumps(value.to_dict() if isinstance(value, Record) else value, indent=1))
         elif not self.quiet:
             show(console())
-            if "push" in beside:
-                click.echo(push_line(beside["push"]))
             if following is not None:
                 click.echo(f"Next: {following}")
 

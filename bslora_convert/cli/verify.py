@@ -75,8 +75,9 @@ def verify(output: Output, compact_dir: Path, **options: Any) -> None:
 
 def _library(output: Output, library: Path, asked: VerifyOptions) -> None:
     """Every adapter of a library; exit code 1 where one misses a threshold or can't be measured."""
-    from bslora_convert.verbs.verify_library import verify_library
+    from bslora_convert.verbs.verify_library import cost, verify_library
 
+    output.notes([f"to be measured: {cost(library, asked)}"])
     try:
         with output.bar("verify") as progress:
             result = verify_library(library, asked, progress=progress)

@@ -19,6 +19,7 @@ from bslora_convert.files.hashing import sha256
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
 from bslora_convert.fit.source import Source
+from bslora_convert.layers.slots import width_of
 from bslora_convert.lora import LoraAdapter
 from bslora_convert.lora.tables import taken
 from bslora_convert.process.progress import Progress, silent
@@ -156,7 +157,7 @@ def _source_record(origin: Origin) -> SourceRecord:
         parameters=adapter.parameters,
         modules=len(adapter.modules),
         ranks={str(rank): count for rank, count in Counter(module.rank for module in adapter.modules.values()).items()},
-        width=sum(sum(module.shape) for module in adapter.modules.values()),
+        width=width_of({name: module.shape for name, module in adapter.modules.items()}),
         dtype=dtype_name(adapter.dtype),
         card=carried(adapter.weights.parent) or None,
     )

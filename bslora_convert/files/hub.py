@@ -6,14 +6,16 @@ A commit takes at most 100 files here, as the Hub advises, and never parts the f
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bslora_convert.errors import InputError, OutputError, RecipeError, reason_of
 from bslora_convert.extras import need
+from bslora_convert.results.library import Pushed
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MOST = 100  # files of a commit
+Content = Path | bytes
 
 
 def check_push(repo: str, dry_run: bool = False) -> None:
@@ -22,8 +24,8 @@ def check_push(repo: str, dry_run: bool = False) -> None:
     :raises RecipeError: for a name that is none, or when a package is missing. :raises InputError: when nobody is logged in.
     """
     if not REPO.fullmatch(repo):
-        raise RecipeError(f"push is {repo!r}: org/name is expected", "push")
-    need("hub", "push", "push")
+        raise RecipeError(f"the repository is {repo!r}: org/name is expected")
+    need("hub", "push")
     if dry_run:
         return
     from huggingface_hub import get_token
@@ -32,24 +34,21 @@ def check_push(repo: str, dry_run: bool = False) -> None:
         raise InputError(f"{repo}: nobody is logged in to the Hub; `hf auth login`, or set HF_TOKEN")
 
 
-def push(place: Path, repo: str, *, beside: Mapping[str, Path] | None = None, dry_run: bool = False) -> dict[str, Any]:
-    """Uploads a result, or all results of a library, under the paths that they have there; nothing with `dry_run`.
+def upload(contents: Mapping[str, Content], repo: str, *, dry_run: bool = False) -> Pushed:
+    """Uploads files by the names that they get in a repository; nothing with `dry_run`.
 
-    beside: further files by the name that they get, which the result needs and which lie elsewhere.
+    A repository that is not there is made, private as the account says.
 
-    Returns `repo`, `files`, `bytes`, `commits` (their hashes, empty for a dry run) and `dry_run`. A repository that is not there
-    is made, private as the account says.
-
-    :raises OutputError: when it can't be uploaded; what is here stays.
+    :raises OutputError: when they can't be uploaded.
     """
-    paths = {name: place / name for name in sorted(files_of(place))} | dict(beside or {})
-    record: dict[str, Any] = {
-        "repo": repo,
-        "files": len(paths),
-        "bytes": sum(path.stat().st_size for path in paths.values()),
-        "commits": [],
-        "dry_run": dry_run,
-    }
+    record = Pushed(
+        repo=repo,
+        files=len(contents),
+        bytes=sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in contents.values()),
+        commits=[],
+        dry_run=dry_run,
+        names=sorted(contents),
+    )
     if dry_run:
         return record
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -57,20 +56,18 @@ def push(place: Path, repo: str, *, beside: Mapping[str, Path] | None = None, dr
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="bslora-convert")
     try:
         api.create_repo(repo, exist_ok=True)
-        parts = list(commits(list(paths)))
+        parts, done = list(commits(sorted(contents))), []
         for number, part in enumerate(parts, 1):
-            done = api.create_commit(
+            made = api.create_commit(
                 repo,
-                [CommitOperationAdd(name, paths[name]) for name in part],
+                [CommitOperationAdd(name, contents[name]) for name in part],
                 commit_message=f"bslora-convert: {len(part)} files"
                 + (f" ({number}/{len(parts)})" if len(parts) > 1 else ""),
             )
-            record["commits"] = [*record["commits"], done.oid]
+            done.append(made.oid)
     except Exception as error:  # what the hub's client raises has no common base
-        raise OutputError(
-            f"{place}: written here, but not pushed to {repo} ({reason_of(error)}); go on with `hf upload {repo} {place}`"
-        ) from None
-    return record
+        raise OutputError(f"{repo}: not pushed whole ({reason_of(error)}); the same command goes on") from None
+    return replace(record, commits=done)
 
 
 def files_of(place: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from bslora_convert.bslora.storage import CONFIG_NAME, WEIGHTS_NAME
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.record import recorded
-from bslora_convert.modules.names import kind_of
+from bslora_convert.layers.slots import target_modules
 from bslora_convert.results.adapter import Fidelity
 
 BEHAVIOUR = ("retention", "kl", "agreement")
@@ -31,7 +31,7 @@ def measured(record: Fidelity, config: Mapping[str, Any]) -> dict[str, Any]:
             "expanded_rank": compact.expanded_rank,
             "source_rank": source.largest_rank,
             "width": source.width,
-            "kinds": sorted({kind_of(module.name) for module in record.weight.modules}),
+            "target_modules": target_modules([module.name for module in record.weight.modules]),
             "sha256": compact.sha256,
             **({"loaded_bytes": compact.loaded_bytes} if compact.loaded_bytes is not None else {}),
         },

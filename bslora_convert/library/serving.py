@@ -3,11 +3,11 @@
 Every adapter gets a slot of the same size, so the widest adapter and the largest rank of the library decide.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bslora_convert.files.record import named
-from bslora_convert.layers.slots import bytes_of, step_of
+from bslora_convert.layers.slots import TARGET_MODULES, bytes_of, step_of
 
 GIB = 1 << 30
 RANKS = {"lora": "source_rank", "compact": "expanded_rank"}  # fields of a row's settings
@@ -41,8 +41,24 @@ def serving(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         slot["adapters_per_gib"] = GIB // slot["bytes"] if slot["bytes"] else 0
     before = found["lora"]["slot_rank"]
     outgrown = [row["id"] for row in rows if before and int(row["settings"]["expanded_rank"]) > before]
-    words = f"On a server with slots: {_slot(found['lora'])} before, {_slot(found['compact'])} after."
-    return {**found, "outgrown": outgrown, "words": words, "warning": _warning(found, outgrown)}
+    kinds = together(row["settings"].get("target_modules") for row in rows)
+    told = (
+        f" With {TARGET_MODULES} {' '.join(kinds)}; without it vLLM makes room in every linear layer." if kinds else ""
+    )
+    words = f"On a server with slots: {_slot(found['lora'])} before, {_slot(found['compact'])} after.{told}"
+    return {
+        **found,
+        "target_modules": kinds,
+        "outgrown": outgrown,
+        "words": words,
+        "warning": _warning(found, outgrown),
+    }
+
+
+def together(kinds: Iterable[Sequence[str] | None]) -> list[str] | None:
+    """`target_modules` that make room for all of several adapters; None where one can't be told."""
+    every = list(kinds)
+    return None if None in every else sorted({name for own in every for name in own or ()})
 
 
 def _warning(found: Mapping[str, Any], names: Sequence[str]) -> str | None:

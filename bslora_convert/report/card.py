@@ -10,7 +10,7 @@ from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
 from bslora_convert.report import verdict
 from bslora_convert.report.environment import environment
-from bslora_convert.report.metadata import front_matter, metadata, model_class
+from bslora_convert.report.metadata import front_matter, hub_name, metadata, model_class, name_of
 from bslora_convert.results.adapter import Fidelity
 
 FILE = "recipe.toml"  # of the invocation, where options have no flag
@@ -40,8 +40,10 @@ def render(record: Fidelity, config: Mapping[str, Any]) -> str:
         .render(
             record=record,
             front_matter=front_matter(said),
-            base_model=base_model,
+            name=name_of(record.source.path),
+            base_model=hub_name(base_model),
             model_class=model_class(task),
+            generates=task in (None, "CAUSAL_LM"),
             invocation=invocation,
             recipe_file=FILE,
             recipe=to_toml(rest),

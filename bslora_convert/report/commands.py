@@ -1,9 +1,11 @@
 """Commands that a page or a verb tells its reader to run next, with what it knows filled in."""
 
 import shlex
+from collections.abc import Sequence
 
 from bslora_convert.files.address import MARK
 from bslora_convert.files.store import as_written, is_url
+from bslora_convert.layers.slots import TARGET_MODULES
 from bslora_convert.results.adapter import Expanded, Fidelity, Inspection
 from bslora_convert.results.analysis import Analysis
 from bslora_convert.results.behaviour import Verification
@@ -66,7 +68,7 @@ def after_expand(result: Expanded | LibraryExpansion, place: str) -> str | None:
     served = result.served
     if served is None or served.max_lora_rank is None:
         return None
-    start = ["--enable-lora", "--max-lora-rank", f"{served.max_lora_rank}", *(served.options or ())]
+    start = serving_options(served.max_lora_rank, served.target_modules, served.options)
     if not isinstance(result, Expanded):
         return shlex.join(["vllm", "serve", UNKNOWN_BASE, *start])
     if result.engine not in (None, "vllm"):
@@ -74,6 +76,25 @@ def after_expand(result: Expanded | LibraryExpansion, place: str) -> str | None:
     name = place.rstrip("/").rpartition("/")[2]
     said = shlex.join(["vllm", "serve", result.base_model or UNKNOWN_BASE, *start])
     return f"{said} --lora-modules {shlex.quote(f'{name}={place}')}"
+
+
+def serving_options(rank: int, target_modules: Sequence[str] | None, more: Sequence[str] | None = None) -> list[str]:
+    """How vLLM is started for adapters of so large a rank, with room for their kinds of modules alone."""
+    told = [TARGET_MODULES, *target_modules] if target_modules else []
+    return ["--enable-lora", "--max-lora-rank", f"{rank}", *(more or ()), *told]
+
+
+def serve_library(summary: BatchSummary, place: str) -> str | None:
+    """How vLLM is started with the plugin on a library; nothing where no server's slot holds it."""
+    found = summary.serving
+    if found is None or not found["compact"]["slot_rank"]:
+        return None
+    bases = list(summary.bases)
+    base = bases[0] if len(bases) == 1 and bases[0] != "unnamed" else UNKNOWN_BASE
+    options = serving_options(found["compact"]["slot_rank"], found.get("target_modules"))
+    return f"BSLORA_LIBRARY={shlex.quote(place)} VLLM_ALLOW_RUNTIME_LORA_UPDATING=True " + shlex.join(
+        ["vllm", "serve", base, *options]
+    )
 
 
 def after_capacity(place: str) -> str:

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.files.card import CARD_NAME
+from bslora_convert.layers.slots import TARGET_MODULES
 from bslora_convert.report.environment import environment
-from bslora_convert.report.metadata import front_matter, metadata, model_class
+from bslora_convert.report.metadata import front_matter, hub_name, metadata, model_class, name_of
 from bslora_convert.results.adapter import Expanded
-
-BASE = "BASE_MODEL"
 
 # How each engine is told to load the directory; `{base}` and `{rank}` are filled in.
 USAGE: dict[str, str] = {
-    "vllm": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME=THIS_DIR",
+    "vllm": "vllm serve {base} --enable-lora --max-lora-rank {rank}{told} --lora-modules NAME=THIS_DIR",
     "sglang": "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} \\\n"
     "    --lora-target-modules all --lora-paths NAME=THIS_DIR",
     "lorax": "lorax-launcher --model-id {base}\n"
@@ -48,16 +47,23 @@ def render(record: Expanded, config: Mapping[str, Any], source: Mapping[str, Any
     return (
         environment()
         .get_template("expansion.md")
-        .render(record=record, usage=_usage(record, config), front_matter=front_matter(said))
+        .render(
+            record=record,
+            usage=_usage(record, config),
+            front_matter=front_matter(said),
+            name=name_of(record.source["path"]),
+        )
     )
 
 
 def _usage(record: Expanded, config: Mapping[str, Any]) -> str:
     """A block that loads the directory: by the engine that it was written for, else in PEFT, run from this directory."""
     engine = record.engine or READERS.get(record.format)
-    base = record.base_model or BASE
+    base = hub_name(record.base_model)
     if engine is None:
         code = PYTHON.format(model=model_class(config.get("task_type")), base=json.dumps(base))
         return f"```python\n{code}```"
     rank = (record.served and record.served.max_lora_rank) or "N"
-    return f"```\n{USAGE[engine].format(base=shlex.quote(base), rank=rank)}\n```"
+    kinds = record.served.target_modules if record.served else None
+    told = f" {TARGET_MODULES} {shlex.join(kinds)}" if kinds else ""
+    return f"```\n{USAGE[engine].format(base=shlex.quote(base), rank=rank, told=told)}\n```"

@@ -8,6 +8,8 @@ from typing import Any
 from bslora_convert.files.card import CARRIED
 from bslora_convert.files.hub import REPO
 
+BASE = "BASE_MODEL"
+WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
 # What PEFT calls a task -> (the Hub's word, transformers' class)
@@ -32,7 +34,7 @@ def metadata(
     own = source.get("tags", [])
     every = [*([own] if isinstance(own, str) else own), *tags]
     word = source.get("pipeline_tag") or (TASKS[task][0] if task in TASKS else None)
-    known = base_model is not None and REPO.fullmatch(base_model) is not None
+    known = base_model is not None and hub_name(base_model) == base_model
     return {
         **kept,
         **({"library_name": library} if library else {}),
@@ -40,6 +42,19 @@ def metadata(
         **({"pipeline_tag": word} if word else {}),
         "tags": list(dict.fromkeys(every)),
     }
+
+
+def hub_name(base_model: str | None) -> str:
+    """What a snippet calls a base model: its name on the Hub, or BASE_MODEL where it is a path of somebody's disk."""
+    return base_model if base_model is not None and REPO.fullmatch(base_model) else BASE
+
+
+def name_of(path: str) -> str:
+    """What an adapter is called after the place that it came from: the last part of its directory's path, or of an address."""
+    parts = [part for part in re.split(r"[/\\]", path.partition("?")[0]) if part]
+    if parts and parts[-1].endswith(WEIGHT_FILES):
+        parts = parts[:-1]
+    return parts[-1].partition("@")[0] if parts else "adapter"
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:

@@ -271,11 +271,13 @@ class OriginalRecord(Record):
 class ServedRecord(Record):
     """What a server reserves: the rank that it is started with and the bytes of one slot, None where no slot holds the rank.
 
+    target_modules: the kinds that it is told to make room for, so that a slot takes no more; None where it can't be told.
     options: what it has to be started with besides, so that it applies all of the adapter.
     """
 
     max_lora_rank: int | None
     slot_bytes: int | None
+    target_modules: list[str] | None = None
     options: list[str] | None = None
 
 

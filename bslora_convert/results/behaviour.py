@@ -57,9 +57,13 @@ class ThresholdRecord(Record):
 
 @record
 class Verification(Record):
-    """`verify.json`: what `verify` returns. Measures on prompts are None where only tasks were run; intervals of 95 %."""
+    """`verify.json`: what `verify` returns. Measures on prompts are None where only tasks were run; intervals of 95 %.
+
+    when: the day, UTC.
+    """
 
     schema_version: int
+    when: str | None = None
     base_model: str
     compact: AdapterRecord
     reference: AdapterRecord

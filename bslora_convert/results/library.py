@@ -101,3 +101,15 @@ class LibraryExpansion(Record):
     rank: int | None
     served: ServedRecord | None
     notes: list[str]
+
+
+@record
+class Pushed(Record):
+    """What `push` returns. commits: their hashes, none of a dry run. names: what the files are called in the repository."""
+
+    repo: str
+    files: int
+    bytes: int
+    commits: list[str]
+    dry_run: bool
+    names: list[str]

@@ -26,7 +26,7 @@ from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, recorded, se
 from bslora_convert.files.store import as_written
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling
-from bslora_convert.layers.slots import bytes_of, width_of
+from bslora_convert.layers.slots import bytes_of, target_modules, width_of
 from bslora_convert.lora import load_lora
 from bslora_convert.lora.experts import beside
 from bslora_convert.lora.writer import WEIGHTS_NAME, save_lora
@@ -240,10 +240,11 @@ def _served(modules: Mapping[str, Any], engine: Engine) -> ServedRecord:
     Both are None where no slot holds the rank.
     """
     rank = engine.slot(max(module.rank for module in modules.values()))
-    width = width_of(module.shape for module in modules.values())
+    width = width_of({name: module.shape for name, module in modules.items()})
     return ServedRecord(
         max_lora_rank=rank,
         slot_bytes=bytes_of(rank, width) if rank else None,
+        target_modules=target_modules(modules),
         options=[engine.towers] if engine.towers and towers(modules) else None,
     )
 

@@ -9,6 +9,7 @@ from bslora_convert.files.landing import check_apart, check_output, check_outsid
 from bslora_convert.files.store import as_written, is_url
 from bslora_convert.library.each import OK, for_each
 from bslora_convert.library.manifest import tenants
+from bslora_convert.library.serving import together
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.expanding import ExpandOptions
 from bslora_convert.results.adapter import ServedRecord
@@ -54,6 +55,7 @@ def expand_library(
         served=ServedRecord(
             max_lora_rank=_largest(slot["max_lora_rank"] for slot in served),
             slot_bytes=_largest(slot["slot_bytes"] for slot in served),
+            target_modules=together(slot.get("target_modules") for slot in served),
             options=sorted({option for slot in served for option in slot.get("options") or ()}) or None,
         )
         if served

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from bslora_convert.behaviour.divergence import Divergence, diverge
 from bslora_convert.behaviour.generation import generate, rouge_l
 from bslora_convert.behaviour.intervals import few_words, too_few
 from bslora_convert.behaviour.known import Known
+from bslora_convert.behaviour.loaded import bare_of
 from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.behaviour.saving import OF_PROMPTS, Saving
@@ -23,6 +25,7 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
 from bslora_convert.files.store import as_written, is_url
+from bslora_convert.library.written import library_of, refresh
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
@@ -41,6 +44,7 @@ def verify(
     base_model: str | Path | None = None,
     *,
     options: VerifyOptions | None = None,
+    in_library: bool = True,
     progress: Progress = silent,
     **fields: Any,
 ) -> Verification:
@@ -48,7 +52,8 @@ def verify(
 
     compact: a compact directory, or a plain LoRA. reference: a LoRA, or a compact directory; base_model: both default to what the
     compact directory records. options, or fields of `VerifyOptions`: what to measure (prompts, tasks), limits, where to write.
-    save: writes `verify.json` into the compact directory, whose fidelity.json and report.html gain the result too.
+    save: writes `verify.json` into the compact directory, whose fidelity.json and report.html gain the result too. in_library:
+    whether the library that it is an adapter of, if any, gains it as well.
     out: a file for the result instead. overwrite: lets it replace one of more rows; see `behaviour/saving.py`.
 
     :raises InputError: when a file is missing or damaged, or the three don't belong together.
@@ -73,6 +78,9 @@ def verify(
     record = _measured(pair, rows, asked, progress)
     if saving is not None:
         saving.keep(record, with_functional)
+        above = library_of(pair.compact.path) if asked.save and in_library else None
+        if above is not None:
+            refresh(above)
     return record
 
 
@@ -151,6 +159,7 @@ def _measured(pair: _Compared, rows: Prompts | None, asked: VerifyOptions, progr
         thresholds = checked_limits({**measured, "tasks": tasks}, asked.limits)
         return Verification(
             schema_version=SCHEMA_VERSION,
+            when=datetime.now(UTC).date().isoformat(),
             base_model=pair.base_model,
             compact=AdapterRecord(path=as_written(pair.name), kind=first.kind, sha256=first.sha256),
             reference=AdapterRecord(path=str(pair.reference_name), kind=second.kind, sha256=second.sha256),
@@ -203,7 +212,10 @@ def _on_prompts(
     session: BaseModelSession, compact: Attached, prompts: Prompts, seed: int
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Every measure that needs prompts, and notes."""
-    rows = session.encode(replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS))
+    asked = replace(prompts, max_new_tokens=prompts.max_new_tokens or WRITTEN_TOKENS)
+    rows = session.encode(asked)
+    without = {row.line for row in prompts.rows if row.completion is None}
+    written = {row.line: row.completion or "" for row in rows.rows if row.line in without}
     found = diverge(
         session.base, *_once(session), compact, rows.examples, prompts.batch_size,
         _counted(session.progress, "measuring", len(rows.examples)),
@@ -219,17 +231,19 @@ def _on_prompts(
             completions_written=rows.written,
         ),
         **found.to_dict(seed),
-        **_generations(session, compact, found, replace(prompts, rows=rows.rows)),
+        **_generations(session, compact, found, replace(prompts, rows=rows.rows), written),
     }, (*rows.notes, *few)
 
 
 def _once(session: BaseModelSession) -> tuple[Known, Known]:
-    """The original and the bare base on rows that are run once only, so that nothing is kept of them."""
-    return Known(session.base, session.reference, keep=False), Known(session.base, nullcontext(), keep=False)
+    """The original, on rows that are run once only, so that nothing is kept of them, and the bare base."""
+    return Known(session.base, session.reference, keep=False), bare_of(session.base)
 
 
-def _generations(session: BaseModelSession, compact: Attached, found: Divergence, prompts: Prompts) -> dict[str, Any]:
-    """Generations of an even sample compared, and the worst rows with both texts."""
+def _generations(
+    session: BaseModelSession, compact: Attached, found: Divergence, prompts: Prompts, written: Mapping[int, str]
+) -> dict[str, Any]:
+    """Generations of an even sample compared, and the worst rows with both texts. written: the original's completions by line."""
     measured = sorted(found.rows, key=lambda row: (-row.mean_kl, row.example.row.line))[:WORST]
     prompted = [row for row in prompts.rows if row.messages] if prompts.max_new_tokens else []
     sample = prompted[:: max(1, len(prompted) // GENERATED)][:GENERATED]
@@ -238,17 +252,14 @@ def _generations(session: BaseModelSession, compact: Attached, found: Divergence
         shown |= {worst.example.row.line: worst.example.row for worst in measured if worst.example.row.messages}
     texts: dict[str, dict[int, str]] = {}
     for name, state in (("reference", session.reference), ("compact", compact)):
-        said = _counted(session.progress, f"generating with {name}", len(shown))
+        known = {line: written[line] for line in shown if line in written} if name == "reference" else {}
+        rows = [row for line, row in shown.items() if line not in known]
+        said = _counted(session.progress, f"generating with {name}", len(rows))
         with state:
-            written = generate(
-                session.base,
-                list(shown.values()),
-                prompts.max_new_tokens,
-                prompts.batch_size,
-                prompts.chat_template,
-                said,
+            found_texts = generate(
+                session.base, rows, prompts.max_new_tokens, prompts.batch_size, prompts.chat_template, said
             )
-        texts[name] = dict(zip(shown, written, strict=True))
+        texts[name] = known | dict(zip((row.line for row in rows), found_texts, strict=True))
     pairs = [(texts["reference"][row.line].strip(), texts["compact"][row.line].strip()) for row in sample]
     return {
         "generation": GenerationRecord(

@@ -1,5 +1,6 @@
 """`verify` of a library: every adapter of an output of `batch` against what it came from, each base model read once."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bslora_convert.behaviour.loaded import base_kept
+from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.storage import CONFIG_NAME
 from bslora_convert.errors import InputError, RecipeError, Unsaved
 from bslora_convert.files.address import resolve
@@ -15,11 +17,12 @@ from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import tenants
+from bslora_convert.library.written import refresh
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.results.behaviour import LibraryVerification, Verification
-from bslora_convert.verbs.verify import check_saved, verify
+from bslora_convert.verbs.verify import WRITTEN_TOKENS, check_saved, verify
 
 SCHEMA_VERSION = 1
 SINGLE = ("reference", "any_reference", "out")  # options that speak of one adapter
@@ -54,13 +57,15 @@ def verify_library(
     def one(row: Mapping[str, Any], tell: Progress) -> dict[str, Any]:
         own = replace(asked, base_model=base_of(row), prompts=asked.prompts or row.get("prompts"))
         try:
-            return _told(verify(library / row["id"], options=own, progress=tell))
+            return _told(verify(library / row["id"], options=own, in_library=False, progress=tell))
         except Unsaved as error:  # what was measured is told all the same
             return _told(error.record) | {"status": FAILED, "error": "Unsaved", "message": str(error)}
 
     ordered = sorted(there, key=lambda row: base_of(row) or _named_base(library / row["id"]))
     with base_kept():
         rows = sorted(for_each(ordered, "measuring", one, progress), key=_worst_first)
+    if asked.save:
+        refresh(library)
     bad = [row["id"] for row in rows if row["status"] != OK]
     missed = [row["id"] for row in rows if not row.get("passed", True)]
     return LibraryVerification(
@@ -76,6 +81,26 @@ def verify_library(
         passed=not bad and not missed,
         notes=gone,
     )
+
+
+def cost(library: str | Path, options: VerifyOptions) -> str:
+    """What measuring a library will take, as a sentence: said before it begins.
+
+    Raises what `verify_library` raises of a library and of prompts.
+    """
+    there, _ = tenants(resolve(library))
+    files = Counter(str(options.prompts or row.get("prompts") or "") for row in there)
+    rows = writing = 0
+    for file, adapters in files.items():
+        if file:
+            read = Prompts.read(file, options.limit).rows
+            rows += adapters * len(read)
+            writing += adapters * sum(row.completion is None for row in read)
+    said = f"{len(there)} adapters, {rows:,} rows in all"
+    if writing:
+        tokens = options.max_new_tokens or WRITTEN_TOKENS
+        said += f"; {writing:,} of them have no completion, and each adapter's original writes it first, {tokens} tokens at most"
+    return said
 
 
 def _named_base(directory: Path) -> str:

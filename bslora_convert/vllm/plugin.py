@@ -11,7 +11,6 @@ import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from threading import Thread
 
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.vllm.resolver import Declined, Resolver
@@ -53,8 +52,10 @@ def register() -> None:
 
     if settings is not None and settings.plan != PLANS[0]:
         settings = _with_workers(settings, log)
-    if first or (settings is not None and settings.plan != PLANS[0]):
-        Thread(target=warm_up, daemon=True).start()
+    if (
+        first
+    ):  # no worker: vLLM's for CPUs looks into every module that is loaded when it starts, and stops at llvmlite's
+        warm_up()
 
     @cache
     def opened() -> Resolver:

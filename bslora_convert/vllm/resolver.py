@@ -6,13 +6,18 @@ None            404     no such tenant
 """
 
 import logging
+import re
 import time
 from pathlib import Path
 
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.vllm.counters import HIT, LOADED, REFUSED, UNKNOWN, Outcomes
+from bslora_convert.vllm.snapshots import PARTIAL
 from bslora_convert.vllm.tenants import Tenants
 
+BEING_WRITTEN = re.compile(
+    rf"\S*{re.escape(PARTIAL)}[^/\s]+/(adapter/)?"
+)  # where an adapter's files are while they are looked at
 LONGEST = 80  # letters of a name that a line of log shows
 
 
@@ -51,6 +56,7 @@ class Resolver:
 
     def _declined(self, shown: str, reason: str) -> Declined:
         self.outcomes.add(REFUSED)
+        reason = BEING_WRITTEN.sub("", reason)
         self.log.warning("bslora: %s is refused: %s (%s)", shown, reason, self.outcomes.words())
         settings = self.tenants.settings
         for place in (settings.library, settings.cache):

@@ -1,7 +1,9 @@
 """Addresses elsewhere, and results onto the Hub: against a stand-in of its API, by its own client."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,14 +23,16 @@ from bslora_convert import (
     load_compact,
     load_lora,
     push,
+    verify,
     verify_library,
 )
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.files import remote
-from bslora_convert.files.hub import MOST, commits
+from bslora_convert.files.hub import MOST, commits, upload
 from bslora_convert.files.remote import fetched
 from bslora_convert.files.store import is_url
+from bslora_convert.report.published import without_paths
 from tests.conftest import FIXTURES
 from tests.hub import Hub, hub
 from tests.planting import random_products, write_lora
@@ -125,9 +129,10 @@ def test_a_whole_library_of_a_url_is_expanded_and_measured(here: Hub, tmp_path: 
     assert (said["library"], [row["id"] for row in said["rows"]]) == (address, ["b", "team/a"])
     for name in ("team/a", "b"):
         for file in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (tmp_path / "served" / name / file).read_bytes() == (
-                tmp_path / "expected" / name / file
-            ).read_bytes()
+            expected = (tmp_path / "expected" / name / file).read_bytes()
+            if kind == "hub":  # where a base that is a path here is named by its last part
+                expected = expected.replace(b"fixtures/tiny/base", b"base")
+            assert (tmp_path / "served" / name / file).read_bytes() == expected
         record = json.loads((tmp_path / "served" / name / "expansion.json").read_text())
         assert record["source"]["path"] == f"{address}::{name}"
     assert str(tmp_path) not in json.dumps([row["source"] for row in said["rows"]])
@@ -154,6 +159,10 @@ def test_a_whole_library_of_a_url_is_expanded_and_measured(here: Hub, tmp_path: 
         "0",
     ]
     done = CliRunner().invoke(main, [*words, "--json"])
+    if kind == "hub":  # nobody knows any more where the sources lie
+        assert done.exit_code == 1
+        assert all("not there from here" in row["message"] for row in json.loads(done.stdout)["rows"])
+        return
     assert done.exit_code == 0, done.stderr
     measured, beside = json.loads(done.stdout), verify_library(tmp_path / "out", prompts=PROMPTS, **QUICK)
     assert [(row["id"], row["kl"]) for row in measured["rows"]] == [(row["id"], row["kl"]) for row in beside["rows"]]
@@ -204,41 +213,101 @@ def test_any_store_of_fsspec(tmp_path: Path) -> None:
     assert load_lora((TINY / "banking77").absolute().as_uri()).modules
 
 
-def test_a_result_is_pushed_as_it_lies_here(here: Hub, tmp_path: Path) -> None:
-    compress(TINY / "gsm8k", tmp_path / "compact", Recipe(transform="none", budget=0.5), report_html=False)
-    words = ["expand", str(tmp_path / "compact"), str(tmp_path / "lora"), "--push", "org/served"]
-    dry = CliRunner().invoke(main, [*words, "--push-dry-run", "--json"])
+# What must not leave this machine: where things lay, whose prompts were measured.
+def stays_here(contents: dict[str, bytes], *places: Path) -> None:
+    for name, data in contents.items():
+        for place in places:
+            assert str(place).encode() not in data, f"{name} holds {place}"
+            assert json.dumps(str(place))[1:-1].encode() not in data, name
+
+
+def test_an_adapter_is_pushed_without_where_it_lay(here: Hub, tmp_path: Path) -> None:
+    lora = Path(shutil.copytree(TINY / "gsm8k", tmp_path / "customers" / "acme"))
+    shutil.copytree(TINY / "base", tmp_path / "disk" / "my-base")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "disk/my-base")})
+    )
+    rows = shutil.copy(TINY / "gsm8k-heldout.jsonl", tmp_path / "secret-rows.jsonl")
+    compact = tmp_path / "results" / "acme"
+    compress(lora, compact, Recipe(transform="none", bytes=0.5))
+    verify(compact, prompts=rows, limit=3, max_new_tokens=4, save=True)
+    expand(compact, tmp_path / "results" / "served", engine="vllm")
+    dry = CliRunner().invoke(main, ["push", str(compact), "org/acme", "--dry-run", "--json"])
     assert dry.exit_code == 0, dry.stderr
     assert here.repos == {}
-    assert json.loads(dry.stdout)["push"]["dry_run"] is True
-    done = CliRunner().invoke(main, [*words, "--overwrite"])
+    said = json.loads(dry.stdout)
+    assert said["dry_run"] and "report.html" not in said["names"] and "verify.json" not in said["names"]
+    done = CliRunner().invoke(main, ["push", str(compact), "org/acme"])
     assert done.exit_code == 0, done.stderr
-    assert here.repos["org/served"] == holding(tmp_path / "lora")
-    assert "to https://huggingface.co/org/served" in done.stdout
+    assert "to https://huggingface.co/org/acme" in done.stdout
     assert here.tokens == {"Bearer hf_secret"}
     assert "hf_secret" not in done.stdout + done.stderr
+    pushed = here.repos["org/acme"]
+    assert sorted(pushed) == said["names"]
+    stays_here(pushed, tmp_path, FIXTURES.parent)
+    prompt = json.loads(Path(rows).read_text().splitlines()[0])
+    assert not any(
+        str(text).encode() in data for text in prompt.values() for data in pushed.values() if len(str(text)) > 20
+    )
+    card = pushed["README.md"].decode()
+    assert "# acme, compact" in card and "my-base" not in card.partition("```python")[2].partition("```")[0]
+    assert "pip install 'bslora-convert[base]'" in card and "model.generate" in card
+    record = json.loads(pushed["fidelity.json"])
+    assert record["source"]["path"] == "acme" and record["functional"]["retention"] > 0.5
+    there = load_compact("hf://org/acme")
+    assert (there.integrity, there.config["base_model_name_or_path"]) == ("as written", "my-base")
+    for name, known in record["files"].items():  # its record is of what was uploaded
+        assert known == {"bytes": len(pushed[name]), "sha256": hashlib.sha256(pushed[name]).hexdigest()}
+    assert set(record["files"]) == set(pushed) - {"fidelity.json"}
+    push(tmp_path / "results" / "served", "org/served")
+    stays_here(here.repos["org/served"], tmp_path, FIXTURES.parent)
     assert load_lora("hf://org/served").modules
+    push(compact, "org/all", reports=True)
+    assert {"report.html", "verify.json"} <= set(here.repos["org/all"])
 
 
-def test_compress_and_batch_push_as_well(here: Hub, tmp_path: Path) -> None:
-    words = ["--transform", "none", "--budget", "0.5"]
-    compressing = ["compress", str(TINY / "gsm8k"), str(tmp_path / "c"), *words, "--push", "org/one"]
-    done = CliRunner().invoke(main, compressing)
-    assert done.exit_code == 0, done.stderr
-    assert here.repos["org/one"] == holding(tmp_path / "c")
+def test_a_library_is_pushed_with_its_tenants_alone(here: Hub, tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "team" / "a", random_products(layers=1, rank=2))
     write_lora(tmp_path / "in" / "b", random_products(layers=1, rank=2, seed=1))
-    batching = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), *words, "--workers", "0", "--push", "org/many"]
-    for more in (["--dry-run"], ["--push-dry-run"]):
-        assert CliRunner().invoke(main, [*batching, *more]).exit_code == 0
-        assert "org/many" not in here.repos
-    done = CliRunner().invoke(main, [*batching, "--json"])
+    write_lora(tmp_path / "in" / "has-left", random_products(layers=1, rank=2, seed=2))
+    recipe = Recipe(transform="none", budget=0.5)
+    batch(tmp_path / "in", tmp_path / "out", recipe, workers=0)
+    shutil.rmtree(tmp_path / "in" / "has-left")
+    summary = batch(tmp_path / "in", tmp_path / "out", recipe, workers=0)
+    assert summary.left_over == ["has-left"]
+    done = CliRunner().invoke(main, ["push", str(tmp_path / "out"), "org/many", "--json"])
     assert done.exit_code == 0, done.stderr
-    held = {name for name in holding(tmp_path / "out") if not name.startswith(".batch/")}
-    assert set(here.repos["org/many"]) == held
-    assert {"team/a/README.md", "b/adapter_model.safetensors", "manifest.jsonl"} <= held
-    assert json.loads(done.stdout)["push"]["files"] == len(held)
+    pushed = here.repos["org/many"]
+    assert {"team/a/README.md", "b/adapter_model.safetensors", "manifest.jsonl", "summary.json", "README.md"} <= set(
+        pushed
+    )
+    assert not any(name.startswith((".batch", "has-left", "report.html")) for name in pushed)
+    stays_here(pushed, tmp_path)
+    rows = [json.loads(line) for line in pushed["manifest.jsonl"].splitlines()]
+    assert [(row["id"], row["uri"]) for row in rows] == [("b", "b"), ("team/a", "team/a")]
+    card = pushed["README.md"].decode()
+    assert "BSLORA_LIBRARY=hf://org/many" in card and "| [team/a](./team/a) |" in card and "--max-lora-rank 8" in card
     assert load_compact("hf://org/many/team/a").form.modules
+    assert len(expand_library("hf://org/many", tmp_path / "again").rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"path": "/home/me/x/lora"}, {"path": "lora"}),
+        ({"path": "../x/lora"}, {"path": "lora"}),
+        ({"uri": "hf://org/name"}, {"uri": "hf://org/name"}),
+        ({"base_model": "org/model"}, {"base_model": "org/model"}),
+        ({"base_model": "D:\\x\\model"}, {"base_model": "model"}),
+        ({"notes": ["/srv/a/b.json: can't be read, see /metrics or 1/2 of a/b"]},
+         {"notes": ["b.json: can't be read, see /metrics or 1/2 of a/b"]}),
+        ({"modules": ["model.layers.0.q_proj"], "n": 3, "url": "https://x.org/a/b"},
+         {"modules": ["model.layers.0.q_proj"], "n": 3, "url": "https://x.org/a/b"}),
+    ],
+)  # fmt: skip
+def test_places_of_this_machine_become_names(value: Any, expected: Any) -> None:
+    assert without_paths(value) == expected
 
 
 def test_a_library_takes_few_commits_and_no_adapter_is_parted(here: Hub, tmp_path: Path) -> None:
@@ -247,7 +316,7 @@ def test_a_library_takes_few_commits_and_no_adapter_is_parted(here: Hub, tmp_pat
         (place / f"t{number:02d}").mkdir(parents=True)
         for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
             (place / f"t{number:02d}" / name).write_text(f"{number} {name}")
-    record = push(place, "org/many")
+    record = upload({path.relative_to(place).as_posix(): path for path in place.rglob("*.*")}, "org/many")
     assert (record["files"], len(record["commits"])) == (135, 2)
     for _, names in here.commits:
         assert len(names) <= MOST
@@ -264,25 +333,25 @@ def test_what_fails_on_the_way_leaves_the_result_here(here: Hub, tmp_path: Path)
     write_lora(tmp_path / "lora", random_products(layers=1, rank=2))
     compress(tmp_path / "lora", tmp_path / "compact", Recipe(transform="none", budget=0.9), report_html=False)
     here.fails = True
-    with pytest.raises(OutputError, match="written here, but not pushed"):
+    with pytest.raises(OutputError, match="not pushed whole"):
         push(tmp_path / "compact", "org/full")
-    done = CliRunner().invoke(main, ["expand", str(tmp_path / "compact"), str(tmp_path / "out"), "--push", "org/full"])
+    done = CliRunner().invoke(main, ["push", str(tmp_path / "compact"), "org/full"])
     assert done.exit_code == 2
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "compact" / "adapter_model.safetensors").is_file()
 
 
 def test_bad_places_are_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     for words, said in (
-        (["--push", "name"], "--push is 'name': org/name is expected"),
-        (["--push", "../x/y"], "org/name is expected"),
-        (["--push", "org/name"], "nobody is logged in"),
-        (["--push-dry-run"], "give that as well"),
+        ([str(tmp_path), "name"], "the repository is 'name': org/name is expected"),
+        ([str(tmp_path), "../x/y"], "org/name is expected"),
+        ([str(tmp_path), "org/name"], "nobody is logged in"),
+        ([str(tmp_path / "none"), "org/name"], "no such file or directory"),
+        ([str(tmp_path), "org/name", "--dry-run"], "holds no files"),
     ):
-        done = CliRunner().invoke(main, ["expand", str(tmp_path), str(tmp_path / "out"), *words])
+        done = CliRunner().invoke(main, ["push", *words])
         assert done.exit_code == 2
         assert said in done.stderr
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_client_is_imported_only_when_it_is_asked_for() -> None:

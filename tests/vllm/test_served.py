@@ -56,6 +56,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lora(place / "sized" / "other-size", random_products(rank=4), base_model_name_or_path=str(BASE))
     batch(place / "sized", place / "made", Recipe(transform="none", budget=0.5), workers=0)
     shutil.copytree(place / "made" / "other-size", place / "library" / "other-size")
+    shutil.copytree(place / "library" / "bank", place / "library" / "has-left")
+    with (place / "library" / "manifest.jsonl").open("a") as manifest:
+        for name in (*map(slug, DAMAGE), "other-name", "other-size"):
+            manifest.write(json.dumps({"id": name, "status": "ok"}) + "\n")
     return place / "library"
 
 
@@ -130,14 +134,24 @@ def test_names_that_no_library_gives_out_are_404(server: Server, name: str) -> N
     assert server.ask(name, [5], 1).status == 404
 
 
-def test_a_path_to_a_tenant_is_404(server: Server, library: Path) -> None:
+def test_what_is_no_tenant_is_404(server: Server, library: Path) -> None:
     assert server.ask(str(library / "bank"), [5], 1).status == 404
+    assert (library / "has-left" / "adapter_config.json").is_file()  # its files are there, and the manifest has it not
+    assert server.ask("has-left", [5], 1).status == 404
 
 
 @pytest.mark.parametrize("kind", [*map(slug, DAMAGE), "other-name", "other-size"])
-def test_what_can_not_be_served_is_400_and_says_why_in_the_log(server: Server, kind: str) -> None:
-    assert server.ask(kind, [5], 1).status == 400
-    assert f"'{kind}' is refused: " in server.log.read_text(errors="replace")
+def test_what_can_not_be_served_is_400_with_one_reason(server: Server, library: Path, kind: str) -> None:
+    before = len(server.log.read_text(errors="replace"))
+    status, text = server.post("/v1/completions", {"model": kind, "prompt": [5], "max_tokens": 1})
+    reason = json.loads(text)["error"]["message"]
+    assert (status, reason.partition(": ")[0]) == (400, f"'{kind}' is refused")
+    assert str(library) not in reason
+    said = [line for line in server.log.read_text(errors="replace")[before:].splitlines() if kind in line]
+    assert len(said) == 1, said
+    assert f"'{kind}' is refused: " in said[0]
+    status, text = server.post("/v1/chat/completions", {"model": kind, "messages": [{"role": "user", "content": "x"}]})
+    assert (status, json.loads(text)["error"]["message"]) == (400, reason)
     assert server.ask("bank", [5], 1).status == 200
 
 
@@ -164,6 +178,18 @@ def test_a_tenant_that_is_replaced_gets_its_new_weights(server: Server, library:
     after = [server.ask("comes", prompt) for prompt in PROMPTS]
     assert [answer.tokens for answer in after] != [answer.tokens for answer in before]
     assert beside_peft(library, "team/math", tmp_path / "lora", after) < CLOSE
+
+
+@pytest.mark.parametrize("fault", ["cache", "library"])
+def test_a_server_without_its_cache_or_library_does_not_start(library: Path, tmp_path: Path, fault: str) -> None:
+    assert PYTHON
+    (tmp_path / "file").write_text("not a directory")
+    given = environment(library, tmp_path) | {f"BSLORA_{fault.upper()}": str(tmp_path / "file")}
+    with pytest.raises(RuntimeError, match=f"BSLORA_{fault.upper()}"), serving(PYTHON, BASE, tmp_path, given, *ONE):
+        pass
+    log = (tmp_path / "server.log").read_text(errors="replace")
+    assert "the server does not start" in log
+    assert "Traceback" not in log
 
 
 def test_the_counters_stand_among_vllms_metrics(server: Server) -> None:
