@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bslora_convert.verbs.expand_library import expand_library
     from bslora_convert.verbs.finetune import finetune
     from bslora_convert.verbs.inspect import inspect
+    from bslora_convert.verbs.inspect_library import inspect_library
     from bslora_convert.verbs.push import push
     from bslora_convert.verbs.verify import verify
     from bslora_convert.verbs.verify_library import verify_library
@@ -41,6 +42,7 @@ _HOMES = {
     "expand_library": "bslora_convert.verbs.expand_library",
     "finetune": "bslora_convert.verbs.finetune",
     "inspect": "bslora_convert.verbs.inspect",
+    "inspect_library": "bslora_convert.verbs.inspect_library",
     "load_compact": "bslora_convert.bslora.storage",
     "load_into": "bslora_convert.behaviour.attach",
     "load_lora": "bslora_convert.lora",
@@ -63,6 +65,7 @@ __all__ = [
     "expand_library",
     "finetune",
     "inspect",
+    "inspect_library",
     "load_compact",
     "load_into",
     "load_lora",

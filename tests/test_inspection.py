@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bslora_convert.errors import InputError
-from bslora_convert.layers.slots import slot_bytes
+from bslora_convert.layers.slots import reserved, slot_bytes, target_modules
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.verbs.compress import compress
 from bslora_convert.verbs.inspect import inspect
@@ -109,3 +109,16 @@ def test_slots_start_at_the_first_step_that_holds_the_rank() -> None:
     assert slot_bytes(shapes, 1) == {str(r): 60 * r for r in (1, 8, 16, 32, 64, 128, 256, 320, 512)}
     assert next(iter(slot_bytes(shapes, 17))) == "32"
     assert slot_bytes(shapes, 1000) == {}
+
+
+def test_room_is_made_for_kinds_in_all_layers_and_for_what_is_packed_with_them() -> None:
+    """The figures of a real vLLM: `benchmarks/slots.py`."""
+    shapes = {"model.layers.2.self_attn.q_proj": (256, 128), "model.layers.0.self_attn.v_proj": (64, 128)}
+    found = reserved(shapes)
+    assert set(found) == {f"model.layers.{at}.self_attn.{kind}_proj" for at in range(3) for kind in "qkv"}
+    assert found["model.layers.1.self_attn.k_proj"] == (64, 128)
+    assert reserved({"m.0.gate_proj": (8, 4)}) == {"m.0.gate_proj": (8, 4), "m.0.up_proj": (8, 4)}
+    assert reserved({"m.0.k_proj": (2, 8)})["m.0.q_proj"] == (8, 8)
+    assert reserved({"lm_head": (9, 4)}) == {"lm_head": (9, 4)}
+    assert target_modules(shapes) == ["q_proj", "v_proj"]
+    assert target_modules(["m.0.mlp.experts.3.up_proj", "m.0.q_proj"]) is None

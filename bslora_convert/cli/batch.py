@@ -13,7 +13,9 @@ from bslora_convert.cli.early import look
 from bslora_convert.cli.options import Command, chosen, given, recipe_file_option, takes
 from bslora_convert.cli.screen import show_failed, table
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.files.address import MANIFEST
 from bslora_convert.files.record import named
+from bslora_convert.files.store import is_url
 from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import flag_of
 from bslora_convert.recipe.recipe import RECIPE_PARTS, Recipe
@@ -114,8 +116,7 @@ def _show_plan(console: Any, plan: BatchPlan) -> None:
 def _show_left(console: Any, names: Sequence[str]) -> None:
     if names:
         console.print(
-            f"{len(names)} results are of no adapter of the library any more, so they are no tenants ({named(names, SHOWN)}): "
-            "--prune removes them",
+            f"Left over: {named(names, SHOWN)}. Their source left the library, so they are no tenants; --prune removes them",
             style="yellow",
         )
 
@@ -178,10 +179,14 @@ def capacity(output: Output, out: Path, gpu_gib: float, base_gib: float) -> None
     Example:
       bslora-convert capacity ./compact --gpu-gib 80 --base-gib 20
     """
-    from bslora_convert.library.manifest import read_manifest
+    from bslora_convert.library.manifest import read_manifest, tenants
     from bslora_convert.verbs.capacity import capacity as run
 
-    result = run(read_manifest(out), gpu_gib, base_gib)
+    look([] if is_url(out) else [out])
+    manifest_alone = is_url(out) or (out / MANIFEST).is_file()
+    rows, notes = (read_manifest(out), []) if manifest_alone else tenants(out)
+    output.notes(notes)
+    result = run(rows, gpu_gib, base_gib)
     from bslora_convert.report import commands
 
     output.result(result, lambda console: _show_capacity(console, result), commands.after_capacity(str(out)))

@@ -1,5 +1,6 @@
 """`inspect`: what an adapter holds."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import click
 
 from bslora_convert.cli.early import look
-from bslora_convert.cli.options import Command, given, takes
+from bslora_convert.cli.options import Command, Flag, given, takes
 from bslora_convert.cli.screen import table
 from bslora_convert.cli.verb import Output, verb
+from bslora_convert.recipe.options import LIBRARY
 from bslora_convert.recipe.reading import Reading
 from bslora_convert.results.adapter import Inspection
+from bslora_convert.results.library import LibraryInspection
 
+SHOWN = 40  # tenants of a table
 INTEGRITY = {
     "as written": "The weights are what was written and measured.",
     "changed": "The weights are NOT what was written and measured: damaged, or saved again. Readers refuse them "
@@ -25,15 +29,35 @@ INTEGRITY = {
 @click.command(cls=Command)
 @click.argument("directory", type=click.Path(path_type=Path))
 @takes(Reading, verb="inspect")
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    cls=Flag,
+    section=LIBRARY,
+    help="Of a library, say whom a vLLM that serves this base would refuse, and why.",
+)
+@click.option("--max-lora-rank", type=int, cls=Flag, section=LIBRARY, help="Of that server.")
 @verb
-def inspect(output: Output, directory: Path, **reading: Any) -> None:
+def inspect(output: Output, directory: Path, base_model: str | None, max_lora_rank: int | None, **reading: Any) -> None:
     """Says what an adapter holds, where its bytes are and whether it can be converted.
+
+    Of a library it says who its tenants are, what they call their base model, what is damaged, and with --base-model whom a
+    server would refuse: then the exit code is 1.
 
     \b
     Example:
       bslora-convert inspect ./my-lora
+      bslora-convert inspect ./compact-library
+      bslora-convert inspect ./compact-library --base-model ./base --max-lora-rank 16
     """
     look([directory])
+    from bslora_convert.library.manifest import is_library
+
+    if is_library(directory):
+        _library(output, directory, base_model, max_lora_rank)
+        return
+    if base_model is not None or max_lora_rank is not None:
+        raise click.UsageError("--base-model and --max-lora-rank ask about a library, and this is an adapter")
     from bslora_convert.verbs.inspect import inspect as run
 
     result = run(directory, **given(reading))
@@ -42,6 +66,51 @@ def inspect(output: Output, directory: Path, **reading: Any) -> None:
 
     following = commands.after_inspect(result, str(directory))
     output.result(result, lambda console: _show(console, result, directory), following)
+
+
+def _library(output: Output, directory: Path, base_model: str | None, max_lora_rank: int | None) -> None:
+    """A library; exit code 1 where a server would refuse somebody."""
+    from bslora_convert.verbs.inspect_library import inspect_library
+
+    with output.bar("inspect") as progress:
+        result = inspect_library(directory, base_model, max_lora_rank, progress=progress)
+    output.notes(result.notes)
+    output.result(result, lambda console: _show_library(console, result))
+    if result.is_failed:
+        sys.exit(1)
+
+
+def _show_library(console: Any, result: LibraryInspection) -> None:
+    share = f" ({result.bytes / result.source_bytes:.1%} of the LoRAs)" if result.source_bytes else ""
+    console.print(f"{result.library}: {result.adapters} adapters, {result.bytes:,} bytes{share}", style="bold")
+    for name, count in result.bases.items():
+        console.print(f"  {count:,} for {name}")
+    shown = table(["adapter"], ["bytes", "rank", "relative error", "effect kept", "KL", "rows", "measured"])
+    for row in result.rows[:SHOWN]:
+        cells = (
+            (row["expanded_rank"], "{}"), (row["relative_error"], "{:.4f}"), (row["retention"], "{:.2%}"), (row["kl"], "{:.5f}"),
+            (row["rows"], "{}"), (row["when"], "{}"),
+        )  # fmt: skip
+        shown.add_row(
+            row["id"], f"{row['bytes']:,}", *("" if value is None else form.format(value) for value, form in cells)
+        )
+    console.print(shown)
+    if len(result.rows) > SHOWN:
+        console.print(f"and {len(result.rows) - SHOWN:,} more; --json has all", style="dim")
+    if result.serving is not None:
+        console.print(result.serving["words"])
+    for row in result.rows:
+        if row["damage"] is not None:
+            console.print(f"Damaged: {row['id']}: {row['damage']}", style="yellow", soft_wrap=True)
+    if (server := result.server) is None:
+        return
+    for one in server.refused:
+        console.print(f"Refused: {one['id']}: {one['why']}", style="yellow", soft_wrap=True)
+    rank = f" --max-lora-rank {server.max_lora_rank or server.needed_rank}" if server.needed_rank else ""
+    console.print(
+        f"vLLM on {server.base_model}{rank} would serve {result.adapters - len(server.refused)} of {result.adapters} adapters",
+        style="bold",
+    )
 
 
 def _show(console: Any, result: Inspection, directory: Path) -> None:

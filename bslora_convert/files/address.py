@@ -11,7 +11,12 @@ MARK = "::"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 LONGEST_ID = 200
 STATE = ".batch"  # directory of a library made by `batch` that holds a marker for each adapter
-MANIFEST, SUMMARY, PAGE = OWN_FILES = ("manifest.jsonl", "summary.json", "report.html")  # beside the adapters
+MANIFEST, SUMMARY, PAGE, CARD = OWN_FILES = (
+    "manifest.jsonl",
+    "summary.json",
+    "report.html",
+    "README.md",
+)  # beside adapters
 
 
 def resolve(path: str | Path) -> Path:

@@ -64,6 +64,7 @@ def commons_of(jobs: Sequence[Job], out: Path, recipe: Recipe, progress: Progres
     for group in groups.values():
         for members in clusters([numbers for _, numbers in group]):
             if len(members) >= LEAST:
+                progress("looking for what initialisations have in common", words=f"{len(members)} alike")
                 common = _worth_storing([group[index][0] for index in members], recipe)
                 known += [] if common is None else [common.write(out)]
     return known

@@ -1,4 +1,4 @@
-"""What stands beside the adapters of a library: manifest, summary and page, written together from the same rows."""
+"""What stands beside the adapters of a library: manifest, summary, page and README, written together from the same rows."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bslora_convert.files.address import MANIFEST, PAGE, SUMMARY
+from bslora_convert.files.address import CARD, MANIFEST, PAGE, SUMMARY
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import text_of
@@ -18,14 +18,16 @@ from bslora_convert.results.library import BatchSummary
 
 
 def write(out: Path, rows: Sequence[Mapping[str, Any]], summary: BatchSummary) -> BatchSummary:
-    """Writes the three, with what has been measured of each adapter's behaviour, and returns the summary as it was written."""
+    """Writes the four, with what has been measured of each adapter's behaviour, and returns the summary as it was written."""
     from bslora_convert.report import library as report
+    from bslora_convert.report import library_card
 
     listed = [_with_behaviour(out, row) for row in rows]
-    summary = replace(summary, behaviour=_spread([row["behaviour"] for row in listed if row.get("behaviour")]))
+    summary = replace(summary, behaviour=spread([row["behaviour"] for row in listed if row.get("behaviour")]))
     replace_file(out / MANIFEST, "".join(json.dumps(row) + "\n" for row in listed))
     replace_file(out / SUMMARY, text_of(summary.to_dict()))
     replace_file(out / PAGE, report.render(summary, listed))
+    replace_file(out / CARD, library_card.render([row for row in listed if row["status"] in DONE]))
     return summary
 
 
@@ -49,7 +51,7 @@ def _with_behaviour(out: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "behaviour": found}
 
 
-def _spread(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def spread(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How many were measured, and the least, median and largest of each measure; None where none was."""
     if not found:
         return None

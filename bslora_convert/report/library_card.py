@@ -11,8 +11,8 @@ from bslora_convert.report.metadata import front_matter, hub_name, metadata
 from bslora_convert.version import __version__
 
 
-def render(rows: Sequence[Mapping[str, Any]], repo: str) -> str:
-    """The README of a library. rows: of its manifest, those of its tenants. repo: where it lies on the Hub."""
+def render(rows: Sequence[Mapping[str, Any]], address: str = "THIS_DIR") -> str:
+    """The README of a library. rows: of its manifest, those of its tenants. address: where it lies, as a reader names it."""
     bases = bases_of(rows)
     base = hub_name(next(iter(bases))) if len(bases) == 1 else UNKNOWN_BASE
     whole = all("width" in row["settings"] for row in rows)
@@ -23,7 +23,7 @@ def render(rows: Sequence[Mapping[str, Any]], repo: str) -> str:
         rows=sorted(rows, key=lambda row: str(row["id"])),
         bases=bases,
         base=base,
-        repo=repo,
+        address=address,
         before=sum(row.get("source_bytes") or 0 for row in rows),
         after=sum(row.get("bytes") or 0 for row in rows),
         options=" ".join(serving_options(rank, found.get("target_modules"))) if found and rank else None,

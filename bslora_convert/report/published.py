@@ -69,7 +69,7 @@ def _library(place: Path, repo: str, reports: bool) -> dict[str, Content]:
         found[SUMMARY] = text_of(without_paths(read_json(place / SUMMARY))).encode()
     if reports and (place / PAGE).is_file():
         found[PAGE] = place / PAGE
-    found[CARD_NAME] = library_card.render(public, repo).encode()
+    found[CARD_NAME] = library_card.render(public, f"hf://{repo}").encode()
     return found
 
 

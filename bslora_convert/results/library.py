@@ -113,3 +113,39 @@ class Pushed(Record):
     commits: list[str]
     dry_run: bool
     names: list[str]
+
+
+@record
+class ServerRecord(Record):
+    """Whom a server would refuse: `id` and `why` of each. needed_rank: the least --max-lora-rank that takes all tenants."""
+
+    base_model: str
+    max_lora_rank: int | None
+    needed_rank: int | None
+    refused: list[dict[str, Any]]
+
+
+@record
+class LibraryInspection(Record):
+    """What `inspect` says of a library: a row for each tenant, and what they say together. damaged: ids.
+
+    bases: tenants by what they call their base model. behaviour: as of `BatchSummary`. server: where one was asked about.
+    """
+
+    kind: str
+    library: str
+    adapters: int
+    bases: dict[str, int]
+    bytes: int
+    source_bytes: int
+    serving: dict[str, Any] | None
+    behaviour: dict[str, Any] | None
+    damaged: list[str]
+    rows: list[dict[str, Any]]
+    server: ServerRecord | None
+    notes: list[str]
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether `inspect` ends with exit code 1: a server that was asked about would refuse somebody."""
+        return self.server is not None and bool(self.server.refused)

@@ -135,8 +135,9 @@ def _run(found: LibraryPlan, out: Path, asked: BatchOptions, progress: Progress)
             rows.append(result)
             manifest.write(json.dumps(result.to_dict()) + "\n")
             manifest.flush()
-            progress("converting", len(rows), total)
+            progress("converting", len(rows), total, f"{result.id} {result.status}")
 
+        progress("converting", 0, total)
         for result in found.known:
             if result.status != "skipped":
                 mark(out, result)

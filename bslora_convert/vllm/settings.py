@@ -57,14 +57,18 @@ class Settings:
             most = int(float(gib) * GIB)
         except (ValueError, OverflowError):
             raise RecipeError(f"BSLORA_CACHE_GIB is {gib!r}: a positive number is expected") from None
-        aliases = environment.get("BSLORA_BASE_ALIASES", "")
         return cls(
             library if is_url(library) and not Path(library).is_dir() else Path(library),
             Path(environment.get("BSLORA_CACHE") or DEFAULT_CACHE).expanduser(),
             most,
-            frozenset(name.strip() for name in aliases.split(",") if name.strip()),
+            aliases_in(environment),
             environment.get("BSLORA_PLAN") or PLANS[0],
         )
+
+
+def aliases_in(environment: Mapping[str, str]) -> frozenset[str]:
+    """Further names of the served base model, in adapters' configurations."""
+    return frozenset(name.strip() for name in environment.get("BSLORA_BASE_ALIASES", "").split(",") if name.strip())
 
 
 def is_strict(environment: Mapping[str, str] = os.environ) -> bool:
