@@ -112,7 +112,7 @@ def test_slots_start_at_the_first_step_that_holds_the_rank() -> None:
 
 
 def test_room_is_made_for_kinds_in_all_layers_and_for_what_is_packed_with_them() -> None:
-    """The figures of a real vLLM: `benchmarks/slots.py`."""
+    """The figures of a real vLLM: `benchmarks/buffers.py`."""
     shapes = {"model.layers.2.self_attn.q_proj": (256, 128), "model.layers.0.self_attn.v_proj": (64, 128)}
     found = reserved(shapes)
     assert set(found) == {f"model.layers.{at}.self_attn.{kind}_proj" for at in range(3) for kind in "qkv"}

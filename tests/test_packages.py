@@ -12,7 +12,7 @@ ANYWHERE = {"errors", "extras", "notes", "version"}  # single modules that anyon
 ORDER = (
     "results", "files", "modules", "process", "initialisation", "metric", "lora", "bslora", "layers", "serving", "recipe",
     "fit", "coding",
-    "analysis", "baselines", "comparison", "conversion", "behaviour", "peft", "vllm", "report", "library", "verbs", "cli",
+    "analysis", "baselines", "comparison", "conversion", "behaviour", "library", "peft", "vllm", "report", "verbs", "cli",
 )  # fmt: skip
 PURE = ("modules", "initialisation", "metric", "fit", "coding", "analysis")
 SILENT = {"click", "rich", "safetensors", "json", "pathlib", "fsspec", "bslora_convert.files"}

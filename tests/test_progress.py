@@ -110,7 +110,7 @@ def test_a_log_gets_lines_and_stdout_only_the_result(tmp_path: Path, monkeypatch
         assert done.exit_code == 0, done.stderr
         return done.stdout, done.stderr
 
-    assert re.search(r"^batch: converting 2/3, \d s$", run("a")[1], re.MULTILINE)
+    assert re.search(r"^batch: converting 2/3, \w+ ok, \d s$", run("a")[1], re.MULTILINE)
     stdout, stderr = run("b", "--json")
     assert stdout.startswith("{")
     assert "converting" in stderr

@@ -76,7 +76,7 @@ def test_paths_are_printed_letter_by_letter_by_every_verb(tmp_path: Path, name: 
     assert shown(str(tmp_path / "gone" / name)) in missing.stderr
     card = (outs["compress"] / "README.md").read_text(encoding="utf-8")
     fences = [line for line in card.splitlines() if line and not line.strip("`")]
-    assert len(fences) == 5  # the end of the block in Python among them
+    assert len(fences) == 7  # the end of the block in Python among them
     assert fences[0] == fences[1]
     assert "<script>" not in (outs["compress"] / "report.html").read_text(encoding="utf-8").partition("</head>")[2]
 

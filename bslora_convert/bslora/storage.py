@@ -34,8 +34,9 @@ from bslora_convert.bslora.layout import Layout
 from bslora_convert.bslora.tensors import assemble, named_tensors
 from bslora_convert.errors import InputError
 from bslora_convert.files.address import resolve
+from bslora_convert.files.integrity import CHANGED, CHECKED, NO_RECORD, integrity
 from bslora_convert.files.jsonfile import read_json
-from bslora_convert.files.record import CHANGED, CHECKED, FIDELITY_NAME, NO_RECORD, integrity
+from bslora_convert.files.record import FIDELITY_NAME
 from bslora_convert.files.tensorfile import (
     FLOATS,
     check_finite,

@@ -13,7 +13,6 @@ from typing import Any
 from bslora_convert.errors import InputError
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.jsonfile import read_json
-from bslora_convert.files.tensorfile import holds_its_checksum
 from bslora_convert.results.record import Files
 
 FIDELITY_NAME, EXPANSION_NAME, ANALYSIS_NAME, COMPARISON_NAME = RECORDS = (
@@ -22,7 +21,6 @@ FIDELITY_NAME, EXPANSION_NAME, ANALYSIS_NAME, COMPARISON_NAME = RECORDS = (
     "analysis.json",
     "comparison.json",
 )
-AS_WRITTEN, CHECKED, CHANGED, NO_RECORD = "as written", "checked", "changed", "no record"
 NAMED = 4  # entries that an error names
 
 
@@ -85,23 +83,6 @@ def recorded(directory: Path) -> dict[str, Any]:
         if not isinstance(value.get(part, {}), dict):
             raise InputError(f"{path}: {part} is no object; the record is damaged")
     return value
-
-
-def integrity(directory: Path, weights: Path) -> str:
-    """Whether weights are still what was written and measured.
-
-    as written    the directory's record has their hash, and the figures in it are of them
-    checked       no record is there, and they are what their own header has the checksum of
-    changed       they are not
-    no record     nothing says what was written
-
-    :raises InputError: when the record or the header is damaged.
-    """
-    expected = recorded(directory).get("compact", {}).get("sha256")
-    if isinstance(expected, str):
-        return AS_WRITTEN if sha256(weights) == expected else CHANGED
-    held = holds_its_checksum(weights)
-    return NO_RECORD if held is None else CHECKED if held else CHANGED
 
 
 def _is_as_written(path: Path, known: Mapping[str, Any]) -> bool:

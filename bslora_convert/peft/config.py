@@ -32,7 +32,8 @@ from bslora_convert.bslora.storage import (
     decoded_dtype,
 )
 from bslora_convert.errors import InputError, RecipeError
-from bslora_convert.files.record import CHANGED, integrity
+from bslora_convert.files.integrity import CHANGED, integrity
+from bslora_convert.files.tensorfile import sign
 from bslora_convert.peft.fresh import DEFAULT_RANKS, DEFAULT_TARGETS, SCALING, Fresh, fields
 from bslora_convert.peft.initial import Init
 from bslora_convert.recipe.checks import check_choice, is_number
@@ -235,9 +236,14 @@ class BsloraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration, and the file that the codes are against, if they are against one, beside it.
 
+        Weights that PEFT wrote there before get a checksum in their header.
+
         :raises InputError: when that file is gone or damaged. :raises OutputError: when it can't be written.
         """
         super().save_pretrained(save_directory, **kwargs)
+        weights = Path(save_directory) / WEIGHTS_NAME
+        if weights.is_file():
+            sign(weights)
         name = named_in(self.to_dict())
         if self.common is not None and name is not None:
             carry(name, self.common.parent, Path(save_directory), inside=True)

@@ -40,12 +40,12 @@ from bslora_convert.library.leftover import left_over, prune
 from bslora_convert.library.made_with import MadeWith, read_made_with, settle
 from bslora_convert.library.plan import LibraryPlan, plan_library
 from bslora_convert.library.summary import summarise
-from bslora_convert.library.written import write
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.batching import BatchOptions
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.recipe import Recipe
 from bslora_convert.recipe.training import Training
+from bslora_convert.report.library_files import write
 from bslora_convert.results.library import BatchPlan, BatchSummary, RunRecord
 from bslora_convert.verbs.compress import compress
 

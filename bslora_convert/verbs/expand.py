@@ -21,8 +21,9 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.base import base_layers
 from bslora_convert.files.card import carried
 from bslora_convert.files.hashing import sha256
+from bslora_convert.files.integrity import AS_WRITTEN
 from bslora_convert.files.landing import check_output, landing
-from bslora_convert.files.record import AS_WRITTEN, EXPANSION_NAME, recorded, seal
+from bslora_convert.files.record import EXPANSION_NAME, recorded, seal
 from bslora_convert.files.store import as_written
 from bslora_convert.files.tensorfile import dtype_name
 from bslora_convert.files.travel import copy_travelling

@@ -8,7 +8,7 @@ from typing import Any
 from bslora_convert.bslora.storage import WEIGHTS_NAME, changed
 from bslora_convert.errors import BsloraConvertError, RecipeError
 from bslora_convert.files.address import resolve
-from bslora_convert.files.record import CHANGED, integrity
+from bslora_convert.files.integrity import CHANGED, integrity
 from bslora_convert.files.store import as_written
 from bslora_convert.files.tensorfile import read_headers
 from bslora_convert.layers.slots import STEPS
@@ -16,9 +16,9 @@ from bslora_convert.library.manifest import tenants
 from bslora_convert.library.rows import BEHAVIOUR, behaviour_of
 from bslora_convert.library.serving import serving
 from bslora_convert.library.summary import bases_of
-from bslora_convert.library.written import spread
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.progress import Progress, silent
+from bslora_convert.report.library_files import spread
 from bslora_convert.results.library import LibraryInspection, ServerRecord
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.settings import aliases_in

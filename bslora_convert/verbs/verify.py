@@ -25,11 +25,11 @@ from bslora_convert.files.address import resolve
 from bslora_convert.files.hashing import sha256
 from bslora_convert.files.record import recorded
 from bslora_convert.files.store import as_written, is_url
-from bslora_convert.library.written import library_of, refresh
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
 from bslora_convert.report.functional import with_functional
+from bslora_convert.report.library_files import library_of, refresh
 from bslora_convert.results.behaviour import AdapterRecord, GenerationRecord, PromptsRecord, TaskRecord, Verification
 
 SCHEMA_VERSION = 1

@@ -17,10 +17,10 @@ from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import tenants
-from bslora_convert.library.written import refresh
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.report.library_files import refresh
 from bslora_convert.results.behaviour import LibraryVerification, Verification
 from bslora_convert.verbs.verify import WRITTEN_TOKENS, check_saved, verify
 

@@ -13,7 +13,7 @@ from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError
 from bslora_convert.files.hashing import sha256
-from bslora_convert.files.record import AS_WRITTEN, CHANGED, CHECKED, NO_RECORD
+from bslora_convert.files.integrity import AS_WRITTEN, CHANGED, CHECKED, NO_RECORD
 from tests.conftest import FIXTURES
 
 TINY = FIXTURES / "tiny"

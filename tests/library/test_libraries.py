@@ -11,10 +11,14 @@ from click.testing import CliRunner
 
 from bslora_convert import Recipe, batch, expand, expand_library, load_compact, load_lora, verify, verify_library
 from bslora_convert.behaviour import loaded
+from bslora_convert.behaviour.model import BaseModel
 from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.cli import main
 from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.modules.factors import Factors
+from bslora_convert.recipe.verifying import VerifyOptions
+from bslora_convert.verbs import verify as verify_verb
+from bslora_convert.verbs.verify_library import cost
 from tests.conftest import FIXTURES
 from tests.planting import write_lora
 
@@ -213,3 +217,43 @@ def test_what_a_library_can_not_be_asked(library: Path, tmp_path: Path) -> None:
             verify_library(library, **options)
     done = run("verify", library, "--prompts", PROMPTS, "--out", tmp_path / "x.json")
     assert (done.exit_code, "--out is of one adapter" in done.stderr) == (2, True)
+
+
+def test_what_all_adapters_have_in_common_is_run_once(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    whole = BaseModel.predictions
+
+    def counted(self: BaseModel, batch: Any, *rest: Any, **options: Any) -> Any:
+        runs.append(len(batch.examples))
+        return whole(self, batch, *rest, **options)
+
+    monkeypatch.setattr(BaseModel, "predictions", counted)
+    found = verify_library(library, prompts=PROMPTS, **QUICK)
+    assert sum(runs) == (1 + 2 * len(NAMES)) * 3  # the bare base once, each original and each compact adapter
+    alone = verify(library / NAMES[0], prompts=PROMPTS, **QUICK)
+    assert next(row for row in found.rows if row["id"] == NAMES[0])["retention"] == pytest.approx(
+        alone.retention, rel=1e-6
+    )
+
+
+def test_a_completion_that_the_original_wrote_is_not_generated_again(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "open.jsonl"
+    first = [json.loads(line) for line in PROMPTS.read_text().splitlines()[:3]]
+    rows.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in first))
+    asked: list[int] = []
+    whole = verify_verb.generate
+    monkeypatch.setattr(
+        verify_verb, "generate", lambda base, rows, *rest: (asked.append(len(rows)), whole(base, rows, *rest))[1]
+    )
+    found = verify(library / "c", base_model=BASE, prompts=rows, max_new_tokens=5)
+    assert asked == [0, 3]  # the original has written its own; the compact adapter's are compared
+    assert found.generation is not None
+    assert found.prompts is not None
+    assert (found.generation.rows, found.prompts.completions_written) == (3, 3)
+    said = cost(library, VerifyOptions(prompts=rows, max_new_tokens=5, base_model=BASE))
+    assert said == (
+        "3 adapters, 9 rows in all; 9 of them have no completion, and each adapter's original writes it first, 5 tokens at most"
+    )
+    assert cost(library, VerifyOptions(prompts=PROMPTS, limit=2)) == "3 adapters, 6 rows in all"

@@ -109,6 +109,8 @@ def test_the_usage_block_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.M
     compress(lora, tmp_path / "compact", Recipe(transform="ke", budget=0.5, shared_size=32))
     expand(tmp_path / "compact", tmp_path / "again")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / place / "README.md").read_text(), re.S)
+    assert str(tmp_path) not in code  # a base that is a path of somebody's disk is not put into a snippet
+    code = code.replace('"BASE_MODEL"', repr(str(TINY / "base"))).replace("max_new_tokens=64", "max_new_tokens=4")
     monkeypatch.chdir(tmp_path / place)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bslora_convert import Recipe, batch, compress, expand, expand_library, load_compact
+from bslora_convert import Recipe, batch, compress, expand, expand_library, load_compact, load_lora
 from bslora_convert.bslora.form import BsloraForm, Module
 from bslora_convert.bslora.storage import save_compact
 from bslora_convert.cli import main
@@ -218,7 +218,8 @@ def test_what_a_server_needs_is_said(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "expansion.json").read_text())
     own = json.loads((tmp_path / "c" / "fidelity.json").read_text())
     width = own["source"]["width"]
-    assert record["served"] == {"max_lora_rank": 16, "slot_bytes": 2 * 16 * width}
+    kinds = sorted({name.rpartition(".")[2] for name in load_lora(tmp_path / "lora").modules})
+    assert record["served"] == {"max_lora_rank": 16, "slot_bytes": 2 * 16 * width, "target_modules": kinds}
     assert record["original"]["sha256"] == own["source"]["sha256"]
     assert record["original"]["relative_error"] == pytest.approx(own["weight"]["relative_error"], abs=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
