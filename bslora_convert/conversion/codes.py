@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from bslora_convert.recipe.structure import Structure
 HEAD_START = 0.985  # of the energy that may be lost: where the first attempt is aimed at, as codes lose what their widths promise
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 LEAST_SHARE = 0.02  # of the LoRA's numbers, for a float fit that only seeks shared parts
+LOOKED_AT = 4  # one in so many layers
 WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
 SLACK = 4  # bytes that are left free when codes are made smaller: names of widths in the header come and go
 FINEST = 1e-12  # of the energy: what the most precise codes are asked to lose
@@ -55,6 +56,8 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
     plain: Fit | None = None
     for structure in _structures(source, request):
         try:
+            if plain is not None and not _may_pay(source, structure, request, numbers, progress):
+                continue
             fit = _float_fit(source, structure, request, numbers, progress)
             if plain is not None and (not fit.form.shared or fit.lost > (1 - WORTH_CODING) * plain.lost):
                 continue
@@ -78,6 +81,20 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
     codes = to_file(best.coded.tensors)
     form = cast(best.coded.form, request.dtype)
     return Converted(form, codes, best.notes, reached if target.error is not None else None, best.coded.initial)
+
+
+def _may_pay(source: Source, structure: Structure, request: Request, numbers: int, progress: Progress) -> bool:
+    """Whether sharing may gain what is asked of it, by a fit of some layers alone, which is a quarter's work."""
+    part = None if request.target.ranks is not None else source.some_layers(LOOKED_AT)
+    if part is None or not shares(part, structure):
+        return True
+    size = math.floor(numbers * part.parameters / source.parameters)
+    try:
+        plain = outline(part, replace(structure, transform="none"), size)
+        found = _float_fit(part, structure, request, size, progress)
+    except RecipeError:  # what the whole adapter may hold
+        return True
+    return found.lost <= (1 - WORTH_CODING / 2) * plain.lost
 
 
 def _structures(source: Source, request: Request) -> list[Structure]:

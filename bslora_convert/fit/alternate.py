@@ -39,7 +39,7 @@ class Problem:
     """What is fitted: the deltas with their Gram matrices and SVDs, and who shares with whom.
 
     costs: numbers that one more local rank of a module stores. groups: level -> group -> names of its members.
-    kernel: the KE variant.
+    kernel: the KE variant. part: which share of the cost of what all layers share these modules bear (`Source.part`).
     """
 
     deltas: Mapping[str, Delta]
@@ -49,6 +49,7 @@ class Problem:
     costs: Mapping[str, int]
     groups: Groups
     kernel: str = "r_1"
+    part: float = 1.0
 
     def split(self, rank: int) -> tuple[int, int]:
         """(pair rank p, kernel rank k) of a shared path of this rank."""

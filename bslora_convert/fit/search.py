@@ -41,7 +41,9 @@ def problem_of(source: Source, structure: Structure) -> Problem:
         transform = Kronecker.dividing(shapes, structure.shared_size)
     else:
         transform = Slice.covering(shapes, structure.slice)
-    return Problem(source.deltas, source.grams, source.svds, transform, source.costs, groups, structure.kernel)
+    return Problem(
+        source.deltas, source.grams, source.svds, transform, source.costs, groups, structure.kernel, source.part
+    )
 
 
 def shared_parameters(problem: Problem, levels: Mapping[str, int]) -> int:
@@ -51,7 +53,8 @@ def shared_parameters(problem: Problem, levels: Mapping[str, int]) -> int:
         if rank:
             pair_rank, kernel_rank = problem.split(rank)
             for members in problem.groups[level].values():
-                total += pair_parameters(problem.transform, pair_rank)
+                borne = problem.part if level == "inter" else 1.0
+                total += math.ceil(borne * pair_parameters(problem.transform, pair_rank))
                 total += sum(
                     own_parameters(problem.transform, problem.deltas[name].shape, kernel_rank) for name in members
                 )

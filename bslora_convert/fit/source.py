@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from bslora_convert.recipe.structure import Structure
 
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 ENTIRE = "all"  # the inter group's name
+LEAST_LOOKED_AT = 3  # layers that stand for all of them
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class Source:
     """The adapter as the fit sees it: deltas, their Gram matrices, their metrics and their SVDs in these, by module name.
 
     metrics: nothing where every module is measured plainly. unweighed: the plain SVDs, which `svds` are where there are none.
-    initial: the random initialisation of its A's, where it is known.
+    initial: the random initialisation of its A's, where it is known. part: which share of an adapter's layers these are, where a
+    fit is only looked at: of what all layers share they bear that much.
     """
 
     deltas: Mapping[str, Delta]
@@ -41,6 +45,23 @@ class Source:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     partition: Mapping[str, Sequence[str]] | None = None  # groups of the intra level; None: the layers
     initial: Initial | None = None
+    part: float = 1.0
+
+    def some_layers(self, every: int) -> "Source | None":
+        """Modules of every so-many-th layer, what is outside of layers left out; None of an adapter with few layers."""
+        layers = list(dict.fromkeys(layer for name in self.deltas if (layer := layer_of(name)) is not None))
+        if len(layers) < LEAST_LOOKED_AT * every:
+            return None
+        chosen = set(layers[every // 2 :: every])
+        names = [name for name in self.deltas if layer_of(name) in chosen]
+
+        def own(values: Mapping[str, Kept]) -> dict[str, Kept]:
+            return {name: values[name] for name in names if name in values}
+
+        return replace(
+            self, deltas=own(self.deltas), grams=own(self.grams), svds=own(self.svds), unweighed=own(self.unweighed),
+            metrics=own(self.metrics), part=len(chosen) / len(layers),
+        )  # fmt: skip
 
     @property
     def energy(self) -> float:

@@ -101,7 +101,10 @@ def test_what_is_written_is_unbiased_and_the_record_says_so(tmp_path: Path, opti
         strength = found / float(target.square().sum())
         if chosen:  # in full, or by the most that is allowed: ‖ΔŴ‖² / ⟨ΔW, ΔŴ⟩ is by how much; a module may be left out
             size = float(dense(form.delta(name)).square().sum())
-            assert strength == pytest.approx(1, abs=4e-3) or size >= 0.95 * LARGEST * found
+            near = (
+                0.95 if options["transform"] == "none" else 0.9
+            )  # coded shared parts are no least squares of their own
+            assert strength == pytest.approx(1, abs=4e-3) or size >= near * LARGEST * found
         else:
             expected = min(1, LARGEST * least / float(target.square().sum()))
             assert strength == pytest.approx(expected, abs=4e-3)

@@ -34,6 +34,7 @@ def test_results_come_in_the_order_of_the_items(cores: int) -> None:
 
 def test_only_a_few_items_are_in_flight(cores: int) -> None:
     taken: list[int] = []
+    before = threading.active_count()  # what other tests have left
 
     def items() -> Iterator[int]:
         for item in range(100):
@@ -43,7 +44,7 @@ def test_only_a_few_items_are_in_flight(cores: int) -> None:
     results = each(lambda item: item, items())
     assert next(results) == 0
     assert len(taken) <= AHEAD * cores
-    assert threading.active_count() < 20
+    assert threading.active_count() <= before + cores
     results.close()
 
 
