@@ -1,12 +1,18 @@
-"""Viterbi's search for the best codes of the trellis (`bslora.codes.trellis`): exact, and the same on every machine.
+"""Viterbi's search for the best codes of the trellis (`bslora.codes.trellis`): the same on every machine.
 
     state s: the last 12 bits, the newest lowest        s' = (s ≪ w | c) mod 4096
     cost(s') = min over the 2^w states before it of cost(s)  +  (x − value(s'))²
 
-All successors of a state share its upper bits, so that the least of 2^w costs is taken once for 2^w states. Which it came from
-stands in the lowest w bits of the cost itself, which are of no account beside rounding: then the least whole number of two
-float32 patterns tells both. Operations are single ones of IEEE arithmetic in a given order: the compiled loop and that of torch
-operations, for devices, give the same codes.
+All successors of a state share its upper bits, so that the least of 2^w costs is taken once for 2^w states.
+
+Up to 4 bits costs are 16-bit whole numbers, twice as many to an instruction: x and the values are whole multiples of 1/2048,
+their difference ends at ±16 / 2^FINE(w), and a unit of cost is 4^−FINE(w) / 64. What is rounded is far below what a code loses (1.0001
+times the error). The least costs of every number are kept, and the way back asks again which state each came from.
+
+Above that, and for a vector with a number beyond EDGE, costs are float32. Which state one came from stands in the lowest w bits
+of the cost itself, which are of no account beside rounding: then the least whole number of two float32 patterns tells both.
+
+Operations are single ones in a given order: the compiled loops and those of torch operations, for devices, give the same codes.
 """
 
 from collections.abc import Callable
@@ -19,9 +25,16 @@ from torch import Tensor
 from bslora_convert.bslora.codes.trellis import STATES, WINDOW, reversed_bits
 from bslora_convert.process.compiled import compiled
 
+SHORT = 4  # bits up to which costs are whole numbers
+FINE = {1: 0, 2: 1, 3: 2, 4: 3}  # by width: how far a difference is shifted up before its square is halved
+EDGE = 4.5  # a larger number is too far from every value for whole numbers to tell these apart
+UNIT = 2048  # of x and values, in the numbers that costs are reckoned from
+MOST, CAP = (
+    1 << 15,
+    49151,
+)  # a difference stays below the one after its shift, what is kept of a cost is at most the other
+OFTEN, SELDOM = 8, 16  # numbers after which costs are brought back to zero, whole ones and those in float32
 FAR = 1e30
-APART = 4  # bits up to which states of one newest code stand side by side
-EVERY = 16  # numbers after which costs are brought back to zero
 
 
 def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
@@ -29,68 +42,191 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
 
     table: (4096,) float32, by window.
     """
-    search, places = _compiled(width), _places(width)
-    ordered = np.empty(STATES, np.float32)
-    ordered[places] = table[reversed_bits(WINDOW)]
+    found = table[reversed_bits(WINDOW)]
     codes = np.empty(x.shape, np.uint8)
-    for row, out in zip(np.ascontiguousarray(x, dtype=np.float32), codes, strict=True):
-        search(row, ordered, places, out)
+    short = _are_short(x, width)
+    if short.any():
+        search, places = _compiled(width, True), _places(width)
+        values, numbers = _whole(found, x[short], width)
+        ordered = np.empty(STATES, np.int16)
+        ordered[places] = values
+        kept = np.empty((x.shape[1], STATES >> width), np.uint16)
+        for row, at in zip(numbers, np.flatnonzero(short), strict=True):
+            search(row, ordered, places, kept, codes[at])
+    if not short.all():
+        search = _compiled(width, False)
+        for at in np.flatnonzero(~short):
+            search(np.ascontiguousarray(x[at], dtype=np.float32), found, codes[at])
     return reversed_bits(width).astype(np.uint8)[codes]
 
 
 def paths_on_device(x: Tensor, table: Tensor, width: int) -> Tensor:
-    """The same by torch operations on x's device, all vectors together."""
+    """The same by torch operations on x's device, all vectors of a kind together."""
+    short = torch.from_numpy(_are_short(x.cpu().numpy(), width))
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    ordered = table[torch.from_numpy(reversed_bits(WINDOW))]
+    for chosen, walk in ((short, _short_on_device), (~short, _long_on_device)):
+        if chosen.any():
+            codes[chosen] = walk(x[chosen.to(x.device)], ordered, width).cpu()
+    return torch.from_numpy(reversed_bits(width).astype(np.uint8)[codes.numpy()])
+
+
+def _short_on_device(x: Tensor, ordered: Tensor, width: int) -> Tensor:
     (n, length), count, upper = x.shape, 1 << width, STATES >> width
-    ordered = table[torch.from_numpy(reversed_bits(WINDOW))].to(x.device, torch.float32)
-    cost = torch.full((n, STATES), FAR, device=x.device)
-    cost[:, 0] = 0
     numbers = torch.arange(count, dtype=torch.int32, device=x.device)[:, None]
     came = torch.empty((length, n, upper), dtype=torch.uint8, device=x.device)
+    values, whole = (
+        torch.from_numpy(part).to(x.device, torch.int32) for part in _whole(ordered.numpy(), x.cpu().numpy(), width)
+    )
+    cost = torch.full((n, STATES), CAP, dtype=torch.int32, device=x.device)
+    cost[:, 0] = 0
+    for i in range(length):
+        keys = (cost.view(n, count, upper) * count + numbers).amin(1)
+        came[i] = (keys % count).to(torch.uint8)
+        best = (keys // count).clamp_max(CAP)
+        if i % OFTEN == OFTEN - 1:
+            best = best - best.amin(1, keepdim=True)
+        away = (whole[:, i : i + 1] - values).clamp(1 - _limit(width), _limit(width) - 1) << FINE[width]
+        cost = best.repeat_interleave(count, 1) + (away * away >> 16)
+    return _back(cost, came, width)
+
+
+def _long_on_device(x: Tensor, ordered: Tensor, width: int) -> Tensor:
+    (n, length), count, upper = x.shape, 1 << width, STATES >> width
+    numbers = torch.arange(count, dtype=torch.int32, device=x.device)[:, None]
+    came = torch.empty((length, n, upper), dtype=torch.uint8, device=x.device)
+    values = ordered.to(x.device, torch.float32)
+    cost = torch.full((n, STATES), FAR, device=x.device)
+    cost[:, 0] = 0
     for i in range(length):
         keys = (cost.view(torch.int32).view(n, count, upper) & ~(count - 1)) | numbers
         best = keys.amin(1)
         came[i] = (best & (count - 1)).to(torch.uint8)
-        away = x[:, i : i + 1] - ordered
+        away = x[:, i : i + 1] - values
         cost = best.view(torch.float32).repeat_interleave(count, 1) + away * away
-        if i % EVERY == EVERY - 1:
+        if i % SELDOM == SELDOM - 1:
             cost = cost - cost.amin(1, keepdim=True)
-    state = cost.argmin(1)
-    codes = torch.empty((n, length), dtype=torch.uint8, device=x.device)
-    rows = torch.arange(n, device=x.device)
-    for i in range(length - 1, -1, -1):
+    return _back(cost, came, width)
+
+
+def _back(cost: Tensor, came: Tensor, width: int) -> Tensor:
+    """The way back from the first of the states of least cost: (n, L) codes. came: (L, n, upper)."""
+    count, rows = 1 << width, torch.arange(len(cost), device=cost.device)
+    state = (cost == cost.amin(1, keepdim=True)).to(torch.uint8).argmax(1)
+    codes = torch.empty((len(cost), len(came)), dtype=torch.uint8, device=cost.device)
+    for i in range(len(came) - 1, -1, -1):
         codes[:, i] = (state & (count - 1)).to(torch.uint8)
         held = state >> width
         state = came[i, rows, held].long() << (WINDOW - width) | held
-    return torch.from_numpy(reversed_bits(width).astype(np.uint8)[codes.cpu().numpy()])
+    return codes
+
+
+def _are_short(x: np.ndarray, width: int) -> np.ndarray:
+    """(n,): which vectors whole numbers do for."""
+    found: np.ndarray = np.full(len(x), width <= SHORT) & (np.abs(x).max(1, initial=0.0) <= EDGE)
+    return found
+
+
+def _limit(width: int) -> int:
+    """What a difference of whole numbers stays below."""
+    return MOST >> FINE[width]
+
+
+def _whole(values: np.ndarray, x: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and numbers as multiples of 1/UNIT, int16; numbers stay so near the values that differences tell these apart."""
+    found = np.rint(values * UNIT).astype(np.int16)
+    beyond = _limit(width) // 2
+    return found, np.clip(np.rint(x * UNIT), found.min() - beyond, found.max() + beyond).astype(np.int16)
 
 
 @cache
-def _compiled(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
-    """The search for one width."""
-    return compiled(_search(width))
+def _compiled(width: int, short: bool) -> Callable[..., None]:
+    """The search for one width, in whole numbers or in float32."""
+    return compiled(_short(width) if short else _long(width))
 
 
 def _places(width: int) -> np.ndarray:
-    """(4096,): where the cost of each state stands in the compiled loop.
+    """(4096,): where the cost of each state stands in the loop over whole numbers.
 
-    Those of one newest code stand side by side where codes are few, so that both of its loops run over many neighbours.
+    Those of one newest code stand side by side, so that both halves of the loop run over many neighbours.
     """
     states = np.arange(STATES)
-    if width > APART:
-        return states
     return (states & ((1 << width) - 1)) * (STATES >> width) + (states >> width)
 
 
-def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]:
+def _short(width: int) -> Callable[..., None]:
     """Loops are cut so that the compiler makes vector instructions of each; `python benchmarks/trellis.py` times them."""
     count, upper, shift, run = 1 << width, STATES >> width, WINDOW - width, STATES >> 2 * width
+    states, cap, fine, edge, every, few = STATES, CAP, FINE[width], _limit(width) - 1, OFTEN, 8
+
+    def search(x: np.ndarray, table: np.ndarray, places: np.ndarray, kept: np.ndarray, codes: np.ndarray) -> None:
+        length = x.shape[0]
+        cost, turned = np.empty(states, np.uint16), np.empty(upper, np.uint16)
+        for s in range(states):
+            cost[s] = cap
+        cost[0] = 0
+        for i in range(length):
+            number, best = x[i], kept[i]
+            if count <= few:
+                for h in range(run):
+                    for c in range(count):
+                        least = cost[c * upper + h]
+                        for p in range(1, count):
+                            least = min(least, cost[c * upper + p * run + h])
+                        best[h * count + c] = min(least, cap)
+            else:
+                for c in range(count):
+                    for h in range(run):
+                        least = cost[c * upper + h]
+                        for p in range(1, count):
+                            least = min(least, cost[c * upper + p * run + h])
+                        turned[c * run + h] = min(least, cap)
+                for c in range(count):
+                    for h in range(run):
+                        best[h * count + c] = turned[c * run + h]
+            if i % every == every - 1:
+                smallest = best[0]
+                for u in range(upper):
+                    smallest = min(smallest, best[u])
+                for u in range(upper):
+                    best[u] -= smallest
+            for c in range(count):
+                for u in range(upper):
+                    away = np.int16(number - table[c * upper + u])
+                    away = np.int16(min(max(int(away), -edge), edge) << fine)
+                    cost[c * upper + u] = best[u] + np.uint16((np.int32(away) * np.int32(away)) >> 16)
+        state = 0
+        for s in range(states):
+            if cost[places[s]] < cost[places[state]]:
+                state = s
+        for i in range(length - 1, -1, -1):
+            codes[i] = state & (count - 1)
+            held, came = state >> width, 0
+            if i > 0:
+                number, best = x[i - 1], kept[i - 1]
+                least = np.int64(1 << 30)
+                for p in range(count):
+                    before = (p << shift) | held
+                    away = np.int16(number - table[places[before]])
+                    away = np.int16(min(max(int(away), -edge), edge) << fine)
+                    value = np.int64(best[before >> width]) + ((np.int32(away) * np.int32(away)) >> 16)
+                    if value < least:
+                        least, came = value, p
+            state = (came << shift) | held
+
+    return search
+
+
+def _long(width: int) -> Callable[..., None]:
+    """As `_short`, in float32."""
+    count, upper, shift = 1 << width, STATES >> width, WINDOW - width
     low, high = np.int32(count - 1), np.int32(~(count - 1))
-    states, far, zero, every, apart, few = STATES, np.float32(FAR), np.float32(0), EVERY, width <= APART, 4
+    states, far, zero, every = STATES, np.float32(FAR), np.float32(0), SELDOM
     block = min(count, 16)
 
-    def search(x: np.ndarray, table: np.ndarray, places: np.ndarray, codes: np.ndarray) -> None:
+    def search(x: np.ndarray, table: np.ndarray, codes: np.ndarray) -> None:
         length, wide = x.shape[0], table.shape[0] // upper  # count, which the compiler must not unroll
-        cost, best, turned = np.empty(states, np.float32), np.empty(upper, np.float32), np.empty(upper, np.int32)
+        cost, best = np.empty(states, np.float32), np.empty(upper, np.float32)
         keys, best_keys = cost.view(np.int32), best.view(np.int32)
         came = np.empty((length, upper), np.uint8)
         for s in range(states):
@@ -98,45 +234,21 @@ def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndar
         cost[0] = zero
         for i in range(length):
             number, before = x[i], came[i]
-            if apart and count <= few:
-                for h in range(run):
-                    for c in range(count):
-                        least = keys[c * upper + h] & high
-                        for p in range(1, count):
-                            least = min(least, (keys[c * upper + p * run + h] & high) | np.int32(p))
-                        best_keys[h * count + c] = least
-            elif apart:
-                for c in range(count):
-                    for h in range(run):
-                        least = keys[c * upper + h] & high
-                        for p in range(1, count):
-                            least = min(least, (keys[c * upper + p * run + h] & high) | np.int32(p))
-                        turned[c * run + h] = least
-                for c in range(count):
-                    for h in range(run):
-                        best_keys[h * count + c] = turned[c * run + h]
-            else:
+            for u in range(upper):
+                best_keys[u] = keys[u] & high
+            for first in range(0, count, block):
                 for u in range(upper):
-                    best_keys[u] = keys[u] & high
-                for first in range(0, count, block):
-                    for u in range(upper):
-                        least = best_keys[u]
-                        for p in range(block):
-                            least = min(least, (keys[(first + p) * upper + u] & high) | np.int32(first + p))
-                        best_keys[u] = least
-            if apart:
-                for c in range(count):
-                    for u in range(upper):
-                        away = number - table[c * upper + u]
-                        cost[c * upper + u] = best[u] + away * away
-            else:
-                for u in range(upper):
-                    begun = best[u]
-                    for c in range(wide):
-                        away = number - table[u * count + c]
-                        cost[u * count + c] = begun + away * away
+                    least = best_keys[u]
+                    for p in range(block):
+                        least = min(least, (keys[(first + p) * upper + u] & high) | np.int32(first + p))
+                    best_keys[u] = least
             for u in range(upper):
                 before[u] = np.uint8(best_keys[u] & low)
+            for u in range(upper):
+                begun = best[u]
+                for c in range(wide):
+                    away = number - table[u * count + c]
+                    cost[u * count + c] = begun + away * away
             if i % every == every - 1:
                 smallest = keys[0]
                 for s in range(states):
@@ -147,7 +259,7 @@ def _search(width: int) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndar
                     cost[s] = cost[s] - begun
         state = 0
         for s in range(states):
-            if cost[places[s]] < cost[places[state]]:
+            if cost[s] < cost[state]:
                 state = s
         for i in range(length - 1, -1, -1):
             codes[i] = state & (count - 1)
