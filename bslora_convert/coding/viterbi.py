@@ -6,15 +6,17 @@
 All successors of a state share its upper bits, so that the least of 2^w costs is taken once for 2^w states.
 
 Up to 4 bits costs are 16-bit whole numbers, twice as many to an instruction: x and the values are whole multiples of 1/2048,
-their difference ends at ±16 / 2^FINE(w), and a unit of cost is 4^−FINE(w) / 64. What is rounded is far below what a code loses (1.0001
-times the error). The least costs of every number are kept, and the way back asks again which state each came from.
+their difference ends at ±16 / 2^FINE(w), and a unit of cost is 4^−FINE(w) / 64. What is rounded is far below what a code loses
+(1.0001 times the error). The least costs of every EACH(w)-th number are kept, a kilobyte a number at most, and the way back tries
+every way from those to the state that it stands at.
 
-Above that, and for a vector with a number beyond EDGE, costs are float32. Which state one came from stands in the lowest w bits
-of the cost itself, which are of no account beside rounding: then the least whole number of two float32 patterns tells both.
+Above that, and for a vector with a number beyond EDGE(w), costs are float32. Which state one came from stands in the lowest w
+bits of the cost itself, which are of no account beside rounding: then the least whole number of two float32 patterns tells both.
 
 Operations are single ones in a given order: the compiled loops and those of torch operations, for devices, give the same codes.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -27,7 +29,13 @@ from bslora_convert.process.compiled import compiled
 
 SHORT = 4  # bits up to which costs are whole numbers
 FINE = {1: 0, 2: 1, 3: 2, 4: 3}  # by width: how far a difference is shifted up before its square is halved
-EDGE = 4.5  # a larger number is too far from every value for whole numbers to tell these apart
+EDGE = {
+    1: 10.0,
+    2: 7.0,
+    3: 5.5,
+    4: 4.5,
+}  # a larger number is too far from every value for whole numbers to tell these apart
+EACH = {1: 4, 2: 2, 3: 1, 4: 1}
 UNIT = 2048  # of x and values, in the numbers that costs are reckoned from
 MOST, CAP = (
     1 << 15,
@@ -35,6 +43,7 @@ MOST, CAP = (
 )  # a difference stays below the one after its shift, what is kept of a cost is at most the other
 OFTEN, SELDOM = 8, 16  # numbers after which costs are brought back to zero, whole ones and those in float32
 FAR = 1e30
+_rooms = threading.local()
 
 
 def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
@@ -50,7 +59,7 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
         values, numbers = _whole(found, x[short], width)
         ordered = np.empty(STATES, np.int16)
         ordered[places] = values
-        kept = np.empty((x.shape[1], STATES >> width), np.uint16)
+        kept = _room(-(-x.shape[1] // EACH[width]) * (STATES >> width)).reshape(-1, STATES >> width)
         for row, at in zip(numbers, np.flatnonzero(short), strict=True):
             search(row, ordered, places, kept, codes[at])
     if not short.all():
@@ -123,8 +132,16 @@ def _back(cost: Tensor, came: Tensor, width: int) -> Tensor:
 
 def _are_short(x: np.ndarray, width: int) -> np.ndarray:
     """(n,): which vectors whole numbers do for."""
-    found: np.ndarray = np.full(len(x), width <= SHORT) & (np.abs(x).max(1, initial=0.0) <= EDGE)
+    found: np.ndarray = np.abs(x).max(1, initial=0.0) <= EDGE.get(width, -1.0)
     return found
+
+
+def _room(count: int) -> np.ndarray:
+    """(count,) uint16 of this thread's room, whatever stands in it: pages that are new cost more than the search does."""
+    held: np.ndarray | None = getattr(_rooms, "held", None)
+    if held is None or len(held) < count:
+        held = _rooms.held = np.empty(count, np.uint16)
+    return held[:count]
 
 
 def _limit(width: int) -> int:
@@ -156,8 +173,9 @@ def _places(width: int) -> np.ndarray:
 
 def _short(width: int) -> Callable[..., None]:
     """Loops are cut so that the compiler makes vector instructions of each; `python benchmarks/trellis.py` times them."""
-    count, upper, shift, run = 1 << width, STATES >> width, WINDOW - width, STATES >> 2 * width
+    count, upper, window, run = 1 << width, STATES >> width, WINDOW, STATES >> 2 * width
     states, cap, fine, edge, every, few = STATES, CAP, FINE[width], _limit(width) - 1, OFTEN, 8
+    each = EACH[width]
 
     def search(x: np.ndarray, table: np.ndarray, places: np.ndarray, kept: np.ndarray, codes: np.ndarray) -> None:
         length = x.shape[0]
@@ -166,7 +184,7 @@ def _short(width: int) -> Callable[..., None]:
             cost[s] = cap
         cost[0] = 0
         for i in range(length):
-            number, best = x[i], kept[i]
+            number, best = x[i], kept[i // each]  # which the next ones write over, up to the last of `each`
             if count <= few:
                 for h in range(run):
                     for c in range(count):
@@ -199,20 +217,33 @@ def _short(width: int) -> Callable[..., None]:
         for s in range(states):
             if cost[places[s]] < cost[places[state]]:
                 state = s
-        for i in range(length - 1, -1, -1):
-            codes[i] = state & (count - 1)
-            held, came = state >> width, 0
-            if i > 0:
-                number, best = x[i - 1], kept[i - 1]
-                least = np.int64(1 << 30)
-                for p in range(count):
-                    before = (p << shift) | held
-                    away = np.int16(number - table[places[before]])
+        i = length - 1
+        while True:
+            back = i % each + 1
+            for k in range(back):
+                codes[i - k] = state >> width * k & (count - 1)
+            i -= back
+            if i < 0:
+                break
+            best, nearest, least = kept[i // each], 0, np.int64(1 << 40)
+            for way in range(
+                1 << width * back
+            ):  # the state that comes next on the way back is the first to be told apart
+                older, rest = 0, way
+                for _ in range(back):
+                    older, rest = older << width | rest & (count - 1), rest >> width
+                whole = (older << (window - width * back) | state >> width * back) << width * back | state & (
+                    (1 << width * back) - 1
+                )
+                value = np.int64(best[whole >> width * (back + 1)])
+                for k in range(back):
+                    at = whole >> width * (back - k) & (states - 1)
+                    away = np.int16(x[i + k] - table[places[at]])
                     away = np.int16(min(max(int(away), -edge), edge) << fine)
-                    value = np.int64(best[before >> width]) + ((np.int32(away) * np.int32(away)) >> 16)
-                    if value < least:
-                        least, came = value, p
-            state = (came << shift) | held
+                    value += (np.int32(away) * np.int32(away)) >> 16
+                if value < least:
+                    least, nearest = value, whole >> width * back
+            state = nearest
 
     return search
 
