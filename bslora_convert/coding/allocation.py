@@ -14,7 +14,7 @@ which is why shared vectors end up in more bits than local ones.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,24 @@ class Items:
 
     def hull(self) -> "Hull":
         """The corners of every item, cheapest first."""
+        worth = self._worth_taking()
+        if worth is not None:
+            energy = None if self.energy is None else self.energy[:, worth]
+            found = Items(self.bits[:, worth], self.lost[:, worth], energy)._corners()
+            return replace(found, options=worth[found.options])
+        return self._corners()
+
+    def _worth_taking(self) -> np.ndarray | None:
+        """Options that lose less than every cheaper one, for some item; None where items take different bits."""
+        if not len(self.bits) or self.bits.strides[0]:
+            return None
+        order = np.argsort(self.bits[0], kind="stable")
+        lost = self.lost[:, order]
+        least = np.minimum.accumulate(lost, 1)
+        better = np.append(True, (lost[:, 1:] < least[:, :-1]).any(0))
+        return np.sort(order[better])
+
+    def _corners(self) -> "Hull":
         rows = np.arange(len(self.bits))
         exists = np.isfinite(self.lost)
         cheapest = np.where(exists, self.bits, np.inf).min(1, keepdims=True)

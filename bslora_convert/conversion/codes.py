@@ -27,7 +27,7 @@ from bslora_convert.recipe.structure import Structure
 HEAD_START = 0.985  # of the energy that may be lost: where the first attempt is aimed at, as codes lose what their widths promise
 TYPICAL_WIDTH = 4  # bits a number that a byte budget ends at, roughly
 LEAST_SHARE = 0.02  # of the LoRA's numbers, for a float fit that only seeks shared parts
-LOOKED_AT = 4  # one in so many layers
+LOOKED_AT = 5  # one in so many layers
 WORTH_CODING = 0.02  # of what plain components of as many numbers lose: what sharing must gain to be coded too
 SLACK = 4  # bytes that are left free when codes are made smaller: names of widths in the header come and go
 FINEST = 1e-12  # of the energy: what the most precise codes are asked to lose
@@ -84,7 +84,7 @@ def in_codes(source: Source, request: Request, progress: Progress) -> Converted:
 
 
 def _may_pay(source: Source, structure: Structure, request: Request, numbers: int, progress: Progress) -> bool:
-    """Whether sharing may gain what is asked of it, by a fit of some layers alone, which is a quarter's work."""
+    """Whether sharing may gain what is asked of it, by a fit of some layers alone, which is a fifth of the work."""
     part = None if request.target.ranks is not None else source.some_layers(LOOKED_AT)
     if part is None or not shares(part, structure):
         return True
