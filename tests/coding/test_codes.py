@@ -28,6 +28,7 @@ from bslora_convert.bslora.codes.file import (
 from bslora_convert.bslora.codes.packing import pack, packed_bytes, unpack
 from bslora_convert.bslora.codes.trellis import STATES, TRELLIS_WIDTHS, tables, values_of, windows_of
 from bslora_convert.bslora.codes.widths import WIDTHS
+from bslora_convert.coding import viterbi
 from bslora_convert.coding.encode import DISTORTIONS, encode, lost_shares
 from bslora_convert.coding.viterbi import paths, paths_on_device
 from bslora_convert.errors import InputError
@@ -148,6 +149,25 @@ def test_no_way_through_the_trellis_is_better_and_devices_find_the_same(width: i
         best = float((values - row).square().sum(1).min())
         mine = torch.from_numpy(paths(row.float()[None].numpy(), table.numpy(), width))
         assert float((table[windows_of(mine, width)].double() - row).square().sum()) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("width", sorted(viterbi.EDGE))
+@pytest.mark.parametrize("length", [16, 64, 700])
+def test_whole_numbers_lose_no_more_than_float32(monkeypatch: pytest.MonkeyPatch, width: int, length: int) -> None:
+    """Normal numbers, and such with far outliers: beside the exact search."""
+    generator = torch.Generator().manual_seed(length)
+    normal = torch.randn(48, length, generator=generator)
+    spread = torch.randn(48, length, generator=generator) / torch.rand(48, length, generator=generator).sqrt()
+    table = tables()[width]
+    for x in (normal, spread / spread.square().mean(1, keepdim=True).sqrt()):
+        lost = []
+        for edge in (viterbi.EDGE, {}):
+            monkeypatch.setattr(viterbi, "EDGE", edge)
+            codes = torch.from_numpy(paths(x.numpy(), table.numpy(), width))
+            lost.append((table[windows_of(codes, width)] - x).double().square().sum(1))
+        monkeypatch.undo()
+        assert float(lost[0].sum()) <= 1.0005 * float(lost[1].sum())
+        assert float((lost[0] / lost[1]).max()) < 1.05
 
 
 def test_more_bits_lose_less_and_the_estimate_is_near() -> None:
