@@ -10,8 +10,9 @@ their difference ends at ±16 / 2^FINE(w), and a unit of cost is 4^−FINE(w) / 
 (1.0001 times the error). The least costs of every EACH(w)-th number are kept, a kilobyte a number at most, and the way back tries
 every way from those to the state that it stands at.
 
-Above that, and for a vector with a number beyond EDGE(w), costs are float32. Which state one came from stands in the lowest w
-bits of the cost itself, which are of no account beside rounding: then the least whole number of two float32 patterns tells both.
+Above that, for a vector with a number beyond EDGE(w), and where the way that was found holds a difference that was cut off, costs
+are float32. Which state one came from stands in the lowest w bits of the cost itself, which are of no account beside rounding:
+then the least whole number of two float32 patterns tells both.
 
 Operations are single ones in a given order: the compiled loops and those of torch operations, for devices, give the same codes.
 """
@@ -52,7 +53,9 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
     table: (4096,) float32, by window.
     """
     found = table[reversed_bits(WINDOW)]
-    codes = np.empty(x.shape, np.uint8)
+    codes = np.zeros(x.shape, np.uint8)
+    if not x.size:
+        return codes
     short = _are_short(x, width)
     if short.any():
         search, places = _compiled(width, True), _places(width)
@@ -62,6 +65,7 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
         kept = _room(-(-x.shape[1] // EACH[width]) * (STATES >> width)).reshape(-1, STATES >> width)
         for row, at in zip(numbers, np.flatnonzero(short), strict=True):
             search(row, ordered, places, kept, codes[at])
+        short[short] = _are_sure(codes[short], numbers, values, width)
     if not short.all():
         search = _compiled(width, False)
         for at in np.flatnonzero(~short):
@@ -71,12 +75,17 @@ def paths(x: np.ndarray, table: np.ndarray, width: int) -> np.ndarray:
 
 def paths_on_device(x: Tensor, table: Tensor, width: int) -> Tensor:
     """The same by torch operations on x's device, all vectors of a kind together."""
-    short = torch.from_numpy(_are_short(x.cpu().numpy(), width))
-    codes = torch.empty(x.shape, dtype=torch.uint8)
     ordered = table[torch.from_numpy(reversed_bits(WINDOW))]
-    for chosen, walk in ((short, _short_on_device), (~short, _long_on_device)):
-        if chosen.any():
-            codes[chosen] = walk(x[chosen.to(x.device)], ordered, width).cpu()
+    codes = torch.zeros(x.shape, dtype=torch.uint8)
+    if not x.numel():
+        return codes
+    short = torch.from_numpy(_are_short(x.cpu().numpy(), width))
+    if short.any():
+        codes[short] = _short_on_device(x[short.to(x.device)], ordered, width).cpu()
+        values, numbers = _whole(ordered.numpy(), x[short.to(x.device)].cpu().numpy(), width)
+        short[short.clone()] = torch.from_numpy(_are_sure(codes[short].numpy(), numbers, values, width))
+    if not short.all():
+        codes[~short] = _long_on_device(x[(~short).to(x.device)], ordered, width).cpu()
     return torch.from_numpy(reversed_bits(width).astype(np.uint8)[codes.numpy()])
 
 
@@ -134,6 +143,15 @@ def _are_short(x: np.ndarray, width: int) -> np.ndarray:
     """(n,): which vectors whole numbers do for."""
     found: np.ndarray = np.abs(x).max(1, initial=0.0) <= EDGE.get(width, -1.0)
     return found
+
+
+def _are_sure(codes: np.ndarray, numbers: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
+    """(n,): which ways hold no difference that was cut off. All others are only the dearer without the cut, so it is the best."""
+    states = codes.astype(np.int16)
+    for back in range(1, -(-WINDOW // width)):
+        states[:, back:] |= codes[:, :-back].astype(np.int16) << width * back & STATES - 1
+    sure: np.ndarray = (np.abs(numbers.astype(np.int32) - values[states]) < _limit(width) - 1).all(1)
+    return sure
 
 
 def _room(count: int) -> np.ndarray:

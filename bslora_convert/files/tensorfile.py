@@ -186,10 +186,15 @@ def sign(path: Path) -> None:
 
     :raises InputError: when it is damaged. :raises OSError: when it can't be written.
     """
-    if read_metadata(path) == METADATA:
-        partial = path.with_name(f".{path.name}.partial")
-        write_tensors(partial, load_file(path), checksum=True)
+    held = load_file(path)
+    if read_metadata(path) != METADATA or not {tensor.dtype for tensor in held.values()} <= set(DTYPE_CODES.values()):
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write_tensors(partial, held, checksum=True)
         partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _order_metadata(path: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the steps are asked for where torch is not wanted
 STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's allowed max_lora_rank
 NUMBER_BYTES = 2  # bf16 and fp16 slots
 PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # kinds whose room is made together
+PARENTS = ("qkv_proj", "gate_up_proj")  # what the engine calls them together
 TARGET_MODULES = "--lora-target-modules"
 
 
@@ -31,6 +32,13 @@ def target_modules(names: Collection[str]) -> list[str] | None:
     if any(".experts." in f".{name}." for name in names):
         return None
     return sorted({name.rpartition(".")[2] for name in names})
+
+
+def left_out(names: Collection[str], told: Collection[str]) -> list[str]:
+    """Kinds of an adapter's modules that an engine which was told others makes no room for, and so never applies."""
+    with_mates = {mate for group in PACKED for kind in group if kind in told for mate in group}
+    by_parent = {kind for parent, group in zip(PARENTS, PACKED, strict=True) if parent in told for kind in group}
+    return sorted(set(target_modules(names) or ()) - {*told, *with_mates, *by_parent})
 
 
 def reserved(shapes: "Mapping[str, Shape]") -> "dict[str, Shape]":

@@ -22,10 +22,14 @@ COLUMNS = ("id", "uri", "revision", "prompts", "base_model")
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """items: the adapters of a library, by id. notes: what was left out, or lies elsewhere, each in a line."""
+    """items: the adapters of a library, by id. notes: what was left out, or lies elsewhere, each in a line.
+
+    lost: ids of links that lead to nothing now; what was there may come back.
+    """
 
     items: list[Item]
     notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 def discover(library: str) -> Discovery:
@@ -77,7 +81,7 @@ def _directory(root: Path) -> Discovery:
         [path.relative_to(root).as_posix() if path != root else root.resolve().name for path in tree.adapters]
     )
     items = [Item(name, str(path.absolute())) for name, path in zip(names, tree.adapters, strict=True)]
-    return Discovery(items, tree.notes)
+    return Discovery(items, tree.notes, safe_ids(tree.lost))
 
 
 def _manifest(path: Path) -> list[Item]:

@@ -197,6 +197,17 @@ def marked_ok(marker: Path) -> bool:
         return False
 
 
+def written_by_batch(place: Path, marker: Path) -> bool:
+    """Whether a result is `batch`'s: its marker says so, or its record has the source that the marker of a failure has."""
+    if marked_ok(marker):
+        return True
+    try:
+        record = json.loads((place / FIDELITY_NAME).read_text(encoding="utf-8"))
+        return bool(record["source"]["path"] == json.loads(marker.read_text(encoding="utf-8"))["uri"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def mark(out: Path, result: Result) -> None:
     """Writes the marker; without one the adapter is converted again."""
     marker = marker_of(out, result.id)

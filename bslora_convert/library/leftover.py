@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bslora_convert.files.address import STATE
 from bslora_convert.files.record import foreign, named
-from bslora_convert.library.jobs import marked_ok, marker_of
+from bslora_convert.library.jobs import marker_of, written_by_batch
 from bslora_convert.library.manifest import compact_in
 
 
@@ -21,12 +21,16 @@ def left_over(out: Path, ids: Collection[str]) -> list[str]:
     return [name for name in compact_in(out) if name not in ids] if out.is_dir() else []
 
 
-def prune(out: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """(What was removed, notes on what was not and why)."""
+def prune(out: Path, names: Collection[str], lost: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """(What was removed, notes on what was not and why). lost: where a source may come back."""
     gone, notes = [], []
     for name in names:
         place, marker = out / name, marker_of(out, name)
-        if not marked_ok(marker):
+        link = next((one for one in lost if f"{name}/".startswith(f"{one}/")), None)
+        if link is not None:
+            notes.append(f"{name} was left: {link} leads to nothing now, and may come back")
+            continue
+        if not written_by_batch(place, marker):
             notes.append(f"{name} is no adapter of the library and was not written by `batch`: it was left")
             continue
         strange = foreign(place)

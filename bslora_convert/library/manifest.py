@@ -1,16 +1,17 @@
 """The manifest of a converted library: which adapters it holds, by what `batch` wrote."""
 
+import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from bslora_convert.bslora.storage import CONFIG_NAME, PEFT_TYPE
 from bslora_convert.errors import InputError
-from bslora_convert.files.address import MANIFEST, resolve
+from bslora_convert.files.address import MANIFEST, STATE, check_id, resolve
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.remote import LOCAL, fetched
 from bslora_convert.files.store import Store, as_written, is_url, parts_of
@@ -33,12 +34,32 @@ def read_manifest(out: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows[row["id"]] = row
-        except (ValueError, KeyError, TypeError):
+            check_id(row["id"], MANIFEST)
+            if not isinstance(row["status"], str) or not isinstance(row.get("settings", {}), dict):
+                raise TypeError(row)
+            rows[row["id"]] = {"settings": {}, **row}
+        except (ValueError, KeyError, TypeError, AttributeError, InputError):
             if number == len(lines) and not line.endswith(b"\n"):  # `batch` is writing it
                 continue
             raise InputError(f"{path}: line {number} is damaged; run `batch` again to make it anew") from None
     return list(rows.values())
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Inside, nobody else of this machine writes what stands beside the adapters of a library that `batch` made."""
+    if not (out / STATE).is_dir():
+        yield
+        return
+    with (out / STATE / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def append(out: Path, row: Mapping[str, Any]) -> None:
+    """Puts a row at the end of the manifest, in the place of an earlier one of the same adapter."""
+    with locked(out), (out / MANIFEST).open("a", encoding="utf-8") as manifest:
+        manifest.write(json.dumps(row) + "\n")
 
 
 def _lines(out: str | Path) -> list[bytes]:

@@ -7,6 +7,7 @@ it leads to inside is found at its own place, and one that leads above would nev
 import os
 from pathlib import Path
 
+from bslora_convert.errors import InputError
 from bslora_convert.lora.adapter import CONFIG_NAME, WEIGHTS_NAMES
 
 
@@ -17,6 +18,7 @@ class Tree:
         self.adapters: list[Path] = []
         self.notes: list[str] = []
         self._root, self._home = root, root.resolve()
+        self.lost: list[str] = []  # links to nothing: what was there may come back
         self._found: dict[Path, Path] = {}  # where an adapter really is -> as it is seen
         self._followed = {self._home}
         links = self._walk(root)
@@ -28,7 +30,7 @@ class Tree:
     def _walk(self, top: Path) -> list[Path]:
         """Takes what is below a directory; returns links to directories, which are not followed yet."""
         links: list[Path] = []
-        for here, folders, files in os.walk(top):
+        for here, folders, files in os.walk(top, onerror=_unreadable):
             folder = Path(here)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if CONFIG_NAME in files:
@@ -43,6 +45,7 @@ class Tree:
             for name in sorted(files):
                 if (folder / name).is_symlink() and not (folder / name).exists():
                     self._note(folder / name, "a link to nothing")
+                    self.lost.append(self._seen(folder / name))
         return links
 
     def _take(self, adapter: Path) -> None:
@@ -84,3 +87,11 @@ class Tree:
 
     def _seen(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix() if path != self._root else path.resolve().name
+
+
+def _unreadable(error: OSError) -> None:
+    """A directory that can't be read is no empty one: whoever is in it would leave the library.
+
+    :raises InputError: naming it.
+    """
+    raise InputError(f"{error.filename}: can't be read ({error.strerror or error}); nothing was changed")

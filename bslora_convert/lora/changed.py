@@ -45,7 +45,11 @@ def tables_of(adapter: LoraAdapter) -> list[str]:
     if adapter.config.raw.get("trainable_token_indices"):
         return []
     names = [name.removesuffix(".weight") for name, tensor in adapter.carried.items() if tensor.ndim == 2]
-    return [name for name in names if name.rpartition(".")[2] in EMBEDDINGS + HEADS and name not in adapter.modules]
+    beside = {
+        name.rpartition(".")[0] for name in adapter.carried if not name.endswith(".weight")
+    }  # a head's bias: saved whole
+    known = (*EMBEDDINGS, *HEADS)
+    return [n for n in names if n.rpartition(".")[2] in known and n not in adapter.modules and n not in beside]
 
 
 def only_changed(adapter: LoraAdapter, base_model: str) -> LoraAdapter:

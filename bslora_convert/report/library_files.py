@@ -2,23 +2,30 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bslora_convert.errors import BsloraConvertError
 from bslora_convert.files.address import CARD, MANIFEST, PAGE, SUMMARY
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import text_of
-from bslora_convert.library.manifest import DONE, read_manifest
+from bslora_convert.library.manifest import DONE, locked, read_manifest
 from bslora_convert.library.rows import BEHAVIOUR, behaviour_of
 from bslora_convert.results.library import BatchSummary
 
 
 def write(out: Path, rows: Sequence[Mapping[str, Any]], summary: BatchSummary) -> BatchSummary:
     """Writes the four, with what has been measured of each adapter's behaviour, and returns the summary as it was written."""
+    with locked(out):
+        return _write(out, rows, summary)
+
+
+def _write(out: Path, rows: Sequence[Mapping[str, Any]], summary: BatchSummary) -> BatchSummary:
     from bslora_convert.report import library as report
     from bslora_convert.report import library_card
 
@@ -31,18 +38,25 @@ def write(out: Path, rows: Sequence[Mapping[str, Any]], summary: BatchSummary) -
     return summary
 
 
-def refresh(out: Path) -> None:
-    """Writes them anew, after adapters were measured; nothing where `batch` left no summary."""
-    if (out / SUMMARY).is_file():
-        write(out, read_manifest(out), BatchSummary.from_dict(read_json(out / SUMMARY)))
+def refresh(out: Path) -> str | None:
+    """Writes them anew, after adapters were measured; nothing where `batch` left no summary. Returns why it could not, if so."""
+    if not (out / SUMMARY).is_file():
+        return None
+    try:
+        with locked(out):
+            _write(out, read_manifest(out), BatchSummary.from_dict(read_json(out / SUMMARY)))
+    except (BsloraConvertError, OSError) as error:
+        return f"what was measured is not in the library's own files: {error}"
+    return None
 
 
 def library_of(directory: Path) -> Path | None:
     """The library that a directory is an adapter of, by the manifest above it; None where it is of none."""
     for above in directory.absolute().parents:
-        if (above / MANIFEST).is_file():
+        if (above / MANIFEST).is_file() and (above / SUMMARY).is_file():
             name = directory.absolute().relative_to(above).as_posix()
-            return above if any(row["id"] == name for row in read_manifest(above)) else None
+            with suppress(BsloraConvertError):
+                return above if any(row["id"] == name for row in read_manifest(above)) else None
     return None
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from bslora_convert.behaviour.prompts import read_prompts
 from bslora_convert.bslora.common import commons_in
+from bslora_convert.bslora.storage import WEIGHTS_NAME
 from bslora_convert.errors import InputError, OutputError
 from bslora_convert.extras import need
-from bslora_convert.files.address import MANIFEST, STATE
+from bslora_convert.files.address import STATE
 from bslora_convert.files.landing import check_apart, check_outside, copy_files, landing
 from bslora_convert.files.store import is_url
 from bslora_convert.library.common import commons_of
@@ -38,6 +39,7 @@ from bslora_convert.library.jobs import (
 )
 from bslora_convert.library.leftover import left_over, prune
 from bslora_convert.library.made_with import MadeWith, read_made_with, settle
+from bslora_convert.library.manifest import append
 from bslora_convert.library.plan import LibraryPlan, plan_library
 from bslora_convert.library.summary import summarise
 from bslora_convert.process.progress import Progress, silent
@@ -103,8 +105,10 @@ def batch(
     named = {row.settings.get("initialisation") for row in final}
     in_common = sum(path.stat().st_size for path in commons_in(out) if path.name in named)
     left = left_over(out, {item.id for item in items})
-    pruned, kept = prune(out, left) if asked.prune else ([], [])
+    pruned, kept = prune(out, left, everything.lost) if asked.prune else ([], [])
+    older = sum(row.options != made_with.key for row in final)
     summary = summarise(final, len(items), seconds, run, in_common, [*everything.notes, *kept])
+    summary = replace(summary, pending=summary.pending + older, skipped=summary.skipped - older)
     left = [name for name in left if name not in pruned]
     return write(out, [row.to_dict() for row in final], replace(summary, left_over=left, pruned=pruned))
 
@@ -129,35 +133,31 @@ def _run(found: LibraryPlan, out: Path, asked: BatchOptions, progress: Progress)
     rows: list[Result] = []
     failures, most = 0, asked.failures
     total = len(found.jobs) + len(found.known) + sum(map(len, found.duplicates.values()))
-    with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
 
-        def take(result: Result) -> None:
-            rows.append(result)
-            manifest.write(json.dumps(result.to_dict()) + "\n")
-            manifest.flush()
-            progress("converting", len(rows), total, f"{result.id} {result.status}")
+    def take(result: Result) -> None:
+        rows.append(result)
+        append(out, result.to_dict())
+        progress("converting", len(rows), total, f"{result.id} {result.status}")
 
-        progress("converting", 0, total)
-        for result in found.known:
-            if result.status != "skipped":
+    progress("converting", 0, total)
+    for result in found.known:
+        if result.status != "skipped":
+            mark(out, result)
+            failures += 1
+        take(result)
+    jobs = {job.item.id: job for job in found.jobs}
+    if most is not None and failures >= most:
+        return rows
+    with closing(ENGINES[asked.engine](partial(convert_one, compress=compress), found.jobs, asked.workers)) as results:
+        for result in results:
+            if result.error == "WorkerDied":
                 mark(out, result)
-                failures += 1
             take(result)
-        jobs = {job.item.id: job for job in found.jobs}
-        if most is not None and failures >= most:
-            return rows
-        with closing(
-            ENGINES[asked.engine](partial(convert_one, compress=compress), found.jobs, asked.workers)
-        ) as results:
-            for result in results:
-                if result.error == "WorkerDied":
-                    mark(out, result)
-                take(result)
-                for job in found.duplicates.get(result.id, ()):
-                    take(_copy(jobs[result.id], job, result))
-                failures += result.status == "failed"
-                if most is not None and failures >= most:
-                    break
+            for job in found.duplicates.get(result.id, ()):
+                take(_copy(jobs[result.id], job, result))
+            failures += result.status == "failed"
+            if most is not None and failures >= most:
+                break
     return rows
 
 
@@ -187,10 +187,17 @@ def _final(items: Sequence[Item], rows: Sequence[Result], out: Path, options: st
 
 
 def _known(out: Path, name: str, options: str) -> Result | None:
-    """The marker that another run or shard with the same options left for an item that this run did not come to."""
+    """The marker that another run or shard left for an item that this run did not come to.
+
+    One of other options counts as long as its result stands there: it is a tenant until it is converted anew.
+    """
     with suppress(OSError, ValueError, TypeError):
         result = Result(**json.loads(marker_of(out, name).read_text(encoding="utf-8")))
-        return result if result.options == options and result.status != COPYING else None
+        if result.options == options:
+            return result if result.status != COPYING else None
+        weights = out / name / WEIGHTS_NAME
+        if result.status == "ok" and weights.is_file() and weights.stat().st_size == result.bytes:
+            return replace(result, status="skipped")
     return None
 
 

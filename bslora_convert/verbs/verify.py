@@ -79,8 +79,8 @@ def verify(
     if saving is not None:
         saving.keep(record, with_functional)
         above = library_of(pair.compact.path) if asked.save and in_library else None
-        if above is not None:
-            refresh(above)
+        if above is not None and (said := refresh(above)) is not None:
+            return replace(record, notes=[*record.notes, said])
     return record
 
 

@@ -64,8 +64,7 @@ def verify_library(
     ordered = sorted(there, key=lambda row: base_of(row) or _named_base(library / row["id"]))
     with base_kept():
         rows = sorted(for_each(ordered, "measuring", one, progress), key=_worst_first)
-    if asked.save:
-        refresh(library)
+    said = refresh(library) if asked.save else None
     bad = [row["id"] for row in rows if row["status"] != OK]
     missed = [row["id"] for row in rows if not row.get("passed", True)]
     return LibraryVerification(
@@ -79,7 +78,7 @@ def verify_library(
         kl=_spread(rows, "kl"),
         agreement=_spread(rows, "agreement"),
         passed=not bad and not missed,
-        notes=gone,
+        notes=[*gone, *([said] if said else [])],
     )
 
 

@@ -8,11 +8,13 @@ not be served (`starting.py`). Only vLLM's public interface of resolvers is used
 import asyncio
 import logging
 import multiprocessing
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
 from bslora_convert.errors import BsloraConvertError
+from bslora_convert.files.scrub import scrubbed
 from bslora_convert.vllm.resolver import Declined, Resolver
 from bslora_convert.vllm.settings import PLANS, Settings, is_strict
 from bslora_convert.vllm.starting import check, warm_up
@@ -34,7 +36,7 @@ def register() -> None:
     first = multiprocessing.parent_process() is None
     settings, why = None, None
     try:
-        settings = Settings.of()
+        settings = Settings.of(command=sys.argv)
         if settings is not None and first:
             for words in check(settings):
                 log.warning("bslora: %s", words)
@@ -60,7 +62,7 @@ def register() -> None:
     @cache
     def opened() -> Resolver:
         if settings is None:
-            raise Declined(f"the server's settings are wrong: {why}")
+            raise Declined(scrubbed(f"the server's settings are wrong: {why}"))
         return Resolver(Tenants(settings), log)
 
     pool = ThreadPoolExecutor(DECODERS, thread_name_prefix=NAME)

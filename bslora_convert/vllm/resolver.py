@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from bslora_convert.errors import BsloraConvertError
+from bslora_convert.files.scrub import scrubbed
 from bslora_convert.vllm.counters import HIT, LOADED, REFUSED, UNKNOWN, Outcomes
 from bslora_convert.vllm.snapshots import PARTIAL
 from bslora_convert.vllm.tenants import Tenants
@@ -59,8 +60,7 @@ class Resolver:
         reason = BEING_WRITTEN.sub("", reason)
         self.log.warning("bslora: %s is refused: %s (%s)", shown, reason, self.outcomes.words())
         settings = self.tenants.settings
-        for place in (settings.library, settings.cache):
-            reason = reason.replace(f"{place}/", "").replace(
-                str(place), place.name if isinstance(place, Path) else "the library"
-            )
+        reason = scrubbed(
+            reason, {str(place) for place in (settings.library, settings.cache) if Path(place).is_absolute()}
+        )
         return Declined(f"{shown} is refused: {reason}")

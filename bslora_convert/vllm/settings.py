@@ -1,13 +1,14 @@
 """What the plugin is told by the environment."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bslora_convert.errors import InputError, RecipeError
 from bslora_convert.files.remote import LOCAL
 from bslora_convert.files.store import is_url, parts_of
+from bslora_convert.layers.slots import TARGET_MODULES
 
 GIB = 1 << 30
 DEFAULT_CACHE = "~/.cache/bslora-convert/vllm"
@@ -21,7 +22,7 @@ class Settings:
 
     cache_bytes: the most they may take. aliases: further names of the served base model in adapters' configurations; "*" is any.
     plan: `lora` hands out a LoRA that was written once, `compact` a copy of the compact adapter, which vLLM's workers decode
-    whenever they load it (`worker.py`).
+    whenever they load it (`worker.py`). rank, kinds: of the server's command line, as far as it says them (`told_by`).
 
     :raises RecipeError: naming the variable, its value and what is allowed.
     """
@@ -31,6 +32,8 @@ class Settings:
     cache_bytes: int = 20 * GIB
     aliases: frozenset[str] = frozenset()
     plan: str = PLANS[0]
+    rank: int | None = None
+    kinds: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         here = Path(self.library)
@@ -44,8 +47,8 @@ class Settings:
             raise RecipeError(f"BSLORA_CACHE is {self.cache}: a place outside of the library is expected")
 
     @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ) -> "Settings | None":
-        """The settings of an environment; None where no library is named.
+    def of(cls, environment: Mapping[str, str] = os.environ, command: Sequence[str] = ()) -> "Settings | None":
+        """The settings of an environment; None where no library is named. command: the server's command line.
 
         :raises RecipeError: as the class.
         """
@@ -63,7 +66,23 @@ class Settings:
             most,
             aliases_in(environment),
             environment.get("BSLORA_PLAN") or PLANS[0],
+            *told_by(command),
         )
+
+
+def told_by(command: Sequence[str]) -> tuple[int | None, frozenset[str] | None]:
+    """(`--max-lora-rank`, the kinds that `--lora-target-modules` makes room for), None where a command line does not say it."""
+    said: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in command:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            values = said.setdefault(flag.replace("_", "-"), [])
+            values += [value] if value else []
+        else:
+            values.append(word)
+    rank, kinds = said.get("--max-lora-rank", []), said.get(TARGET_MODULES, [])
+    return int(rank[0]) if rank and rank[0].isdecimal() else None, frozenset(kinds) or None
 
 
 def aliases_in(environment: Mapping[str, str]) -> frozenset[str]:

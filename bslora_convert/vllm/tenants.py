@@ -21,6 +21,7 @@ from bslora_convert.bslora.storage import (
 from bslora_convert.errors import InputError, Refused
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import FIDELITY_NAME
+from bslora_convert.layers.slots import TARGET_MODULES, left_out
 from bslora_convert.lora.fused import in_fused
 from bslora_convert.lora.writer import save_lora
 from bslora_convert.modules.factors import Shape
@@ -99,9 +100,17 @@ class Tenants:
         if base not in self._shapes:
             self._shapes[base] = shapes_of(base)
         check_shapes(layout.modules, self._shapes[base])
+        if self.settings.kinds is not None and (other := left_out(layout.modules, self.settings.kinds)):
+            raise Refused(
+                f"it adapts {', '.join(other)}, and the server was started with {TARGET_MODULES} "
+                f"{' '.join(sorted(self.settings.kinds))}: it would apply the rest alone"
+            )
         self._keep_common(layout, place)
         fill = WRITERS[self.settings.plan]
         path, written = self.snapshots.get(files.digest, lambda out: fill(files, config, out))
+        most = self.settings.rank
+        if most is not None and (needed := rank_in(path)) > most:
+            raise Refused(f"its expanded rank is {needed}, and the server's --max-lora-rank is {most}")
         return Tenant(path, len(files.weights), written)
 
     def _keep_common(self, layout: Layout, place: Path) -> None:
@@ -113,6 +122,12 @@ class Tenants:
         name = None if layout.origin is None else layout.origin.file
         if name is not None and not is_intact(self.snapshots.place / name):
             replace_file(self.snapshots.place / name, found_from(place, name).read_bytes())
+
+
+def rank_in(snapshot: Path) -> int:
+    """The largest rank of what was handed out."""
+    name = FIELDS_NAME if (snapshot / FIELDS_NAME).is_file() else CONFIG_NAME
+    return int(json.loads((snapshot / name).read_text(encoding="utf-8"))["r"])
 
 
 def read_files(place: Path) -> Files:

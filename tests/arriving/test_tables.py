@@ -160,3 +160,13 @@ def test_a_base_model_that_nothing_needs_is_said(saved: Path, tmp_path: Path) ->
     assert any("was not used: no prompts, and no saved tables" in note for note in record["notes"])
     other = compress(saved, tmp_path / "other", EXACT.but(base_model=str(directory)), report_html=False)
     assert len([note for note in other["notes"] if "is kept whole" in note]) == 2
+
+
+def test_a_head_with_a_bias_is_kept_whole(tmp_path: Path) -> None:
+    lora, directory = on_base(tmp_path, "llama", CHANGED, ["lm_head"])
+    tensors = load_file(lora / WEIGHTS)
+    save_file({**tensors, f"{PREFIX}lm_head.bias": torch.zeros(64)}, lora / WEIGHTS)
+    compress(lora, tmp_path / "out", EXACT.but(base_model=str(directory)), report_html=False)
+    kept = load_file(tmp_path / "out" / WEIGHTS)
+    assert f"{PREFIX}lm_head.weight" in kept and f"{PREFIX}lm_head.bias" in kept
+    assert not any("trainable_tokens" in name for name in kept)

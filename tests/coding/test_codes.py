@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,20 +155,31 @@ def test_no_way_through_the_trellis_is_better_and_devices_find_the_same(width: i
 @pytest.mark.parametrize("width", sorted(viterbi.EDGE))
 @pytest.mark.parametrize("length", [16, 64, 700])
 def test_whole_numbers_lose_no_more_than_float32(monkeypatch: pytest.MonkeyPatch, width: int, length: int) -> None:
-    """Normal numbers, and such with far outliers: beside the exact search."""
+    """Normal numbers, such with far outliers, alone and side by side: beside the exact search."""
     generator = torch.Generator().manual_seed(length)
     normal = torch.randn(48, length, generator=generator)
     spread = torch.randn(48, length, generator=generator) / torch.rand(48, length, generator=generator).sqrt()
     table = tables()[width]
-    for x in (normal, spread / spread.square().mean(1, keepdim=True).sqrt()):
+    beside, block = 0.8 * normal, 0.02 * normal
+    beside[:, 5:8], block[:, : length // 8] = 4.0 * normal[:, 5:8].sign(), 3.9 * normal[:, : length // 8].sign()
+    for x in (normal, spread / spread.square().mean(1, keepdim=True).sqrt(), beside, block):
         lost = []
         for edge in (viterbi.EDGE, {}):
             monkeypatch.setattr(viterbi, "EDGE", edge)
             codes = torch.from_numpy(paths(x.numpy(), table.numpy(), width))
             lost.append((table[windows_of(codes, width)] - x).double().square().sum(1))
+            if edge:
+                assert torch.equal(codes, paths_on_device(x, table, width))
         monkeypatch.undo()
         assert float(lost[0].sum()) <= 1.0005 * float(lost[1].sum())
         assert float((lost[0] / lost[1]).max()) < 1.05
+
+
+def test_no_vectors_and_vectors_of_no_numbers_have_no_codes() -> None:
+    for shape in ((0, 5), (3, 0)):
+        for width in (1, 4, 6):
+            assert paths(np.zeros(shape, np.float32), tables()[width].numpy(), width).shape == shape
+            assert paths_on_device(torch.zeros(shape), tables()[width], width).shape == shape
 
 
 def test_more_bits_lose_less_and_the_estimate_is_near() -> None:

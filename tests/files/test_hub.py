@@ -31,8 +31,8 @@ from bslora_convert.errors import InputError, OutputError, RecipeError
 from bslora_convert.files import remote
 from bslora_convert.files.hub import MOST, commits, upload
 from bslora_convert.files.remote import fetched
+from bslora_convert.files.scrub import without_places
 from bslora_convert.files.store import is_url
-from bslora_convert.report.published import without_paths
 from tests.conftest import FIXTURES
 from tests.hub import Hub, hub
 from tests.planting import random_products, write_lora
@@ -267,6 +267,45 @@ def test_an_adapter_is_pushed_without_where_it_lay(here: Hub, tmp_path: Path) ->
     assert {"report.html", "verify.json"} <= set(here.repos["org/all"])
 
 
+def test_what_is_no_result_stays_here(here: Hub, tmp_path: Path) -> None:
+    compact = tmp_path / "results" / "acme"
+    shutil.copytree(TINY / "gsm8k", tmp_path / "lora")
+    (tmp_path / "lora" / "tokenizer_config.json").write_text(
+        json.dumps({"name_or_path": f"{tmp_path}/clients/base", "x": "/a/b"})
+    )
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    pattern = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": pattern}))
+    compress(tmp_path / "lora", compact, Recipe(transform="none", bytes=0.5))
+    (compact / "id_rsa").write_text("secret")
+    names = push(compact, "org/acme").names
+    assert "id_rsa" not in names and "tokenizer_config.json" in names
+    pushed = here.repos["org/acme"]
+    assert json.loads(pushed["tokenizer_config.json"]) == {"name_or_path": "base", "x": "/a/b"}
+    written = json.loads((compact / "adapter_config.json").read_text())
+    assert json.loads(pushed["adapter_config.json"])["target_modules"] == written["target_modules"]
+    weights = compact / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(InputError, match="not the file that was written"):
+        push(compact, "org/damaged")
+    (compact / "fidelity.json").write_text("{}")
+    with pytest.raises(InputError, match="says nothing of source and files"):
+        push(compact, "org/damaged")
+
+
+def test_an_expanded_library_is_pushed_as_its_adapters(here: Hub, tmp_path: Path) -> None:
+    for name in ("team/a", "b"):
+        write_lora(tmp_path / "in" / name, random_products(layers=1, rank=2))
+    batch(tmp_path / "in", tmp_path / "out", Recipe(transform="none", budget=0.5), workers=0)
+    expand_library(tmp_path / "out", tmp_path / "served")
+    (tmp_path / "served" / "prompts.jsonl").write_text("{}")
+    push(tmp_path / "served", "org/served")
+    pushed = here.repos["org/served"]
+    assert {name.rpartition("/")[0] for name in pushed} == {"team/a", "b"}
+    stays_here(pushed, tmp_path)
+    assert load_lora("hf://org/served/team/a").modules
+
+
 def test_a_library_is_pushed_with_its_tenants_alone(here: Hub, tmp_path: Path) -> None:
     write_lora(tmp_path / "in" / "team" / "a", random_products(layers=1, rank=2))
     write_lora(tmp_path / "in" / "b", random_products(layers=1, rank=2, seed=1))
@@ -300,14 +339,17 @@ def test_a_library_is_pushed_with_its_tenants_alone(here: Hub, tmp_path: Path) -
         ({"uri": "hf://org/name"}, {"uri": "hf://org/name"}),
         ({"base_model": "org/model"}, {"base_model": "org/model"}),
         ({"base_model": "D:\\x\\model"}, {"base_model": "model"}),
+        ({"uri": "file:///srv/x/lora"}, {"uri": "lora"}),
+        ({"target": r"model\.layers\.\d+\.(q_proj|k_proj)"}, {"target": r"model\.layers\.\d+\.(q_proj|k_proj)"}),
+        ({"notes": ["C:\\x\\a.json and \\\\server\\a\\b, /data too"]}, {"notes": ["a.json and b, data too"]}),
         ({"notes": ["/srv/a/b.json: can't be read, see /metrics or 1/2 of a/b"]},
-         {"notes": ["b.json: can't be read, see /metrics or 1/2 of a/b"]}),
+         {"notes": ["b.json: can't be read, see metrics or 1/2 of a/b"]}),
         ({"modules": ["model.layers.0.q_proj"], "n": 3, "url": "https://x.org/a/b"},
          {"modules": ["model.layers.0.q_proj"], "n": 3, "url": "https://x.org/a/b"}),
     ],
 )  # fmt: skip
 def test_places_of_this_machine_become_names(value: Any, expected: Any) -> None:
-    assert without_paths(value) == expected
+    assert without_places(value) == expected
 
 
 def test_a_library_takes_few_commits_and_no_adapter_is_parted(here: Hub, tmp_path: Path) -> None:
@@ -347,7 +389,7 @@ def test_bad_places_are_refused_before_anything_is_done(tmp_path: Path, monkeypa
         ([str(tmp_path), "../x/y"], "org/name is expected"),
         ([str(tmp_path), "org/name"], "nobody is logged in"),
         ([str(tmp_path / "none"), "org/name"], "no such file or directory"),
-        ([str(tmp_path), "org/name", "--dry-run"], "holds no files"),
+        ([str(tmp_path), "org/name", "--dry-run"], "holds no result"),
     ):
         done = CliRunner().invoke(main, ["push", *words])
         assert done.exit_code == 2

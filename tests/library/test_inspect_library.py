@@ -129,3 +129,16 @@ def test_what_was_measured_stands_in_manifest_summary_and_page(library: Path) ->
     assert behaviour.index(f">{order[0]}</a>") < behaviour.index(f">{order[1]}</a>")
     assert inspect_library(library).behaviour == summary.behaviour
     assert "98" in (library / "README.md").read_text() or "99" in (library / "README.md").read_text()
+
+
+def test_a_manifest_of_somebody_else_does_not_cost_a_measurement(library: Path, tmp_path: Path) -> None:
+    rows = {"prompts": PROMPTS, "limit": 1, "max_new_tokens": 0, "base_model": str(BASE)}
+    shutil.copytree(library / "bank", tmp_path / "work" / "single")
+    (tmp_path / "work" / "manifest.jsonl").write_text('{"audio_filepath": "x"}\n')
+    assert verify(tmp_path / "work" / "single", save=True, **rows).retention is not None
+    summary = json.loads((library / "summary.json").read_text())
+    del summary["bases"]
+    (library / "summary.json").write_text(json.dumps(summary))
+    found = verify(library / "bank", save=True, **rows)
+    assert any("not in the library's own files" in note for note in found.notes)
+    assert found.retention is not None

@@ -1,14 +1,17 @@
 """The manifest says who is a tenant: results whose source left the library are named, and pruned if nobody touched them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from bslora_convert import Recipe, batch, expand_library
 from bslora_convert.cli import main
+from bslora_convert.errors import InputError
 from bslora_convert.library.manifest import is_library, read_manifest, tenants
 from bslora_convert.results.library import BatchPlan, BatchSummary
 from tests.planting import random_products, write_lora
@@ -108,3 +111,57 @@ def test_the_manifests_rows_say_what_serving_depends_on(place: Path) -> None:
     assert (
         "| [team/one](./team/one) |" in card and "BSLORA_LIBRARY=THIS_DIR" in card and "--lora-target-modules" in card
     )
+
+
+def test_a_source_that_may_come_back_is_not_pruned(place: Path) -> None:
+    away = place / "elsewhere"
+    shutil.move(place / "in" / "team", away)
+    (place / "in" / "team").symlink_to(away)
+    assert again(place).left_over == []
+    away.rename(place / "gone")
+    found = again(place, prune=True)
+    assert found.pruned == []
+    assert any("team/one was left: team leads to nothing now" in note for note in found.notes)
+    assert (place / "out" / "team" / "one" / "adapter_config.json").is_file()
+
+
+def test_a_directory_that_can_not_be_read_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (place / "out" / "manifest.jsonl").read_bytes()
+    whole = os.scandir
+
+    def failing(path: str | Path) -> Any:
+        if str(path).endswith("/in/team"):
+            raise OSError(5, "Input/output error", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(InputError, match=r"team: can't be read .*nothing was changed"):
+        again(place, prune=True)
+    assert (place / "out" / "manifest.jsonl").read_bytes() == before
+
+
+def test_what_failed_last_is_pruned_too(place: Path) -> None:
+    weights = place / "in" / "a" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    assert again(place).failed == 1
+    shutil.rmtree(place / "in" / "a")
+    assert again(place, prune=True).pruned == ["a"]
+
+
+def test_tenants_that_a_run_did_not_come_to_stay(place: Path) -> None:
+    other = Recipe(transform="none", budget=0.3)
+    found = batch(place / "in", place / "out", other, workers=0, overwrite=True, shard=(1, 2))
+    assert isinstance(found, BatchSummary)
+    assert (found.ok, found.pending) == (2, 2)
+    assert [row["id"] for row in read_manifest(place / "out")] == list(NAMES)
+    assert len(expand_library(place / "out", place / "lora").rows) == 4
+
+
+@pytest.mark.parametrize(
+    "row", [{"id": "a"}, {"id": "../a", "status": "ok"}, {"id": "a", "status": "ok", "settings": 3}, {"id": 3}]
+)
+def test_a_row_that_batch_does_not_write_is_damage(place: Path, row: dict[str, Any]) -> None:
+    with (place / "out" / "manifest.jsonl").open("a") as manifest:
+        manifest.write(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="line 5 is damaged"):
+        tenants(place / "out")

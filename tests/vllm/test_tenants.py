@@ -22,7 +22,7 @@ from bslora_convert.errors import InputError, RecipeError, Refused
 from bslora_convert.vllm import names, snapshots, tenants
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.resolver import Declined, Resolver
-from bslora_convert.vllm.settings import GIB, Settings
+from bslora_convert.vllm.settings import GIB, Settings, told_by
 from bslora_convert.vllm.snapshots import Snapshots, digest_of
 from bslora_convert.vllm.tenants import Tenants
 from tests.conftest import FIXTURES
@@ -185,6 +185,53 @@ def test_the_manifest_says_who_is_a_tenant(library: Path, tmp_path: Path) -> Non
     manifest.write_text("{\n" + json.dumps(rows[0]) + "\n")
     with pytest.raises(InputError, match="line 1 is damaged"):
         opened.find("team/math", BASE)
+
+
+def test_no_place_stands_in_a_refusal(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {
+        "id": "bank",
+        "status": "failed",
+        "message": "/home/trainer/secret dir/bank/adapter_model.safetensors: truncated",
+    }
+    (library / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(Declined) as said:
+        resolver(Tenants(Settings(library, tmp_path / "cache"))).answer("bank", BASE)
+    assert "/home" not in str(said.value) and "truncated" in str(said.value)
+    (library / "manifest.jsonl").unlink()
+    edited(base_model_name_or_path="/trainer/secret/llama")(library / "bank")
+    (tmp_path / "link").symlink_to(library)
+    monkeypatch.chdir(library)
+    for place in (library, tmp_path / "link", Path()):
+        with pytest.raises(Declined, match="for the base model llama, and base is served") as said:
+            resolver(Tenants(Settings(place, tmp_path / "cache"))).answer("bank", BASE)
+        assert "/trainer" not in str(said.value) and str(tmp_path) not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("vllm serve base", (None, None)),
+        ("--max-lora-rank 16 --lora-target-modules q_proj v_proj --port 1", (16, {"q_proj", "v_proj"})),
+        ("--max_lora_rank=32 --lora-target-modules qkv_proj", (32, {"qkv_proj"})),
+        ("--max-lora-rank x --lora-target-modules", (None, None)),
+    ],
+)
+def test_what_a_command_line_says(command: str, told: tuple[int | None, set[str] | None]) -> None:
+    assert told_by(command.split()) == told
+
+
+def test_what_the_server_would_apply_in_part_is_refused(library: Path, tmp_path: Path) -> None:
+    whole = frozenset({"qkv_proj", "o_proj", "gate_proj", "down_proj"})  # q, k, v and up go with them
+    assert Tenants(Settings(library, tmp_path / "cache", kinds=whole, rank=8)).find("bank", BASE) is not None
+    for settings, words in (
+        (
+            Settings(library, tmp_path / "cache", kinds=frozenset({"q_proj"})),
+            "it adapts down_proj, gate_proj, o_proj, up_proj",
+        ),
+        (Settings(library, tmp_path / "cache", rank=1), "expanded rank is 8, and the server's --max-lora-rank is 1"),
+    ):
+        with pytest.raises(Refused, match=words):
+            Tenants(settings).find("bank", BASE)
 
 
 # ---------------------------------------------------------------------------------------------- base
