@@ -75,7 +75,8 @@ def batch(
     from bslora_convert.report import commands
 
     if isinstance(found, BatchSummary):
-        output.result(found, lambda console: _show(console, found, out), commands.after_batch(found, str(out)))
+        shown = partial(_show, summary=found, out=out, pruning=bool(said.get("prune")))
+        output.result(found, shown, commands.after_batch(found, str(out)))
     else:
         output.result(found, lambda console: _show_plan(console, found))
     if found.is_failed:
@@ -126,7 +127,7 @@ def _show_notes(console: Any, notes: Sequence[str]) -> None:
         console.print(f"{len(notes)} left out, or linked from elsewhere: {named(notes, SHOWN)}", style="yellow")
 
 
-def _show(console: Any, summary: BatchSummary, out: Path) -> None:
+def _show(console: Any, summary: BatchSummary, out: Path, pruning: bool) -> None:
     from bslora_convert.library.manifest import read_manifest
 
     console.print(
@@ -140,7 +141,8 @@ def _show(console: Any, summary: BatchSummary, out: Path) -> None:
         console.print(f"and {len(bad) - SHOWN} more, with their reasons in {out / 'report.html'}", style="yellow")
     if summary.pruned:
         console.print(f"Removed {len(summary.pruned)} whose source left the library: {named(summary.pruned, SHOWN)}")
-    _show_left(console, summary.left_over)
+    if not pruning:  # else notes say of each why it was left
+        _show_left(console, summary.left_over)
     _show_notes(console, summary.notes)
     if summary.byte_ratio is not None and summary.relative_error is not None:
         error = summary.relative_error

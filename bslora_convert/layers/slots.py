@@ -10,7 +10,7 @@ what it packs with them (`PACKED`). With the kinds of the adapter, `target_modul
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from bslora_convert.modules.names import layer_of
+from bslora_convert.modules.names import place_of
 
 if TYPE_CHECKING:  # the steps are asked for where torch is not wanted
     from bslora_convert.modules.factors import Shape
@@ -54,12 +54,10 @@ def reserved(shapes: "Mapping[str, Shape]") -> "dict[str, Shape]":
     stacks: dict[str, int] = {}
     kinds: dict[tuple[str, str], Shape] = {}
     for name, shape in shapes.items():
-        layer = layer_of(name)
-        if layer is None:
-            continue
-        stack, _, number = layer.rpartition(".")
-        stacks[stack] = max(stacks.get(stack, 0), int(number))
-        kinds.setdefault((stack, name.removeprefix(f"{layer}.")), shape)
+        if (place := place_of(name)) is not None:
+            stack, number, kind = place
+            stacks[stack] = max(stacks.get(stack, 0), number)
+            kinds.setdefault((stack, kind), shape)
     for (stack, kind), shape in list(kinds.items()):
         before, dot, last = kind.rpartition(".")
         for group in PACKED:

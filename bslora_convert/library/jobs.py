@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,13 +180,7 @@ def is_ours(job: Job, *copied: str) -> bool:
 
     A marker alone does not say so: an item that failed has one as well. copied: other sources of the same content.
     """
-    if marked_ok(job.marker):
-        return True
-    try:
-        record = json.loads((job.destination / FIDELITY_NAME).read_text(encoding="utf-8"))
-        return bool(record["source"]["path"] in (job.item.uri, *copied))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return marked_ok(job.marker) or _is_made_from(job.destination, (job.item.uri, *copied))
 
 
 def marked_ok(marker: Path) -> bool:
@@ -202,8 +196,16 @@ def written_by_batch(place: Path, marker: Path) -> bool:
     if marked_ok(marker):
         return True
     try:
+        return _is_made_from(place, (json.loads(marker.read_text(encoding="utf-8"))["uri"],))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_made_from(place: Path, sources: Collection[str]) -> bool:
+    """Whether the record of a result names one of these sources."""
+    try:
         record = json.loads((place / FIDELITY_NAME).read_text(encoding="utf-8"))
-        return bool(record["source"]["path"] == json.loads(marker.read_text(encoding="utf-8"))["uri"])
+        return bool(record["source"]["path"] in sources)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,6 +1,5 @@
 """The manifest of a converted library: which adapters it holds, by what `batch` wrote."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -52,7 +51,10 @@ def locked(out: Path) -> Iterator[None]:
         yield
         return
     with (out / STATE / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bslora_convert.library.jobs import Result
+from bslora_convert.library.rows import BEHAVIOUR
 from bslora_convert.library.serving import serving
 from bslora_convert.results.library import BatchSummary, RunRecord
 from bslora_convert.version import __version__
@@ -66,6 +67,19 @@ def bases_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Adapters by what they call their base model, the most frequent first. rows: of a manifest."""
     said = Counter(str(row["settings"].get("base_model") or "unnamed") for row in rows)
     return dict(said.most_common())
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """The least, median and largest; None of none."""
+    return {"min": min(values), "p50": float(np.quantile(values, 0.5)), "max": max(values)} if values else None
+
+
+def spread_of_behaviour(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How many adapters were measured, and how each measure spreads; None where none was. found: of `rows.behaviour_of`."""
+    spreads = {name: spread([row[name] for row in found if row.get(name) is not None]) for name in BEHAVIOUR}
+    return (
+        {"measured": len(found), **{name: one for name, one in spreads.items() if one is not None}} if found else None
+    )
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:

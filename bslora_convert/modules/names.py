@@ -25,3 +25,12 @@ def kind_of(name: str) -> str:
     """A module's place within its layer, the same in every layer: `mlp.up_proj`; the whole name outside of layers."""
     layer = layer_of(name)
     return name.removeprefix(f"{layer}.") if layer else name
+
+
+def place_of(name: str) -> tuple[str, int, str] | None:
+    """(What its layers are called, the number of its own, its kind); None outside of layers."""
+    layer = layer_of(name)
+    if layer is None:
+        return None
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number), kind_of(name)

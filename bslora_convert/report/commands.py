@@ -78,7 +78,9 @@ def after_expand(result: Expanded | LibraryExpansion, place: str) -> str | None:
     return f"{said} --lora-modules {shlex.quote(f'{name}={place}')}"
 
 
-def serving_options(rank: int, target_modules: Sequence[str] | None, more: Sequence[str] | None = None) -> list[str]:
+def serving_options(
+    rank: int | str, target_modules: Sequence[str] | None, more: Sequence[str] | None = None
+) -> list[str]:
     """How vLLM is started for adapters of so large a rank, with room for their kinds of modules alone."""
     told = [TARGET_MODULES, *target_modules] if target_modules else []
     return ["--enable-lora", "--max-lora-rank", f"{rank}", *(more or ()), *told]

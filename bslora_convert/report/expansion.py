@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from bslora_convert.files.card import CARD_NAME
-from bslora_convert.layers.slots import TARGET_MODULES
+from bslora_convert.report.commands import serving_options
 from bslora_convert.report.environment import environment
 from bslora_convert.report.metadata import front_matter, hub_name, metadata, model_class, name_of
 from bslora_convert.results.adapter import Expanded
 
-# How each engine is told to load the directory; `{base}` and `{rank}` are filled in.
+# How each engine is told to load the directory; `{base}`, `{rank}` and `{options}` are filled in.
 USAGE: dict[str, str] = {
-    "vllm": "vllm serve {base} --enable-lora --max-lora-rank {rank}{told} --lora-modules NAME=THIS_DIR",
+    "vllm": "vllm serve {base} {options} --lora-modules NAME=THIS_DIR",
     "sglang": "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} \\\n"
     "    --lora-target-modules all --lora-paths NAME=THIS_DIR",
     "lorax": "lorax-launcher --model-id {base}\n"
@@ -63,7 +63,7 @@ def _usage(record: Expanded, config: Mapping[str, Any]) -> str:
     if engine is None:
         code = PYTHON.format(model=model_class(config.get("task_type")), base=json.dumps(base))
         return f"```python\n{code}```"
-    rank = (record.served and record.served.max_lora_rank) or "N"
-    kinds = record.served.target_modules if record.served else None
-    told = f" {TARGET_MODULES} {shlex.join(kinds)}" if kinds else ""
-    return f"```\n{USAGE[engine].format(base=shlex.quote(base), rank=rank, told=told)}\n```"
+    served = record.served
+    rank = (served and served.max_lora_rank) or "N"
+    options = shlex.join(serving_options(rank, served.target_modules, served.options) if served else ())
+    return f"```\n{USAGE[engine].format(base=shlex.quote(base), rank=rank, options=options)}\n```"

@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bslora_convert.errors import BsloraConvertError
 from bslora_convert.files.address import CARD, MANIFEST, PAGE, SUMMARY
 from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.landing import replace_file
 from bslora_convert.files.record import text_of
 from bslora_convert.library.manifest import DONE, locked, read_manifest
-from bslora_convert.library.rows import BEHAVIOUR, behaviour_of
+from bslora_convert.library.rows import behaviour_of
+from bslora_convert.library.summary import spread_of_behaviour
 from bslora_convert.results.library import BatchSummary
 
 
@@ -30,7 +29,9 @@ def _write(out: Path, rows: Sequence[Mapping[str, Any]], summary: BatchSummary) 
     from bslora_convert.report import library_card
 
     listed = [_with_behaviour(out, row) for row in rows]
-    summary = replace(summary, behaviour=spread([row["behaviour"] for row in listed if row.get("behaviour")]))
+    summary = replace(
+        summary, behaviour=spread_of_behaviour([row["behaviour"] for row in listed if row.get("behaviour")])
+    )
     replace_file(out / MANIFEST, "".join(json.dumps(row) + "\n" for row in listed))
     replace_file(out / SUMMARY, text_of(summary.to_dict()))
     replace_file(out / PAGE, report.render(summary, listed))
@@ -63,15 +64,3 @@ def library_of(directory: Path) -> Path | None:
 def _with_behaviour(out: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     found = behaviour_of(out / row["id"]) if row["status"] in DONE else None
     return {**row, "behaviour": found}
-
-
-def spread(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How many were measured, and the least, median and largest of each measure; None where none was."""
-    if not found:
-        return None
-    spread: dict[str, Any] = {"measured": len(found)}
-    for name in BEHAVIOUR:
-        values = [row[name] for row in found if row.get(name) is not None]
-        if values:
-            spread[name] = {"min": min(values), "p50": float(np.quantile(values, 0.5)), "max": max(values)}
-    return spread

@@ -7,8 +7,8 @@ from typing import Any
 
 from bslora_convert.files.card import CARRIED
 from bslora_convert.files.hub import REPO
+from bslora_convert.report.commands import UNKNOWN_BASE
 
-BASE = "BASE_MODEL"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
@@ -46,7 +46,7 @@ def metadata(
 
 def hub_name(base_model: str | None) -> str:
     """What a snippet calls a base model: its name on the Hub, or BASE_MODEL where it is a path of somebody's disk."""
-    return base_model if base_model is not None and REPO.fullmatch(base_model) else BASE
+    return base_model if base_model is not None and REPO.fullmatch(base_model) else UNKNOWN_BASE
 
 
 def name_of(path: str) -> str:

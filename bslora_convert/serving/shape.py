@@ -14,7 +14,7 @@ from bslora_convert.errors import Refused
 from bslora_convert.lora.experts import stacked
 from bslora_convert.lora.fused import ORDER, in_fused
 from bslora_convert.modules.factors import Factors, Shape
-from bslora_convert.modules.names import kind_of, layer_of, natural_order
+from bslora_convert.modules.names import natural_order, place_of
 from bslora_convert.notes import Note
 from bslora_convert.serving.engines import Engine
 
@@ -124,12 +124,12 @@ def filled_layers(modules: Mapping[str, Factors], layers: int | None = None) -> 
     shapes: dict[tuple[str, str], Shape] = {}  # of (what the layers are called, kind)
     seen: dict[str, int] = {}
     for name, factors in modules.items():
-        layer = layer_of(name)
-        if layer is None:
+        place = place_of(name)
+        if place is None:
             continue
-        stack, _, number = layer.rpartition(".")
-        seen[stack] = max(seen.get(stack, 0), int(number))
-        kind = (stack, kind_of(name))
+        stack, number, _ = place
+        seen[stack] = max(seen.get(stack, 0), number)
+        kind = (stack, place[2])
         if shapes.setdefault(kind, factors.shape) != factors.shape:
             raise Refused(
                 f"{name} is {factors.shape[0]} x {factors.shape[1]}, and other layers have {kind[1]} of another size: layers "

@@ -15,10 +15,9 @@ from bslora_convert.layers.slots import STEPS
 from bslora_convert.library.manifest import tenants
 from bslora_convert.library.rows import BEHAVIOUR, behaviour_of
 from bslora_convert.library.serving import serving
-from bslora_convert.library.summary import bases_of
+from bslora_convert.library.summary import bases_of, spread_of_behaviour
 from bslora_convert.modules.factors import Shape
 from bslora_convert.process.progress import Progress, silent
-from bslora_convert.report.library_files import spread
 from bslora_convert.results.library import LibraryInspection, ServerRecord
 from bslora_convert.vllm.base import check_name, check_shapes, shapes_of
 from bslora_convert.vllm.settings import aliases_in
@@ -82,7 +81,7 @@ def inspect_library(
         bytes=sum(row["bytes"] or 0 for row in rows),
         source_bytes=sum(row["source_bytes"] or 0 for row in rows),
         serving=found,
-        behaviour=spread([row for row in rows if row["rows"] is not None]),
+        behaviour=spread_of_behaviour([row for row in rows if row["rows"] is not None]),
         damaged=[row["id"] for row in rows if row["damage"] is not None],
         rows=rows,
         server=None

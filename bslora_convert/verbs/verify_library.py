@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bslora_convert.behaviour.loaded import base_kept
 from bslora_convert.behaviour.prompts import Prompts
 from bslora_convert.bslora.storage import CONFIG_NAME
@@ -17,6 +15,7 @@ from bslora_convert.files.jsonfile import read_json
 from bslora_convert.files.store import as_written
 from bslora_convert.library.each import FAILED, OK, for_each
 from bslora_convert.library.manifest import tenants
+from bslora_convert.library.summary import spread
 from bslora_convert.process.progress import Progress, silent
 from bslora_convert.recipe.options import built
 from bslora_convert.recipe.verifying import VerifyOptions
@@ -74,9 +73,9 @@ def verify_library(
         adapters=len(rows),
         bad=bad,
         missed=missed,
-        retention=_spread(rows, "retention"),
-        kl=_spread(rows, "kl"),
-        agreement=_spread(rows, "agreement"),
+        retention=spread(_measured(rows, "retention")),
+        kl=spread(_measured(rows, "kl")),
+        agreement=spread(_measured(rows, "agreement")),
         passed=not bad and not missed,
         notes=[*gone, *([said] if said else [])],
     )
@@ -120,8 +119,5 @@ def _worst_first(row: Mapping[str, Any]) -> tuple[bool, float, str]:
     return kept is None, kept if kept is not None else 0.0, row["id"]
 
 
-def _spread(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    if not values:
-        return None
-    return {"min": min(values), "p50": float(np.quantile(values, 0.5)), "max": max(values)}
+def _measured(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
